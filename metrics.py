@@ -1,0 +1,343 @@
+"""Masks in, numbers out: IoU, its averages over a set (cIoU, gIoU, mIoU) and the average Hausdorff distance.
+
+A mask is a bool array (H, W), True on the object; integers that are all 0 or 1 are taken too, anything else
+is refused. The pure functions come first, then `SegmentationMetrics`, which gathers them over a set of
+examples and over ranks, then the command `python metrics.py PRED_DIR GT_DIR`.
+
+    H, W   height and width of a picture, pixels
+    I, U   pixels in the intersection, in the union, of prediction and ground truth
+    X, Y   boundary points of the prediction, of the ground truth
+    IoU    I / U of one example
+    cIoU   sum of I / sum of U over all examples (elsewhere oIoU)
+    gIoU   mean of IoU over the examples (LISA's name; not the generalized IoU of boxes)
+    mIoU   mean over the labels of (sum of I / sum of U over the examples of that label)
+    AHD    average Hausdorff distance, 1/2 (mean over x of min |x - y| + mean over y of min |x - y|)
+    mAHD@t mean AHD of the examples with IoU > t, at 256 pixels; lower is better
+
+Definitions: cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py,
+intersectionAndUnionGPU), per expression and at the picture's own size. The formula of AHD, its 256 pixels and
+its thresholds follow the LlamaSeg paper. What the paper leaves open is marked where it is chosen.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.spatial import cKDTree
+from tqdm import tqdm
+
+AHD_SIDE = 256
+# Literals, not arange(0.5, 1, 0.1): that gives 0.7999999999999999, which an IoU of exactly 4/5 would exceed.
+AHD_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def _masks(**named):
+    """The named arrays as bool (H, W) of one shape, in the order given; ValueError that names the odd one."""
+    checked = []
+    for name, mask in named.items():
+        mask = np.asarray(mask)
+        if mask.ndim != 2 or mask.size == 0:
+            raise ValueError(f"{name} must be a mask (H, W) with at least one pixel, got shape {mask.shape}")
+        if mask.dtype.kind not in "biu":
+            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got dtype {mask.dtype}")
+        if mask.dtype.kind != "b" and (mask.min() < 0 or mask.max() > 1):
+            found = _some_values(np.unique(mask))
+            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {found}")
+        checked.append(mask.astype(bool, copy=False))
+    if len({mask.shape for mask in checked}) > 1:
+        shapes = ", ".join(f"{name} {mask.shape}" for name, mask in zip(named, checked))
+        raise ValueError(f"masks must have one shape, got {shapes}")
+    return checked
+
+
+def _some_values(values):
+    return f"the values {', '.join(str(v) for v in values[:6])}{', ...' if len(values) > 6 else ''}"
+
+
+def _intersection_union(pred, gt):
+    return int(np.count_nonzero(pred & gt)), int(np.count_nonzero(pred | gt))
+
+
+def _ratio(intersection, union):
+    return intersection / union if union else 1.0
+
+
+def iou(pred, gt) -> float:
+    """Intersection over union of two masks (H, W), in [0, 1].
+
+    Two empty masks agree: IoU 1 (LISA; LAVT counts 0). One empty mask: IoU 0. ValueError for different shapes
+    and for anything but bool or integers in {0, 1}.
+    """
+    return _ratio(*_intersection_union(*_masks(pred=pred, gt=gt)))
+
+
+def boundary(mask) -> np.ndarray:
+    """The pixels of a mask (H, W) that have a 4-neighbour outside the mask, as bool (H, W).
+
+    Outside the picture counts as outside: a full mask's boundary is the picture's frame, and only an empty
+    mask has none. ValueError as in `iou`.
+    Paper: which pixels form the boundary is not stated; we use this (MedPy's default erosion gives the same).
+    """
+    (mask,) = _masks(mask=mask)
+    padded = np.pad(mask, 1)
+    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~interior
+
+
+def average_hausdorff_distance(pred, gt) -> float:
+    """AHD between the boundaries of two masks (H, W), in pixels of these masks; nan if either is empty.
+
+    d = 1/2 (mean over X of the distance to the nearest y + the same from Y to X), as the paper writes it: the
+    mean of two means, not the mean over both point sets pooled (MedPy assd, MONAI symmetric). float64.
+    ValueError as in `iou`.
+    """
+    pred, gt = _masks(pred=pred, gt=gt)
+    x, y = np.argwhere(boundary(pred)), np.argwhere(boundary(gt))  # (|X|, 2), (|Y|, 2)
+    if len(x) == 0 or len(y) == 0:
+        return math.nan
+    x_to_y, _ = cKDTree(y).query(x)
+    y_to_x, _ = cKDTree(x).query(y)
+    return float((x_to_y.mean() + y_to_x.mean()) / 2)
+
+
+def ahd_256(pred, gt) -> float:
+    """AHD in pixels of a 256 x 256 picture, so that sizes compare; nan if either mask is, or becomes, empty.
+
+    Square masks: AHD on the given grid times 256 / side, which loses no detail. Others: both are first
+    resized to 256 x 256 with the nearest pixel, source index floor((i + 0.5) n / 256) (PIL's NEAREST, torch's
+    nearest-exact); that can make a thin object vanish. ValueError as in `iou`.
+    Paper: distances are at 256 pixels, how other sizes get there is not stated; we use the above.
+    """
+    pred, gt = _masks(pred=pred, gt=gt)
+    height, width = pred.shape
+    if height == width:
+        return average_hausdorff_distance(pred, gt) * (AHD_SIDE / height)
+    odd = 2 * np.arange(AHD_SIDE) + 1  # 2 (i + 0.5): integers, so floor is exact
+    grid = np.ix_(odd * height // (2 * AHD_SIDE), odd * width // (2 * AHD_SIDE))
+    return average_hausdorff_distance(pred[grid], gt[grid])
+
+
+class SegmentationMetrics:
+    """Gathers examples one by one and gives the numbers of the whole set.
+
+    One row per example is kept, no masks, so the object is small, pickles, and can be gathered from all ranks
+    (`all_gather_object`) and merged: the numbers do not depend on the order or on who saw which example.
+
+        metrics = SegmentationMetrics()
+        metrics.update(pred, gt, label="dog", id="000042")
+        metrics.compute()["gIoU"]
+    """
+
+    def __init__(self):
+        self.rows = []  # (I, U, label, AHD at 256 pixels or nan)
+        self._seen = set()  # (id, label) of the examples that have an id
+
+    def update(self, pred, gt, label=None, id=None, ignore=None):
+        """Add one example: masks pred and gt (H, W), best at the picture's own size.
+
+        label   the class name, for mIoU; None: the example does not enter mIoU
+        id      what makes the example unique among those of its label (a picture with several phrases needs
+                one id per phrase); an (id, label) seen before raises ValueError. None: not checked
+        ignore  mask (H, W), True where nothing is scored: those pixels become background in both masks. They
+                leave I and U; a mask that reaches into them ends at their edge and has boundary there
+
+        An example whose masks are both empty (of what is scored) has IoU 1 and adds nothing to cIoU and mIoU.
+        ValueError also for wrong masks, as in `iou`; the example is then not added.
+        """
+        if id is not None and (id, label) in self._seen:
+            raise ValueError(f"example counted twice: id {id!r}, label {label!r}")
+        if ignore is None:
+            pred, gt = _masks(pred=pred, gt=gt)
+        else:
+            pred, gt, ignore = _masks(pred=pred, gt=gt, ignore=ignore)
+            pred, gt = pred & ~ignore, gt & ~ignore
+        intersection, union = _intersection_union(pred, gt)
+        # The distance is the slow part, and no threshold asks for it at or below the lowest.
+        scored = _ratio(intersection, union) > AHD_THRESHOLDS[0]
+        self.rows.append((intersection, union, label, ahd_256(pred, gt) if scored else math.nan))
+        if id is not None:
+            self._seen.add((id, label))
+
+    def merge(self, other):
+        """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing.
+
+        A sampler that pads the last batch with repeated examples is caught here, if the examples have ids.
+        """
+        twice = sorted(self._seen & other._seen, key=str)
+        if twice:
+            id, label = twice[0]
+            raise ValueError(f"examples counted twice: {len(twice)}, first id {id!r}, label {label!r}")
+        self.rows += other.rows
+        self._seen |= other._seen
+
+    def compute(self) -> dict:
+        """The numbers of all examples so far; the keys are always the same, an undefined number is None.
+
+        "cIoU", "gIoU", "mIoU"        fractions in [0, 1]; labels whose summed U is 0 are left out of mIoU
+        "count"                       number of examples
+        "mAHD@0.5", ... "mAHD@0.9"    mean AHD, pixels at 256, of the examples with IoU > t (strictly)
+        "count@0.5", ... "count@0.9"  how many those are; fewer make mAHD look better, so report both
+
+        An example in which a mask is empty has no AHD and is in no count@t, even if both are empty (IoU 1).
+        Paper: whether IoU = t counts is not stated; we use IoU > t.
+        """
+        sums = {}  # label -> (sum of I, sum of U)
+        for i, u, label, _ in self.rows:
+            if label is not None:
+                sum_i, sum_u = sums.get(label, (0, 0))
+                sums[label] = (sum_i + i, sum_u + u)
+        total_i, total_u = sum(i for i, _, _, _ in self.rows), sum(u for _, u, _, _ in self.rows)
+        numbers = {
+            "cIoU": total_i / total_u if total_u else None,
+            "gIoU": _mean([_ratio(i, u) for i, u, _, _ in self.rows]),
+            "mIoU": _mean([sum_i / sum_u for sum_i, sum_u in sums.values() if sum_u]),
+            "count": len(self.rows),
+        }
+        for t in AHD_THRESHOLDS:
+            chosen = [ahd for i, u, _, ahd in self.rows if _ratio(i, u) > t and not math.isnan(ahd)]
+            numbers[f"mAHD@{t}"] = _mean(chosen)
+            numbers[f"count@{t}"] = len(chosen)
+        return numbers
+
+
+def _mean(values):
+    # fsum rounds once, at the end: the same examples in another order give the same float.
+    return math.fsum(values) / len(values) if values else None
+
+
+# ---- command ---------------------------------------------------------------------------------------
+
+HELP = """\
+Compare a folder of predicted masks with a folder of ground-truth masks.
+
+Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png.
+Every mask must have a counterpart of the same size; files that are not .png are not looked at.
+
+How a picture becomes a mask:
+  one channel (1 bit, grey of 8 or 16 bits, or a palette, which is first turned to grey);
+  0 is background, any other value is object, also 255: there is no "ignore" value.
+  A picture may hold 0 and one other value, or any of 0, 1, 255; more kinds of values
+  mean that it is not a mask, and the run stops. So does a picture with colour or alpha.
+"""
+
+HELP_END = """\
+What is printed:
+  cIoU      sum of intersections / sum of unions over all pairs, 0 to 1
+  gIoU      mean of IoU over the pairs, 0 to 1; two empty masks count as IoU 1
+  mIoU      mean over class names; file names hold none, so it is "-" here (null in JSON)
+  mAHD@t    average Hausdorff distance between the boundaries, in pixels of a 256 x 256
+            picture, mean over the pairs with IoU > t; beside it, how many pairs these are
+  "-" stands for a number that is not defined, such as mAHD@0.9 when no IoU exceeds 0.9.
+
+Exit code:
+  0 fine; 1 something wrong with the files (one line "error: ..." says what); 2 wrong usage.
+
+Examples:
+  python metrics.py predictions/ masks/
+  python metrics.py predictions/ masks/ --json numbers.json
+"""
+
+
+def _read_mask(path):
+    """The PNG at path as bool (H, W), by the rules in HELP; ValueError names the file and what it holds."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            if picture.mode == "P":
+                picture = picture.convert("L")  # by its colours: index 0 of a palette need not be black
+            mode, pixels = picture.mode, np.asarray(picture)
+    except Exception as error:  # Pillow meets damage with OSError, SyntaxError, ValueError, zlib.error, ...
+        raise ValueError(f"{path}: not a readable PNG ({type(error).__name__}: {error})") from error
+    if pixels.ndim != 2:
+        raise ValueError(f"{path}: a mask has one channel, this picture has mode {mode}")
+    values = np.unique(pixels)
+    if np.count_nonzero(values) > 1 and not set(values.tolist()) <= {0, 1, 255}:
+        raise ValueError(f"{path}: a mask holds 0 and one other value, this holds {_some_values(values)}")
+    return pixels != 0
+
+
+def _png_files(folder):
+    """Files by stem. ValueError if folder is none, holds no PNG or one stem twice (a.png, a.PNG)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder")
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".png":
+            if path.stem in files:
+                raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} would be the same mask")
+            files[path.stem] = path
+    if not files:
+        raise ValueError(f"{folder}: no PNG files")
+    return files
+
+
+def _compare_folders(pred_dir, gt_dir):
+    preds, gts = _png_files(pred_dir), _png_files(gt_dir)
+    for have, files, lack in ((pred_dir, preds, gts), (gt_dir, gts, preds)):
+        alone = [path.name for stem, path in files.items() if stem not in lack]
+        if alone:
+            other = gt_dir if have is pred_dir else pred_dir
+            raise ValueError(
+                f"{have / alone[0]}: no counterpart in {other} (files without one: {len(alone)})"
+            )
+    metrics = SegmentationMetrics()
+    # disable=None: no bar when stderr is a file; `with` ends the bar's line before an error is printed.
+    with tqdm(preds, unit="pair", disable=None) as stems:
+        for stem in stems:
+            pred, gt = _read_mask(preds[stem]), _read_mask(gts[stem])
+            if pred.shape != gt.shape:
+                sizes = " and ".join(f"{mask.shape[1]} x {mask.shape[0]}" for mask in (pred, gt))
+                raise ValueError(f"{preds[stem]}, {gts[stem]}: different sizes, {sizes} pixels")
+            metrics.update(pred, gt, id=stem)
+    return metrics.compute()
+
+
+def _table(numbers):
+    rows = [("metric", "value", "pairs")]
+    for key in ["cIoU", "gIoU", "mIoU"] + [f"mAHD@{t}" for t in AHD_THRESHOLDS]:
+        value = numbers[key]
+        pairs = numbers["count" + key[4:]] if key.startswith("mAHD") else numbers["count"]
+        rows.append((key, "-" if value is None else f"{value:.4f}", str(0 if key == "mIoU" else pairs)))
+    return "\n".join(f"{name:<8} {value:>9} {pairs:>7}" for name, value, pairs in rows)
+
+
+def _write_json(path, numbers):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=HELP,
+        epilog=HELP_END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predicted masks")
+    parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, help="folder of ground-truth masks")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE, unrounded")
+    args = parser.parse_args(argv)
+    try:
+        # Said before the work, not after it.
+        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+            raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
+        numbers = _compare_folders(args.pred_dir, args.gt_dir)
+        if args.json:
+            _write_json(args.json, numbers)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(_table(numbers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,595 @@
+"""model.py against plain arithmetic, official-format weights and itself without a cache."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import model as M
+from model import KVCache, Llama, LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIP, SigLIPConfig
+
+torch.set_num_threads(1)
+FIXTURES = Path(__file__).parent / "fixtures"
+
+TINY = LlamaSegConfig(
+    siglip=SigLIPConfig(
+        image_size=32, patch_size=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=96,
+        vocab_size=50, text_length=5, text_width=48, text_layers=2, text_heads=2, text_mlp=80,
+    ),
+    llama=LlamaConfig(width=64, layers=2, heads=4, kv_heads=2, mlp=96),
+    codebook_size=24, mask_grid=4, freeze_encoders=False,
+)
+
+
+def tiny_model(config=TINY, spread=True):
+    """spread: weights large enough that tokens matter to each other and the logits differ clearly."""
+    torch.manual_seed(0)
+    model = LlamaSeg(config)
+    if spread:
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(std=1.5 / math.sqrt(weight.shape[1]))
+    return model
+
+
+def tiny_batch(rows=4, pictures=4, config=TINY, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    c = config.siglip
+    text_ids = torch.randint(0, c.vocab_size, (rows, c.text_length), generator=g)
+    pixels = torch.rand(pictures, 3, c.image_size, c.image_size, generator=g) * 2 - 1
+    mask_tokens = torch.randint(0, config.codebook_size, (rows, config.mask_grid**2), generator=g)
+    return text_ids, pixels, mask_tokens
+
+
+def score(model, text_ids, pixels, tokens):
+    """Summed log-probability of each row of tokens, by the plain forward."""
+    with torch.no_grad():
+        logits, _ = model(text_ids, pixels, tokens)
+    return logits.log_softmax(-1).gather(2, tokens[:, :, None]).sum(dim=(1, 2))
+
+
+# ------------------------------------------------------------------------------
+# layers against plain arithmetic
+
+
+def test_rms_norm_is_x_over_its_root_mean_square():
+    norm = M.RMSNorm(6, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 6)
+    for b in range(2):
+        for t in range(3):
+            rms = math.sqrt(sum(v * v for v in x[b, t].tolist()) / 6 + 1e-6)
+            torch.testing.assert_close(norm(x)[b, t], x[b, t] / rms * norm.weight)
+    tiny = torch.full((1, 6), 1e-4)  # the eps is half of the mean square here
+    torch.testing.assert_close(norm(tiny), tiny / math.sqrt(1e-8 + 1e-6) * norm.weight)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rope_is_a_complex_rotation_of_split_halves():
+    x = torch.randn(2, 3, 5, 8)
+    positions = torch.arange(4, 9)
+    cos, sin = M.rope_tables(positions, 8, 100.0)
+    got = M.rotate(x, cos, sin)
+    pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    for i in range(4):
+        for t, position in enumerate(positions.tolist()):
+            want = pairs[:, :, t, i] * complex(math.cos(position * 100.0 ** (-i / 4)),
+                                               math.sin(position * 100.0 ** (-i / 4)))
+            torch.testing.assert_close(got[:, :, t, i].double(), want.real, atol=1e-5, rtol=0)
+            torch.testing.assert_close(got[:, :, t, i + 4].double(), want.imag, atol=1e-5, rtol=0)
+
+
+def test_swiglu_is_down_of_silu_gate_times_up():
+    mlp = M.LlamaMLP(LlamaConfig(width=6, layers=1, heads=1, mlp=10))
+    x = torch.randn(4, 6)
+    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+    want = (gate / (1 + torch.exp(-gate)) * up) @ mlp.down_proj.weight.T
+    torch.testing.assert_close(mlp(x), want)
+
+
+def test_grouped_kv_heads_equal_full_heads_with_repeated_weights():
+    torch.manual_seed(0)
+    grouped = Llama(LlamaConfig(width=64, layers=2, heads=4, kv_heads=2, mlp=96))
+    full = Llama(LlamaConfig(width=64, layers=2, heads=4, kv_heads=4, mlp=96))
+    weights = grouped.state_dict()
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weight.view(2, 16, 64).repeat_interleave(2, dim=0).reshape(64, 64)
+    full.load_state_dict(weights)
+    x = torch.randn(2, 9, 64)
+    torch.testing.assert_close(grouped(x), full(x), atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------
+# official names and reference outputs
+
+
+def test_siglip_has_the_official_parameter_names():
+    want = {f"vision_model.embeddings.{n}" for n in
+            ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")}
+    want |= {f"text_model.embeddings.{n}.weight" for n in ("token_embedding", "position_embedding")}
+    want |= {f"{n}.{kind}" for n in ("vision_model.post_layernorm", "text_model.final_layer_norm")
+             for kind in ("weight", "bias")}
+    for tower in ("vision_model", "text_model"):
+        for layer in range(2):
+            for n in ("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                      "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"):
+                want |= {f"{tower}.encoder.layers.{layer}.{n}.{kind}" for kind in ("weight", "bias")}
+    assert set(SigLIP(TINY.siglip).state_dict()) == want
+
+
+def test_siglip_matches_the_reference_outputs():
+    saved = json.loads((FIXTURES / "siglip/config.json").read_text())
+    vision, text = saved["vision_config"], saved["text_config"]
+    siglip = SigLIP(SigLIPConfig(  # what the file leaves out has the official default, which is ours too
+        image_size=vision["image_size"], vision_width=vision["hidden_size"],
+        vision_layers=vision["num_hidden_layers"], vision_heads=vision["num_attention_heads"],
+        vision_mlp=vision["intermediate_size"], vocab_size=text["vocab_size"], text_width=text["hidden_size"],
+        text_layers=text["num_hidden_layers"], text_heads=text["num_attention_heads"],
+        text_mlp=text["intermediate_size"],
+    ))
+    weights = load_file(FIXTURES / "siglip/model.safetensors")
+    unused = ("vision_model.head.", "text_model.head.", "logit_scale", "logit_bias")
+    siglip.load_state_dict({n: w for n, w in weights.items() if not n.startswith(unused)})
+    io = load_file(FIXTURES / "siglip/io.safetensors")
+    with torch.no_grad():
+        image, phrase = siglip.encode_image(io["pixel_values"]), siglip.encode_text(io["input_ids"])
+    torch.testing.assert_close(image, io["vision_last_hidden_state"], atol=3e-5, rtol=0)
+    torch.testing.assert_close(phrase, io["text_last_hidden_state"], atol=3e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_llama_matches_the_reference_outputs():
+    saved = json.loads((FIXTURES / "hf_llama/config.json").read_text())
+    llama = Llama(LlamaConfig(
+        width=saved["hidden_size"], layers=saved["num_hidden_layers"], heads=saved["num_attention_heads"],
+        kv_heads=saved["num_key_value_heads"], head_dim=saved["head_dim"], mlp=saved["intermediate_size"],
+        rope_theta=saved["rope_theta"], norm_eps=saved["rms_norm_eps"],
+    ))
+    weights = load_file(FIXTURES / "hf_llama/model.safetensors")
+    embedding, head = weights.pop("model.embed_tokens.weight"), weights.pop("lm_head.weight")
+    llama.load_state_dict({n.removeprefix("model."): w for n, w in weights.items()})
+    io = load_file(FIXTURES / "hf_llama/io.safetensors")
+    hidden = llama(embedding[io["input_ids"]])
+    torch.testing.assert_close(hidden, io["debug.hidden.3"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(hidden @ head.T, io["logits"], atol=2e-4, rtol=0)
+
+    ids = torch.cat([io["input_ids"], io["generated_ids"]], dim=1)
+    torch.testing.assert_close(llama(embedding[ids]) @ head.T, io["full_logits"], atol=2e-4, rtol=0)
+    cache, tokens = KVCache(llama.config, 2, 40), io["input_ids"]
+    for want_ids, want_logits in zip(io["generated_ids"].T, io["generated_logits"].unbind(1), strict=True):
+        logits = llama(embedding[tokens], cache)[:, -1] @ head.T
+        torch.testing.assert_close(logits, want_logits, atol=2e-4, rtol=0)
+        tokens = logits.argmax(-1, keepdim=True)
+        assert torch.equal(tokens[:, 0], want_ids)
+
+
+# ------------------------------------------------------------------------------
+# KV cache
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [13] + [1] * 7, [4, 1, 6, 2, 7]], ids=str)
+@torch.no_grad()
+def test_cached_equals_uncached_at_every_position(kv_heads, chunks):
+    torch.manual_seed(0)
+    llama = Llama(LlamaConfig(width=64, layers=2, heads=4, kv_heads=kv_heads, mlp=96))
+    x = torch.randn(3, 20, 64)
+    cache = KVCache(llama.config, batch=3, length=22)
+    cache.keys.fill_(1e4)  # a look at what is not written yet would show
+    got = torch.cat([llama(part, cache) for part in x.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(got, llama(x), atol=1e-5, rtol=0)
+    assert cache.position == 20
+
+
+def test_a_full_cache_says_so():
+    llama = Llama(LlamaConfig(width=64, layers=1, heads=4, mlp=96))
+    cache = KVCache(llama.config, batch=1, length=8)
+    llama(torch.randn(1, 6, 64), cache)
+    with pytest.raises(ValueError, match=r"6 \+ 3 tokens .* 8"):
+        llama(torch.randn(1, 3, 64), cache)
+    assert cache.position == 6
+
+
+@torch.no_grad()
+def test_repeated_and_reordered_cache_continues_the_chosen_rows():
+    torch.manual_seed(0)
+    llama = Llama(LlamaConfig(width=64, layers=2, heads=4, mlp=96))
+    prefix, middle, last = torch.randn(2, 5, 64), torch.randn(6, 2, 64), torch.randn(6, 1, 64)
+    cache = KVCache(llama.config, batch=2, length=8)
+    llama(prefix, cache)
+    cache = cache.repeat(3)
+    llama(middle, cache)
+    rows = torch.tensor([2, 0, 0, 4, 5, 4])  # within each example's three
+    cache.reorder(rows, start=5)
+    whole = torch.cat([prefix.repeat_interleave(3, dim=0), middle[rows], last], dim=1)
+    torch.testing.assert_close(llama(last, cache), llama(whole)[:, -1:], atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------
+# forward
+
+
+@torch.no_grad()
+def test_a_mask_token_changes_only_the_logits_after_it():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch()
+    logits, _ = model(text_ids, pixels, tokens)
+    for t in (0, 7, 14):
+        other = tokens.clone()
+        other[:, t] = (other[:, t] + 1) % TINY.codebook_size
+        changed, _ = model(text_ids, pixels, other)
+        assert torch.equal(changed[:, :t + 1], logits[:, :t + 1])
+        assert not torch.allclose(changed[:, t + 1:], logits[:, t + 1:], atol=1e-3)
+
+
+@torch.no_grad()
+def test_every_part_of_the_prefix_reaches_the_first_mask_token():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch()
+    prefix = model.prefix(text_ids, pixels)
+    assert prefix.shape == (4, 5 + 1 + 16 + 1, 64)
+    assert torch.equal(prefix[:, 5], model.boi.expand(4, -1))
+    assert torch.equal(prefix[:, -1], model.bom.expand(4, -1))
+    first = model(text_ids, pixels, tokens)[0][:, 0]
+    other_phrase = model((text_ids + 1) % 50, pixels, tokens)[0][:, 0]
+    other_picture = model(text_ids, -pixels, tokens)[0][:, 0]
+    assert (first - other_phrase).abs().max() > 1e-3 and (first - other_picture).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("from_codebook", [False, True])
+def test_first_loss_is_ln_of_the_codebook_size(from_codebook):
+    model = tiny_model(replace(TINY, codebook_size=512), spread=False)
+    if from_codebook:
+        model.init_mask_tokens(torch.randn(512, 8))
+    _, loss = model(*tiny_batch(config=model.config))
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - math.log(512)) < 0.1
+
+
+def test_residual_outputs_start_smaller_in_a_deeper_tower():
+    model = LlamaSeg(replace(TINY, llama=replace(TINY.llama, layers=8)))
+    for tower, depth, name in ((model.llama, 8, "self_attn.o_proj"), (model.llama, 8, "mlp.down_proj"),
+                               (model.encoder.vision_model.encoder, 2, "self_attn.out_proj"),
+                               (model.encoder.text_model.encoder, 2, "mlp.fc2")):
+        std = tower.layers[0].get_submodule(name).weight.std().item()
+        assert abs(std / (0.02 / math.sqrt(2 * depth)) - 1) < 0.1
+    assert abs(model.llama.layers[0].mlp.up_proj.weight.std().item() / 0.02 - 1) < 0.1
+
+
+def test_one_batch_overfits():
+    model = tiny_model(spread=False)
+    text_ids, pixels, tokens = tiny_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        _, loss = model(text_ids, pixels, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+    assert torch.equal(model.generate(text_ids, pixels), tokens)
+
+
+@torch.no_grad()
+def test_phrases_that_share_a_picture_equal_a_repeated_picture():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch(rows=6, pictures=2)
+    repeated = pixels.repeat_interleave(3, dim=0)
+    shared_logits, shared_loss = model(text_ids, pixels, tokens)
+    logits, loss = model(text_ids, repeated, tokens)
+    torch.testing.assert_close(shared_logits, logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shared_loss, loss)
+    assert torch.equal(model.generate(text_ids, pixels), model.generate(text_ids, repeated))
+    with pytest.raises(ValueError, match=r"\(6, 5\).*\(4, 3, 32, 32\)"):
+        model(text_ids, torch.zeros(4, 3, 32, 32), tokens)
+
+
+@torch.no_grad()
+def test_hidden_mask_tokens_are_not_seen():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch()
+    other = (tokens + 1) % TINY.codebook_size
+    everything = torch.ones(4, dtype=torch.bool)
+    a, b = (model(text_ids, pixels, t, hide=everything)[0] for t in (tokens, other))
+    assert torch.equal(a, b)
+    assert torch.equal(a, model(text_ids, pixels, tokens, hide=torch.ones(4, 16, dtype=torch.bool))[0])
+
+    rows = torch.tensor([True, False, True, False])
+    c = model(text_ids, pixels, tokens, hide=rows)[0]
+    plain = model(text_ids, pixels, tokens)[0]
+    torch.testing.assert_close(c[rows], a[rows], atol=1e-5, rtol=0)
+    torch.testing.assert_close(c[~rows], plain[~rows], atol=1e-5, rtol=0)
+
+    one = torch.zeros(4, 16, dtype=torch.bool)
+    one[:, 6] = True
+    d = model(text_ids, pixels, tokens, hide=one)[0]
+    assert torch.equal(d[:, :7], plain[:, :7]) and not torch.allclose(d[:, 7:], plain[:, 7:], atol=1e-3)
+
+
+def test_wrong_shapes_and_indices_stop_with_their_values():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch()
+    with pytest.raises(ValueError, match=r"mask_tokens .*\(4, 15\).*\(4, 16\)"):
+        model(text_ids, pixels, tokens[:, 1:])
+    with pytest.raises(ValueError, match=r"text_ids .*\(4, 4\).*\(B, 5\)"):
+        model(text_ids[:, 1:], pixels, tokens)
+    with pytest.raises(ValueError, match=r"pixels .*\(4, 3, 16, 32\).*\(B, 3, 32, 32\)"):
+        model(text_ids, pixels[:, :, 16:], tokens)
+    with pytest.raises(ValueError, match=r"mask_tokens .* 9 \.\. 24, want 0 \.\. 23"):
+        model(text_ids, pixels, torch.arange(9, 25).repeat(4, 1))
+    with pytest.raises(ValueError, match=r"text_ids .* -1 .. "):
+        model(text_ids.index_fill(0, torch.tensor(0), -1), pixels, tokens)
+    with pytest.raises(ValueError, match=r"hide .*\(4, 1\)"):
+        model(text_ids, pixels, tokens, hide=torch.ones(4, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"codebook .*\(8, 24\).*\(24, C\)"):
+        model.init_mask_tokens(torch.zeros(8, 24))
+
+
+@pytest.mark.parametrize("insist", [False, True])
+def test_freeze_encoders_trains_everything_else(insist):
+    model = tiny_model(replace(TINY, freeze_encoders=True))
+    if insist:
+        model.requires_grad_(True)
+    model(*tiny_batch())[1].backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is None) == name.startswith("encoder."), name
+
+
+def test_codes_that_look_alike_start_alike():
+    model = tiny_model()
+    codebook = torch.randn(24, 8)
+    codebook[1] = codebook[0] * 3  # the same direction: the mask tokenizer compares l2-normalised rows
+    model.init_mask_tokens(codebook)
+    embedding, head = model.mask_embedding.weight.detach().clone(), model.head.weight.detach().clone()
+    torch.testing.assert_close(embedding[0], embedding[1])
+    torch.testing.assert_close(head[0], head[1])
+    assert F.cosine_similarity(embedding[0], embedding[2], dim=0) < 0.9
+    assert 0.015 < embedding.std() < 0.025
+    model.init_mask_tokens(codebook)
+    assert torch.equal(model.mask_embedding.weight, embedding)
+
+
+@pytest.mark.parametrize("freeze_encoders", [False, True])
+def test_forward_compiles_to_one_graph_under_autocast(freeze_encoders):
+    model = tiny_model(replace(TINY, freeze_encoders=freeze_encoders))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # fullgraph: a graph break is an error
+    text_ids, pixels, tokens = tiny_batch(rows=4, pictures=2)
+    hide = torch.tensor([True, False, False, True])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = compiled(text_ids, pixels, tokens, hide=hide)[1]
+        want = model(text_ids, pixels, tokens, hide=hide)[1]
+    torch.testing.assert_close(loss, want)
+
+
+# ------------------------------------------------------------------------------
+# decoding
+
+
+def test_cached_greedy_equals_the_naive_one():
+    model = tiny_model()
+    text_ids, pixels, _ = tiny_batch(rows=4, pictures=2)
+    stats = {}
+    tokens = model.generate(text_ids, pixels, stats=stats)
+    assert tokens.dtype == torch.long and tokens.shape == (4, 16)
+    assert len(tokens.unique()) > 4  # not all the same, or the test would show nothing
+    assert torch.equal(tokens, model.generate_naive(text_ids, pixels))
+    assert stats["passes"] == 15 and stats["prefill_ms"] > 0 and stats["decode_ms"] > 0
+
+
+def test_generate_leaves_no_gradient_and_works_under_autocast():
+    model = tiny_model()
+    text_ids, pixels, _ = tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.generate(text_ids, pixels, decode="beam")
+    assert not tokens.requires_grad and 0 <= tokens.min() and tokens.max() < 24
+
+
+def plain_beam_search(model, text_ids, pixels, beams):
+    """One example, lists of (score, tokens), the whole sequence computed anew for each beam at each step."""
+    length = model.config.mask_grid**2
+    found = [(0.0, [])]
+    for t in range(length):
+        longer = []
+        for total, tokens in found:
+            padded = torch.tensor([tokens + [0] * (length - t)])
+            logprobs = model(text_ids, pixels, padded)[0][0, t].log_softmax(-1)
+            longer += [(total + p, tokens + [k]) for k, p in enumerate(logprobs.tolist())]
+        found = sorted(longer, reverse=True)[:beams]
+    return found[0][1]
+
+
+@torch.no_grad()
+def test_beam_search_equals_a_plain_one_and_beats_greedy():
+    model = tiny_model()
+    text_ids, pixels, _ = tiny_batch(rows=6, pictures=3)
+    greedy = model.generate(text_ids, pixels)
+    assert torch.equal(model.generate(text_ids, pixels, decode="beam", beams=1), greedy)
+    beam = model.generate(text_ids, pixels, decode="beam", beams=3)
+    for row in range(6):
+        want = plain_beam_search(model, text_ids[row:row + 1], pixels[row // 2:row // 2 + 1], beams=3)
+        assert beam[row].tolist() == want
+    gain = score(model, text_ids, pixels, beam) - score(model, text_ids, pixels, greedy)
+    assert (gain > -1e-4).all() and gain.max() > 0.01
+
+
+def test_narrow_sampling_equals_greedy():
+    model = tiny_model()
+    text_ids, pixels, _ = tiny_batch()
+    greedy = model.generate(text_ids, pixels)
+    assert torch.equal(model.generate(text_ids, pixels, decode="top-k", top_k=1), greedy)
+    assert torch.equal(model.generate(text_ids, pixels, decode="top-p", top_p=1e-6), greedy)
+    assert torch.equal(model.generate(text_ids, pixels, decode="random", temperature=1e-4), greedy)
+
+
+@pytest.mark.parametrize("decode", ["top-k", "top-p", "random"])
+def test_a_seed_reproduces_its_draw(decode):
+    model = tiny_model()
+    text_ids, pixels, _ = tiny_batch()
+    first = model.generate(text_ids, pixels, decode=decode, seed=3)
+    torch.rand(5)  # the global generator has no say
+    assert torch.equal(model.generate(text_ids, pixels, decode=decode, seed=3), first)
+    assert not torch.equal(model.generate(text_ids, pixels, decode=decode, seed=4), first)
+
+
+@torch.no_grad()
+def test_random_draws_from_the_softmax():
+    config = replace(TINY, codebook_size=6, mask_grid=1)
+    model = tiny_model(config)
+    text_ids, pixels, tokens = tiny_batch(rows=1, pictures=1, config=config)
+    logits, _ = model(text_ids, pixels, tokens)
+    drawn = model.generate(text_ids.expand(5000, -1), pixels, decode="random", temperature=0.7)
+    frequency = torch.bincount(drawn.flatten(), minlength=6) / 5000
+    want = (logits[0, 0] / 0.7).softmax(-1)
+    assert want.max() < 0.9
+    torch.testing.assert_close(frequency, want, atol=0.025, rtol=0)  # 3.5 standard deviations at p = 0.5
+
+
+@pytest.mark.parametrize("decode, kept", [("top-k", [3, 0, 4]), ("top-p", [3, 0])])
+def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
+    probs = torch.tensor([0.3, 0.02, 0.08, 0.5, 0.1])  # top_p 0.7: 0.5 does not reach it, 0.5 + 0.3 does
+    generator = torch.Generator().manual_seed(0)
+    logits = probs.log().expand(5000, -1)
+    drawn = M.choose(logits, decode, top_k=3, top_p=0.7, temperature=1.0, generator=generator)
+    frequency = torch.bincount(drawn, minlength=5) / 5000
+    want = torch.zeros(5)
+    want[kept] = probs[kept] / probs[kept].sum()
+    torch.testing.assert_close(frequency, want, atol=0.025, rtol=0)
+    assert (frequency[want == 0] == 0).all()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"decode": "topk"}, "unknown decode 'topk', choose from greedy, beam, top-k, top-p, random"),
+    ({"beams": 25}, "beams 25 .* 24"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5"),
+    ({"temperature": 0.0}, "temperature 0.0"),
+], ids=str)
+def test_generate_refuses_what_it_cannot_do(options, message):
+    text_ids, pixels, _ = tiny_batch()
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(text_ids, pixels, **options)
+
+
+# ------------------------------------------------------------------------------
+# checkpoints
+
+
+@torch.no_grad()
+def test_save_and_load_give_equal_logits(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "full.safetensors", extra={"step": "12"})
+    loaded = LlamaSeg.from_pretrained(tmp_path / "full.safetensors")
+    assert loaded.config == model.config
+    assert torch.equal(loaded(*tiny_batch())[0], model(*tiny_batch())[0])
+    with safe_open(tmp_path / "full.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "12" and file.metadata()["format"] == "llamaseg"
+
+    model.save_pretrained(tmp_path / "half.safetensors", dtype=torch.float16)
+    full, half = ((tmp_path / f"{name}.safetensors").stat().st_size for name in ("full", "half"))
+    assert half < 0.6 * full
+    loaded = LlamaSeg.from_pretrained(tmp_path / "half.safetensors")
+    assert all(weight.dtype == torch.float32 for weight in loaded.parameters())
+    torch.testing.assert_close(loaded(*tiny_batch())[0], model(*tiny_batch())[0], atol=0.05, rtol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full.safetensors", "half.safetensors"]
+    assert all(p.stat().st_mode & 0o044 for p in tmp_path.iterdir())  # others may read it
+
+
+def test_a_loaded_model_trains(tmp_path):
+    tiny_model(replace(TINY, freeze_encoders=True)).save_pretrained(tmp_path / "m.safetensors")
+    model = LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
+    model(*tiny_batch())[1].backward()
+    assert model.head.weight.grad is not None
+    assert not any(weight.requires_grad for weight in model.encoder.parameters())
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    tiny_model().save_pretrained(path)
+    before = path.read_bytes()
+
+    def disk_full(weights, name, metadata):
+        Path(name).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(M, "save_file", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        tiny_model().save_pretrained(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def change_weights(path, change):
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata=header)
+
+
+def change_header(path, **entries):
+    save_file(load_file(path), path, metadata={"format": "llamaseg", **entries})
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: p.write_bytes(p.read_bytes()[:-100]), "damaged"),
+    (lambda p: p.write_bytes(p.read_bytes()[:50]), "damaged"),
+    (lambda p: p.write_bytes(b""), "damaged"),
+    (lambda p: p.write_text("<html>404</html>"), "damaged or not a .safetensors"),
+    (lambda p: save_file({"weight": torch.zeros(2)}, p), "not a LlamaSeg checkpoint"),
+    (lambda p: change_header(p), "not a LlamaSeg checkpoint"),
+    (lambda p: change_header(p, config="{"), "config"),
+    (lambda p: change_header(p, config="[1]"), "config"),
+    (lambda p: change_header(p, config='{"depth": 3}'), "config .*depth"),
+    (lambda p: change_weights(p, lambda w: w.pop("head.weight")), "missing: head.weight"),
+    (lambda p: change_weights(p, lambda w: w.update(spare=torch.zeros(1))), "left over: spare"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=torch.zeros(3))), r"wrong shape: bom \(3,\) not"),
+    (lambda p: change_weights(p, lambda w: [w.pop(n) for n in list(w) if "llama" in n]), "and 14 more"),
+])
+def test_a_file_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, damage, message):
+    path = tmp_path / "m.safetensors"
+    tiny_model().save_pretrained(path)
+    damage(path)
+    with pytest.raises(ValueError, match=message) as error:
+        LlamaSeg.from_pretrained(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
+        LlamaSeg.from_pretrained(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("name", M.PRESETS)
+def test_presets_survive_json(name):
+    config = M.PRESETS[name]
+    assert LlamaSegConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_configs_refuse_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="image_size 30 .* 8"):
+        SigLIPConfig(image_size=30, patch_size=8)
+    with pytest.raises(ValueError, match="text_width 50 .* 12"):
+        SigLIPConfig(text_width=50)
+    with pytest.raises(ValueError, match="heads 4 .* 3"):
+        LlamaConfig(width=64, heads=4, kv_heads=3)
+
+
+# ------------------------------------------------------------------------------
+# device and dtype
+
+
+def test_device_and_dtype_say_what_they_chose():
+    assert M.pick_device("cpu") == torch.device("cpu")
+    assert M.pick_device("auto").type in ("cuda", "mps", "cpu")
+    for name in ("gpu", f"cuda:{torch.cuda.device_count()}"):
+        with pytest.raises(ValueError, match=name):
+            M.pick_device(name)
+    dtype, reason = M.compute_dtype(torch.device("cpu"))
+    assert dtype in (torch.bfloat16, torch.float32) and "cpu" in reason.lower()
+    assert M.compute_dtype(torch.device("cpu"), "float32")[0] == torch.float32
+    with pytest.raises(ValueError, match="fp16"):
+        M.compute_dtype(torch.device("cpu"), "fp16")

@@ -1,0 +1,589 @@
+"""Pictures and text to integers and back: the mask tokenizer (VQGAN) and the text tokenizer (SentencePiece).
+
+    python tokenizer.py train            # train a mask tokenizer on the masks of a data set
+    python tokenizer.py eval             # total IoU, mAHD and codebook use of one on held-out masks
+
+Legend: B batch, H W picture height and width, h w token grid (H/16, W/16), C channels of a latent,
+K rows of the codebook.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ----------------------------------------------------------------------------------------------------------
+# masks and pictures
+
+
+def mask_to_image(masks):
+    """bool (B, H, W) -> mask image float (B, 3, H, W): -1 background (black), +1 object (white)."""
+    return (masks.to(torch.float32) * 2 - 1).unsqueeze(1).repeat(1, 3, 1, 1)
+
+
+def image_to_mask(images):
+    """Binarize: float (B, 3, H, W) -> bool (B, H, W), True where the channel mean is >= 0 (paper, section 3)."""
+    return images.mean(1) >= 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# VQGAN, in the layout and with the parameter names of LlamaGen (tokenizer/tokenizer_image/vq_model.py)
+
+
+@dataclass
+class VQGANConfig:
+    """Shape of a mask tokenizer; the defaults are LlamaGen's VQ-16 (72M parameters)."""
+
+    channels: int = 128  # width at full resolution
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry a resolution; downsample ratio 2^(len - 1)
+    res_blocks: int = 2  # a resolution in the encoder; the decoder has one more
+    latent_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    norm_groups: int = 32  # LlamaGen: 32; narrower models need fewer
+
+    @property
+    def downsample(self):
+        """Pixels along the side of one token."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+def _norm(channels, config):
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, 3x3 conv, twice, plus the input (through a 1x1 conv where the width changes)."""
+
+    def __init__(self, c_in, c_out, config):
+        super().__init__()
+        self.norm1 = _norm(c_in, config)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = _norm(c_out, config)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.nin_shortcut(x) + y
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over all positions of a feature map, one head."""
+
+    def __init__(self, channels, config):
+        super().__init__()
+        self.norm = _norm(channels, config)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        y = self.norm(x)
+        # (B, C, h, w) -> (B, 1, h*w, C): one head
+        q, k, v = (f(y).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y.squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, C, h, w)
+        return x + self.proj_out(y)
+
+
+class Downsample(nn.Module):
+    """Half the side: 3x3 conv of stride 2, zero padding on the right and at the bottom only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the side: nearest neighbour, then a 3x3 conv."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: `res`, `attn` (lowest resolution only), then a change of resolution."""
+
+    def __init__(self, c_in, c_out, count, attention, config, downsample=False, upsample=False):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(count))
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(count if attention else 0))
+        if downsample:
+            self.downsample = Downsample(c_out)
+        if upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn) > 0:
+                x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+def _middle(channels, config):
+    return nn.ModuleList(
+        [ResBlock(channels, channels, config), AttnBlock(channels, config), ResBlock(channels, channels, config)]
+    )
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, latent_channels, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(c_in, c_out, config.res_blocks, i == last, config, downsample=i < last)
+            for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths))
+        )
+        self.mid = _middle(widths[-1], config)
+        self.norm_out = _norm(widths[-1], config)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in [*self.conv_blocks, *self.mid]:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, h, w) -> (B, 3, H, W); conv_blocks[0] is the lowest resolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.channel_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], config)
+        self.conv_blocks = nn.ModuleList(
+            Level(c_in, c_out, config.res_blocks + 1, i == 0, config, upsample=i < last)
+            for i, (c_in, c_out) in enumerate(zip([widths[0]] + widths, widths))
+        )
+        self.norm_out = _norm(widths[-1], config)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        z = self.conv_in(z)
+        for block in [*self.mid, *self.conv_blocks]:
+            z = block(z)
+        return self.conv_out(F.silu(self.norm_out(z)))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest row of an l2-normalised codebook (LlamaGen, section 3.1; ViT-VQGAN)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
+
+    @property
+    def codebook(self):
+        """The l2-normalised rows, (K, codebook_dim): on disk they are not normalised."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+    def nearest(self, latents):
+        """Latents (B, C, h, w) -> code indices (B, h*w), raster order."""
+        z = F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)  # (B, h*w, C)
+        codebook = self.codebook
+        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, as the official code writes it; |z| is shared by all e
+        return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)
+
+    def lookup(self, tokens, grid):
+        """Code indices (B, h*w) -> quantized latents (B, C, h, w)."""
+        return self.codebook[tokens].transpose(1, 2).unflatten(2, grid)
+
+
+class VQGAN(nn.Module):
+    """The mask tokenizer: LlamaGen's VQ-16, every width configurable."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
+
+    def latents(self, images):
+        """(B, 3, H, W) in [-1, 1] -> latents before quantization (B, codebook_dim, h, w)."""
+        height, width = images.shape[-2:]
+        if height % self.config.downsample or width % self.config.downsample:
+            raise ValueError(f"picture of {height}x{width}: both sides must divide by {self.config.downsample}")
+        return self.quant_conv(self.encoder(images))
+
+    def decode_latents(self, quantized):
+        """Quantized latents (B, codebook_dim, h, w) -> (B, 3, H, W), not clamped."""
+        return self.decoder(self.post_quant_conv(quantized))
+
+    def encode(self, images):
+        """(B, 3, H, W) float in [-1, 1] -> code indices int64 (B, h*w), raster order."""
+        return self.quantize.nearest(self.latents(images))
+
+    def decode(self, tokens, grid=None):
+        """Code indices (B, h*w) -> (B, 3, H, W), not clamped; grid=(h, w) where the picture is not square."""
+        if grid is None:
+            side = round(tokens.shape[1] ** 0.5)
+            grid = (side, side)
+        if grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]}: pass grid=(h, w)")
+        return self.decode_latents(self.quantize.lookup(tokens, grid))
+
+    def forward(self, images, noise=None):
+        """One training pass: (pictures decoded from the codes, codebook + commitment loss).
+
+        The gradient passes the nearest-code choice straight through (VQ-VAE, section 3.2; LlamaGen's
+        commitment weight of 0.25). With `noise` (a float) nothing is quantized: the latents only get Gaussian
+        noise of that size, which is how the model starts before there is a codebook.
+        """
+        z = F.normalize(self.latents(images).float(), dim=1)  # (B, C, h, w), unit length
+        if noise is not None:
+            z = F.normalize(z + noise * torch.randn_like(z), dim=1)
+            return self.decode_latents(z), torch.zeros(())
+        with torch.no_grad():
+            tokens = self.quantize.nearest(z)
+        codes = self.quantize.lookup(tokens, z.shape[-2:])
+        loss = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
+        return self.decode_latents(z + (codes - z).detach()), loss
+
+    def save_pretrained(self, path, dtype=None):
+        """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
+        tensors = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            save_file(tensors, temporary, metadata={"format": "vqgan", "config": json.dumps(asdict(self.config))})
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Load our .safetensors (config in the header), strictly, as float32."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such mask tokenizer file")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}): get it again") from None
+        if metadata.get("format") != "vqgan":
+            raise ValueError(f"{path}: holds no mask tokenizer (header format {metadata.get('format')!r}, not 'vqgan')")
+        config = json.loads(metadata["config"])
+        model = cls(VQGANConfig(**config | {"channel_mult": tuple(config["channel_mult"])}))
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: " + " ".join(str(error).split())) from None
+        return model.eval()
+
+
+@torch.no_grad()
+def decode_masks(mask_tokenizer, tokens, sizes, soft=False):
+    """Mask tokens (B, M) -> masks at the pictures' own sizes: soft decode, resize, then binarize.
+
+    sizes: B pairs (H, W). Returns a list of bool arrays (H, W), or with `soft` of float arrays (H, W) whose
+    sign is the mask. Paper: the order is not stated; binarizing last keeps smooth edges smooth.
+    """
+    soft_masks = mask_tokenizer.decode(tokens).float().mean(1, keepdim=True)  # (B, 1, S, S)
+    resized = (F.interpolate(m[None], size, mode="bilinear", antialias=True) for m, size in zip(soft_masks, sizes))
+    return [m[0, 0].cpu().numpy() if soft else (m[0, 0] >= 0).cpu().numpy() for m in resized]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# text tokenizer
+
+
+class TextTokenizer:
+    """SentencePiece with SigLIP2's rules: lower-case, encode, append EOS, pad on the right to `length`.
+
+    A text of more than length - 1 tokens is cut and keeps EOS last; `too_long` tells.
+    """
+
+    def __init__(self, model_path, length=64):
+        if not Path(model_path).is_file():
+            raise FileNotFoundError(f"{model_path}: no such SentencePiece model")
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+        except RuntimeError:
+            raise ValueError(f"{model_path}: not a SentencePiece model: get it again") from None
+        self.length = length
+
+    def _ids(self, text):
+        # character by character, as SigLIP2's tokenizer lowers: "Σ" at the end of a word stays non-final
+        return self.model.encode("".join(c.lower() for c in text))
+
+    def too_long(self, text):
+        """How many tokens `text` needs if that is more than fit, else 0."""
+        needed = len(self._ids(text)) + 1
+        return needed if needed > self.length else 0
+
+    def __call__(self, texts):
+        """list of B strings -> int64 (B, length)."""
+        ids = torch.full((len(texts), self.length), max(self.model.pad_id(), 0), dtype=torch.long)
+        for row, text in zip(ids, texts):
+            pieces = self._ids(text)[: self.length - 1] + [self.model.eos_id()]
+            row[: len(pieces)] = torch.tensor(pieces)
+        return ids
+
+
+def train_text_tokenizer(sentences, path, vocab_size=512):
+    """Train a small SentencePiece vocabulary on an iterable of sentences; ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(s.lower() for s in sentences),
+            model_writer=file,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/",
+            minloglevel=2,
+        )
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# python tokenizer.py train | eval | text
+
+# The default's mask tokenizer: 128 px, 64 mask tokens. LOG.md has what it cost and reached.
+SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), res_blocks=1, latent_channels=32,
+                     codebook_size=2048, codebook_dim=8, norm_groups=8)  # fmt: skip
+
+
+def mask_batch(dataset, size, start, count):
+    """Masks of examples start .. start + count - 1 (the data set repeats): bool (count, size, size)."""
+    from data import resize_mask
+
+    masks = (dataset[(start + i) % len(dataset)].mask for i in range(count))
+    return torch.stack([torch.from_numpy(resize_mask(mask, size)) for mask in masks])
+
+
+def crop_masks(masks, size):
+    """A window of side `size` about an object pixel of each mask: bool (B, S, S) -> (B, size, size)."""
+    side, crops = masks.shape[-1], []
+    for mask in masks:
+        pixels = mask.nonzero()
+        row, col = pixels[torch.randint(len(pixels), ())] if len(pixels) else (side // 2, side // 2)
+        top, left = (int(min(max(c - torch.randint(size, ()), 0), side - size)) for c in (row, col))
+        crops.append(mask[top : top + size, left : left + size])
+    return torch.stack(crops)
+
+
+def k_means(points, count, rounds=25):
+    """Spherical k-means of unit vectors (n, C) -> (count, C): a codebook without dead rows to begin with."""
+    # most latents are plain background: without the unique() most rows would be spent on it
+    points = torch.unique((points * 50).round(), dim=0).float()
+    points = F.normalize(points, dim=-1)
+    if len(points) < count:
+        raise ValueError(f"{len(points)} different latents cannot fill a codebook of {count}: train longer first")
+    centers = points[torch.randperm(len(points))[:count]]
+    for _ in range(rounds):
+        nearest = torch.cat([(chunk @ centers.T).argmax(-1) for chunk in points.split(8192)])
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
+        lost = sums.norm(dim=-1) < 1e-6
+        sums[lost] = points[torch.randint(len(points), (int(lost.sum()),))]
+        centers = F.normalize(sums, dim=-1)
+    return centers
+
+
+def reconstruction_loss(images, masks):
+    """Decoded pictures (B, 3, H, W) against masks bool (B, H, W).
+
+    The paper fine-tunes with LlamaGen's picture loss (L2, perceptual, GAN). A mask has two values and is
+    read by the sign of the channel mean, so we use the cross-entropy of that sign and a little L2.
+    """
+    images = images.float()
+    sign = F.binary_cross_entropy_with_logits(4 * images.mean(1), masks.float())
+    return sign + 0.1 * F.mse_loss(images, mask_to_image(masks))
+
+
+@torch.no_grad()
+def evaluate(model, dataset, size, count, batch=32):
+    """Encode and decode `count` masks at size x size: (metrics, codes used, first rows for a picture)."""
+    from data import resize_mask
+    from metrics import SegmentationMetrics
+
+    scores, used, shown = SegmentationMetrics(), torch.zeros(model.config.codebook_size, dtype=torch.bool), []
+    for start in range(0, count, batch):
+        examples = [dataset[i] for i in range(start, min(start + batch, count))]
+        masks = torch.stack([torch.from_numpy(resize_mask(e.mask, size)) for e in examples])
+        tokens = model.encode(mask_to_image(masks))
+        back = image_to_mask(model.decode(tokens))
+        used[tokens.unique()] = True
+        for example, mask, again in zip(examples, masks.numpy(), back.numpy()):
+            scores.update(again, mask, id=example.id)
+            shown.append((example, mask, again))
+    return scores.compute(), int(used.sum()), shown[:24]
+
+
+def train(args):
+    """Train a mask tokenizer in two phases.
+
+    Free: no codebook, latents with a little noise, on crops about the object, where there is something to
+    learn. Then k-means of the latents of whole masks makes the codebook, and VQ training goes on from there.
+    """
+    from tqdm import tqdm
+
+    from data import load_dataset
+
+    torch.manual_seed(args.seed)
+    dataset = load_dataset("scenes", "train", phrases=3)
+    model = VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)
+    forward = torch.compile(model) if args.compile else model
+    total = args.free_steps + args.steps
+    position = 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    bar = tqdm(range(total), desc="mask tokenizer", smoothing=0.05)
+    for step in bar:
+        free = step < args.free_steps
+        if step == args.free_steps and not args.init_from:
+            model.quantize.embedding.weight.data.copy_(first_codebook(model, dataset, args))
+        fraction = step / args.free_steps if free else (step - args.free_steps) / args.steps
+        for group in optimizer.param_groups:  # each phase: short warm-up, flat, then down to 2 %
+            group["lr"] = args.lr * (1 if free else 0.5) * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
+        count = args.batch_size * 2 if free else args.batch_size
+        masks = mask_batch(dataset, args.size, position, count)
+        position += count
+        if free:
+            masks = crop_masks(masks, args.size // 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            decoded, code_loss = forward(mask_to_image(masks), args.noise if free else None)
+        loss = reconstruction_loss(decoded, masks) + code_loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            wrong = (image_to_mask(decoded.detach().float()) ^ masks).sum() / masks.sum()
+            bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == total:
+            model.save_pretrained(args.out)
+            if not free:
+                scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128)
+                tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.2f} px, "
+                           f"{used} of {model.config.codebook_size} codes used")
+
+
+@torch.no_grad()
+def first_codebook(model, dataset, args):
+    """k-means of the latents of 3,000 whole masks."""
+    rows = []
+    for start in range(0, 3000, 20):
+        masks = mask_batch(dataset, args.size, len(dataset) // 2 + start, 20)
+        rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
+    return k_means(torch.cat(rows), model.config.codebook_size)
+
+
+def text_sentences():
+    """What the small vocabulary is made from: rich scenes' phrases, bare and instructed."""
+    from data import COLOR_RIDDLES, SHAPE_RIDDLES, TEMPLATES, instruct, load_dataset
+
+    dataset = load_dataset("scenes", "train", rich=True, phrases=12)
+    riddles = [text for texts in (SHAPE_RIDDLES | COLOR_RIDDLES).values() for text in texts] * 40
+    for i, phrase in enumerate([dataset[i].phrase for i in range(18_000)] + riddles):
+        yield phrase
+        yield instruct(phrase, TEMPLATES[i % len(TEMPLATES)])
+
+
+def report(args):
+    """`python tokenizer.py eval`: numbers, a JSON file and a picture of masks beside their reconstructions."""
+    from data import contact_sheet, load_dataset
+
+    model = VQGAN.from_pretrained(args.mask_tokenizer)
+    scores, used, shown = evaluate(model, load_dataset("scenes", args.split), args.size, args.count)
+    result = {"total_IoU": scores["cIoU"], **scores, "codes_used": used, "codebook_size": model.config.codebook_size,
+              "split": args.split, "size": args.size}  # fmt: skip
+    print(f"{args.count} masks of scenes:{args.split} at {args.size} px: total IoU {scores['cIoU']:.4f}, "
+          f"mean IoU {scores['gIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.3f} px, "
+          f"{used} of {model.config.codebook_size} codes used")  # fmt: skip
+    contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown], f"{args.out}.png")
+    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
+    print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
+
+
+def parse_args(argv=None):
+    """The flags of the three sub-commands."""
+    assets = Path(__file__).parent / "assets"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
+                            description=train.__doc__)  # fmt: skip
+    p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
+    p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
+    p.add_argument("--freeze-codes", action="store_true",
+                   help="train the decoder alone: the mask tokens of every mask stay what they are")
+    p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
+    p.add_argument("--free-steps", type=int, default=2400, help="steps without a codebook (default: 2400)")
+    p.add_argument("--steps", type=int, default=1600, help="steps with it (default: 1600)")
+    p.add_argument("--batch-size", type=int, default=8, help="masks a step; free steps take twice as many crops")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; half of it with the codebook")
+    p.add_argument("--noise", type=float, default=0.1, help="on the latents of the free steps (default: 0.1)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--save-every", type=int, default=400, help="steps between saves and evaluations")
+
+    p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks", description=report.__doc__)
+    p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
+    p.add_argument("--split", default="test", help="of scenes (default: test)")
+    p.add_argument("--count", type=int, default=2000, help="masks (default: 2000)")
+    p.add_argument("--size", type=int, default=128)
+    p.add_argument("--out", type=Path, default=Path("mask_tokenizer_eval"), help="stem of the .png and .json to write")
+
+    p = commands.add_parser("text", help="train the small SentencePiece vocabulary of the scenes' phrases")
+    p.add_argument("--out", type=Path, default=Path("text.model"), help="file to write")
+    p.add_argument("--vocab-size", type=int, default=768)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run a sub-command; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        if args.command == "train":
+            train(args)
+        elif args.command == "eval":
+            report(args)
+        else:
+            train_text_tokenizer(text_sentences(), args.out, args.vocab_size)
+            print(f"wrote {args.out}: {args.vocab_size} pieces")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Train LlamaSeg: one visible loop, on a laptop CPU, one GPU or many.
+
+    python train.py                                   # the `scenes` preset on this machine
+    torchrun --nproc_per_node=2 train.py              # the same run on two processes (gloo on CPU, NCCL on GPU)
+    python train.py --out-dir out --resume auto       # go on where out/ stopped
+
+OUT_DIR gets log.jsonl (one object a step), grid-STEP.png at each evaluation (picture, phrase, predicted, truth),
+checkpoint.pt (weights, optimizer, step: resumable), and the three files that sample.py --checkpoint OUT_DIR
+reads: model.safetensors, mask_tokenizer.safetensors, text.model.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Batches, contact_sheet, load_dataset, resize_picture, to_pixels
+from metrics import SegmentationMetrics
+from model import PRESETS, LlamaSeg, compute_dtype, pick_device
+from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def parse_args(argv=None):
+    """The flags, in groups."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (model.py)")
+    group.add_argument("--data", default="scenes", help="data set to train on (default: scenes)")
+    group.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False,
+                       help="scenes with more of everything")
+    group.add_argument("--phrases", type=int, default=4, help="phrases asked of each picture (default: 4)")
+    group.add_argument("--mask-tokenizer", default=ASSETS / "mask_tokenizer.safetensors", type=Path, metavar="FILE",
+                       help="frozen VQGAN (default: the embedded one)")
+    group.add_argument("--text-tokenizer", default=ASSETS / "text.model", type=Path, metavar="FILE",
+                       help="SentencePiece model (default: the embedded one)")
+    group.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--max-steps", type=int, default=6000, help="optimizer steps of the whole run (default: 6000)")
+    group.add_argument("--batch-size", type=int, default=64,
+                       help="phrases in a step: all ranks, all micro-batches (default: 64)")
+    group.add_argument("--micro-batch-size", type=int, help="phrases in one forward pass of one rank "
+                       "(default: batch size / ranks, no accumulation)")
+    group.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
+                       help="muon: Muon for the matrices, AdamW for the rest; adamw: the paper's (default: muon)")
+    group.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    group.add_argument("--warmup-steps", type=int, default=100, help="linear warm-up, then cosine to 0 (default: 100)")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices (default: 0.05, the paper's)")
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
+    group.add_argument("--hide", action=argparse.BooleanOptionalAction, default=True,
+                       help="hide a random share of the mask tokens from the model's input (default: on)")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16: autocast (default: auto)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    group.add_argument("--workers", type=int, default=-1,
+                       help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
+    group = parser.add_argument_group("what is kept")
+    group.add_argument("--out-dir", type=Path, default=Path("out"), help="default: out")
+    group.add_argument("--eval-every", type=int, default=500, help="steps between evaluations (default: 500)")
+    group.add_argument("--eval-count", type=int, default=200, help="validation examples (default: 200)")
+    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
+    group.add_argument("--resume", metavar="{auto,PATH}", help="go on from a checkpoint.pt; auto: OUT_DIR's, if any")
+    args = parser.parse_args(argv)
+    for name in ("phrases", "max_steps", "batch_size", "eval_every", "eval_count", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------
+# distributed: plain torchrun, under twenty lines
+
+
+def setup_ranks(device_name):
+    """(rank, world size, device); one process unless torchrun started us."""
+    if "RANK" not in os.environ:
+        return 0, 1, pick_device(device_name)
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def mean_over_ranks(value, world_size):
+    """Mean of a 0-d tensor over all ranks."""
+    if world_size > 1:
+        dist.all_reduce(value)
+    return value / world_size
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the parts of a step
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then cosine to 0; step counts from 0."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizers(model, args):
+    """AdamW (paper: betas 0.9 / 0.95, weight decay 0.05), or Muon for the matrices inside the transformers.
+
+    Muon (Jordan et al. 2024) needs about half the pictures for the same loss on `scenes`. Embeddings, the head,
+    vectors and the patch embedding stay with AdamW, as its authors advise.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in parameters.items() if p.dim() == 2 and "embedding" not in name and name != "head.weight"]
+    chosen = {id(p) for p in matrices}
+    tables = [p for p in parameters.values() if p.dim() > 1 and id(p) not in chosen]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    if args.optimizer == "adamw":
+        matrices, tables = [], matrices + tables
+    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    if matrices:
+        # match_rms_adamw: one learning rate serves both (Liu et al. 2025, "Muon is scalable")
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+    return optimizers
+
+
+@torch.no_grad()
+def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, world_size=1, batch_size=32,
+             device=None, decode="greedy", progress=False):  # fmt: skip
+    """Greedy masks of the first `count` examples against the truth, at the pictures' own sizes.
+
+    Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
+    {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
+    """
+    device = device or next(model.parameters()).device
+    size = model.config.siglip.image_size
+    total, by_task, cells = SegmentationMetrics(), {}, []
+    mine = range(rank, min(count, len(dataset)), world_size)
+    for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
+        examples = [dataset[i] for i in mine[start : start + batch_size]]
+        text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
+        pixels = to_pixels(torch.stack([torch.from_numpy(resize_picture(e.image, size)) for e in examples]).numpy())
+        tokens = model.generate(text_ids, pixels.to(device), decode=decode)
+        masks = decode_masks(mask_tokenizer, tokens, [e.mask.shape for e in examples])
+        for example, mask in zip(examples, masks):
+            scores = by_task.setdefault(example.task, SegmentationMetrics())
+            for metrics in (total, scores):
+                metrics.update(mask, example.mask, label=example.label, id=example.id, ignore=example.ignore)
+            if len(cells) < 24:
+                cells.append((example.phrase, [example.image, mask, example.mask]))
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.all_gather_object(gathered, (total, by_task))
+        total, by_task = SegmentationMetrics(), {}
+        for other_total, other_tasks in gathered:
+            total.merge(other_total)
+            for task, scores in other_tasks.items():
+                by_task.setdefault(task, SegmentationMetrics()).merge(scores)
+    return total, by_task, cells
+
+
+def save_checkpoint(path, model, optimizers, step, args):
+    """Weights, optimizers and step under a temporary name, then renamed.
+
+    No random state: a batch is a function of (seed, step), and the model itself draws nothing.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+             "seed": args.seed, "batch_size": args.batch_size}  # fmt: skip
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    model.save_pretrained(path.with_name("model.safetensors"), dtype=torch.float16)
+
+
+def load_checkpoint(path, model, optimizers, args):
+    """Put a checkpoint back; returns the number of steps it has done. ValueError if it is not this run's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        seed, batch_size, step = state["seed"], state["batch_size"], state["step"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({line})") from None
+    if (seed, batch_size) != (args.seed, args.batch_size):
+        raise ValueError(f"{path}: was made with --seed {seed} --batch-size {batch_size}, "
+                         f"not {args.seed} and {args.batch_size}: another run")  # fmt: skip
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
+                         f"({str(error).splitlines()[0]})") from None  # fmt: skip
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the run
+
+
+def train(args):
+    """The whole run; returns the last evaluation's metrics."""
+    # --- device, ranks
+    rank, world_size, device = setup_ranks(args.device)
+    master = rank == 0
+    say = tqdm.write if master else lambda line: None
+    dtype, reason = compute_dtype(device, args.dtype)
+    torch.manual_seed(args.seed)  # the initial weights
+    torch.set_float32_matmul_precision("high")
+
+    # --- tokenizers, model
+    config = PRESETS[args.preset]
+    mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
+    text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
+    if args.init_from:
+        raw_model = LlamaSeg.from_pretrained(args.init_from)
+    else:
+        raw_model = LlamaSeg(config)
+        raw_model.init_mask_tokens(mask_tokenizer.quantize.codebook)
+    raw_model.to(device)
+    optimizers = make_optimizers(raw_model, args)
+
+    # --- where to start
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out_dir / "checkpoint.pt"
+    resume = checkpoint if args.resume == "auto" and checkpoint.exists() else args.resume
+    first_step = load_checkpoint(resume, raw_model, optimizers, args) if resume not in (None, "auto") else 0
+    if master:
+        if first_step == 0 and (args.out_dir / "log.jsonl").exists():
+            raise FileExistsError(f"{args.out_dir} holds another run: --resume auto goes on, --out-dir starts elsewhere")
+        for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
+            shutil.copyfile(source, args.out_dir / name)
+        resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        (args.out_dir / "args.json").write_text(json.dumps(resolved, indent=1))
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # --- data
+    options = {"rich": args.rich} if args.data == "scenes" else {}
+    train_set = load_dataset(args.data, "train", phrases=args.phrases, **options)
+    val_set = load_dataset(args.data, "val", **options)
+    micro_batch_size = args.micro_batch_size or args.batch_size // world_size
+    batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
+                      micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide)  # fmt: skip
+    accumulation = batches.accumulation
+    todo = range(first_step * accumulation, args.max_steps * accumulation)
+    workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
+    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
+                                              pin_memory=device.type == "cuda"))  # fmt: skip
+    count = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+    say(f"{args.preset}: {count / 1e6:.1f}M trainable parameters on {device} x {world_size}, {dtype} ({reason})")
+    say(f"step = {args.batch_size} phrases = {world_size} ranks x {accumulation} micro-batches x {micro_batch_size}")
+
+    # --- loop
+    log = open(args.out_dir / "log.jsonl", "a") if master else None
+    bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps, disable=not master,
+               smoothing=0.02, desc="train")  # fmt: skip
+    scores, started = {}, time.perf_counter()
+    for step in bar:
+        lr = learning_rate(step, args)
+        loss = torch.zeros((), device=device)
+        for micro in range(accumulation):
+            batch = next(loader)
+            text_ids, pixels, masks, hide = (
+                batch[k].to(device, non_blocking=True) for k in ("text_ids", "pixels", "masks", "hide")
+            )
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with torch.no_grad():
+                    mask_tokens = mask_tokenizer.encode(mask_to_image(masks))  # (b, M)
+                if world_size > 1:  # gradients are summed over ranks only once a step
+                    model.require_backward_grad_sync = micro == accumulation - 1
+                _, micro_loss = model(text_ids, pixels, mask_tokens, hide if args.hide else None)
+            (micro_loss / accumulation).backward()
+            loss += micro_loss.detach() / accumulation
+        loss = mean_over_ranks(loss, world_size).item()
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"loss is {loss} at step {step + 1}, last micro-batch {batch['ids'][0]} .. "
+                                  f"{batch['ids'][-1]}: lower --lr, or look at these examples")  # fmt: skip
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        elapsed, started = time.perf_counter() - started, time.perf_counter()
+        record = {"step": done, "loss": loss, "lr": lr, "samples_per_s": args.batch_size / elapsed}
+        bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {record['samples_per_s']:.0f} samples/s", refresh=False)
+        if master:
+            log.write(json.dumps(record) + "\n")
+        if done % args.eval_every == 0 or done == args.max_steps:
+            total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
+                                             world_size, progress=master)  # fmt: skip
+            scores = total.compute()
+            if master:
+                record = {"step": done, **scores, "tasks": {t: m.compute()["cIoU"] for t, m in by_task.items()}}
+                log.write(json.dumps(record) + "\n")
+                contact_sheet(cells, args.out_dir / f"grid-{done:06d}.png")
+                ahd = scores["mAHD@0.5"]
+                say(f"step {done}: loss {loss:.4f} cIoU {scores['cIoU']:.4f} gIoU {scores['gIoU']:.4f} "
+                    f"mAHD@0.5 {'-' if ahd is None else format(ahd, '.2f')} px")  # fmt: skip
+            started = time.perf_counter()
+        if master:
+            log.flush()
+            if done % args.save_every == 0 or done == args.max_steps:
+                save_checkpoint(checkpoint, raw_model, optimizers, done, args)
+    if world_size > 1:
+        dist.destroy_process_group()
+    return scores
+
+
+def main(argv=None):
+    """Run; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
+    args = parse_args(argv)
+    try:
+        train(args)
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped: go on with --resume auto", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
