@@ -11,15 +11,15 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 
 import argparse
 import os
+import struct
 import sys
-import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 # ----------------------------------------------------------------------------------------------------------
 # Example: what every data set yields
@@ -276,7 +276,7 @@ def draw_scene(rng, novel=False, rich=False):
     """
     shapes, colors = (RICH_SHAPES, RICH_COLORS) if rich else (SHAPES, COLORS)
     color_names = tuple(colors)
-    side, aspect = rng.uniform(96, 176), np.exp(rng.uniform(-0.55, 0.55))  # width : height from 0.58 to 1.73
+    side, aspect = rng.uniform(120, 220), np.exp(rng.uniform(-0.5, 0.5))  # width : height from 0.6 to 1.65
     height, width = round(side / aspect**0.5), round(side * aspect**0.5)
     picture = _background(height, width, rng)
     if rich:
@@ -297,12 +297,13 @@ def draw_scene(rng, novel=False, rich=False):
                 kind = like.kind if repeat and rng.random() < 0.7 else shapes[rng.integers(len(shapes))]
                 if novel or (color, kind) not in NOVEL:
                     break
-        radius = min(height, width) * np.exp(rng.uniform(np.log(0.11), np.log(0.32)))
+        radius = min(height, width) * np.exp(rng.uniform(np.log(0.12), np.log(0.36)))
         centre = _place(radius, width, height, objects, rng)
-        if centre is None:
-            if objects:
+        if centre is None:  # no room: try it small, else leave it out
+            radius = 0.13 * min(height, width)
+            centre = _place(radius, width, height, objects, rng)
+            if centre is None:
                 continue
-            centre = (width / 2, height / 2)
         shape = Shape(kind, color, *centre, radius)
         if rich:
             shape.fill = ("plain", "plain", "striped", "dotted")[rng.integers(4)]
@@ -346,11 +347,11 @@ def _object_color(ranges, tint, rng):
 # ----------------------------------------------------------------------------------------------------------
 # scenes: phrases
 
-EXTREMES = {  # word: (sort key of an object's visible box, sign)
-    "leftmost": (lambda s: s.box[0] + s.box[2], -1),
-    "rightmost": (lambda s: s.box[0] + s.box[2], 1),
-    "topmost": (lambda s: s.box[1] + s.box[3], -1),
-    "bottommost": (lambda s: s.box[1] + s.box[3], 1),
+EXTREMES = {  # word: (axis, sign) of the centre of an object's visible box
+    "leftmost": (0, -1),
+    "rightmost": (0, 1),
+    "topmost": (1, -1),
+    "bottommost": (1, 1),
 }
 RELATIONS = {  # word: (axis, sign): the object's centre minus the other's, along the axis
     "left of": (0, -1),
@@ -362,15 +363,10 @@ RELATIONS = {  # word: (axis, sign): the object's centre minus the other's, alon
 }
 
 
-def _winner(objects, indices, key, margin):
-    """The index whose key is the largest by at least `margin` (a function of the two best keys), else None."""
-    ranked = sorted(indices, key=lambda i: key(objects[i]), reverse=True)
-    best, second = key(objects[ranked[0]]), key(objects[ranked[1]])
-    return ranked[0] if margin(best, second) else None
-
-
-def _center(shape):
-    return (shape.box[0] + shape.box[2]) / 2, (shape.box[1] + shape.box[3]) / 2
+def _winner(values, clear):
+    """Of {index: value} the index of the largest, if it is a clear winner: clear(best, second best); else None."""
+    ranked = sorted(values, key=values.get, reverse=True)
+    return ranked[0] if clear(values[ranked[0]], values[ranked[1]]) else None
 
 
 def scene_phrases(objects, height, width):
@@ -386,7 +382,8 @@ def scene_phrases(objects, height, width):
         groups[group] += [(phrase, task, label, tuple(indices)) for phrase in phrases]
 
     def names_of(noun, nouns):  # of one thing or of several
-        return (f"the {noun}", noun, f"the {nouns}", nouns, f"all {nouns}", f"a {noun}")
+        article = "an" if noun[0] in "aeiou" else "a"
+        return (f"the {noun}", noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
 
     named = {}  # what can stand after "the large", "the leftmost": noun -> indices
     for kind in sorted({s.kind for s in objects}):
@@ -417,26 +414,28 @@ def scene_phrases(objects, height, width):
         if indices:
             add("color", (f"everything {fill}", f"the {fill} objects"), "semantic", None, indices)
 
+    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
     named["object"] = everything
     named["shape"] = everything
     for noun, indices in named.items():
         if len(indices) == 1:
-            if noun != "object" and objects[indices[0]].radius > 0.2 * min(height, width):
+            if noun != "object" and objects[indices[0]].radius > 0.24 * min(height, width):
                 add("size", [f"the large {noun}", f"the big {noun}"], "referring", None, indices)
-            elif noun != "object" and objects[indices[0]].radius < 0.14 * min(height, width):
+            elif noun != "object" and objects[indices[0]].radius < 0.16 * min(height, width):
                 add("size", [f"the small {noun}", f"the little {noun}"], "referring", None, indices)
             continue
-        biggest = _winner(objects, indices, lambda s: s.area, lambda a, b: a > 1.35 * b)
+        biggest = _winner({i: objects[i].area for i in indices}, lambda a, b: a > 1.35 * b)
         if biggest is not None:
             add("size", [f"the {w} {noun}" for w in ("large", "big", "biggest", "largest")],
                 "referring", None, [biggest])  # fmt: skip
-        smallest = _winner(objects, indices, lambda s: -s.area, lambda a, b: 1.35 * -a < -b)
+        smallest = _winner({i: -objects[i].area for i in indices}, lambda a, b: 1.35 * a > b)
         if smallest is not None:
             add("size", [f"the {w} {noun}" for w in ("small", "little", "smallest")],
                 "referring", None, [smallest])  # fmt: skip
-        for word, (key, sign) in EXTREMES.items():
-            margin = 2 * 0.05 * (width if word in ("leftmost", "rightmost") else height)
-            first = _winner(objects, indices, lambda s: sign * key(s), lambda a, b: a - b > margin)
+        for word, (axis, sign) in EXTREMES.items():
+            margin = 0.05 * (width, height)[axis]
+            places = {i: sign * centers[i][axis] for i in indices}
+            first = _winner(places, lambda best, second, margin=margin: best - second > margin)
             if first is not None:
                 add("extreme", [f"the {word} {noun}"], "referring", None, [first])
 
@@ -447,7 +446,7 @@ def scene_phrases(objects, height, width):
             if more or other in ("object", "shape") or anchor in indices:
                 continue
             for word, (axis, sign) in RELATIONS.items():
-                offsets = [sign * (_center(objects[i])[axis] - _center(objects[anchor])[axis]) for i in indices]
+                offsets = [sign * (centers[i][axis] - centers[anchor][axis]) for i in indices]
                 extent = (width, height)[axis]
                 inside = [i for i, offset in zip(indices, offsets) if offset > 0.12 * extent]
                 unsure = [offset for offset in offsets if 0 < offset <= 0.12 * extent]
@@ -481,6 +480,96 @@ def pick_phrases(objects, height, width, count, rng, must=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# run-length encoding, as COCO stores masks: runs down the columns, the first one of background
+
+
+def rle_encode(mask):
+    """bool (H, W) -> {"size": [H, W], "counts": compressed COCO string}."""
+    flat = np.asarray(mask, bool).ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    ends = np.concatenate([[0] if len(flat) and flat[0] else [], changes, [len(flat)]]).astype(np.int64)
+    counts = np.diff(ends, prepend=0)
+    return {"size": list(mask.shape), "counts": _pack_counts(counts.tolist())}
+
+
+def rle_decode(rle):
+    """COCO run-length encoding, compressed (str or bytes) or a plain list of counts -> bool (H, W).
+
+    Raises ValueError where the counts do not fill the size.
+    """
+    height, width = rle["size"]
+    counts = rle["counts"]
+    counts = np.asarray(counts if isinstance(counts, list) else _unpack_counts(counts), np.int64)
+    if counts.sum() != height * width or (counts < 0).any():
+        raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape((height, width), order="F")
+
+
+def _pack_counts(counts):
+    """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits a character."""
+    out = []
+    for i, count in enumerate(counts):
+        rest = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            bits, rest = rest & 0x1F, rest >> 5
+            more = rest != (-1 if bits & 0x10 else 0)  # done when the sign bit tells the rest
+            out.append(chr(48 + bits + (0x20 if more else 0)))
+    return "".join(out)
+
+
+def _unpack_counts(text):
+    """The inverse of _pack_counts."""
+    counts, value, shift = [], 0, 0
+    for code in text if isinstance(text, bytes) else text.encode("ascii"):
+        code -= 48
+        value |= (code & 0x1F) << shift
+        shift += 5
+        if not code & 0x20:
+            if code & 0x10:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise ValueError("the run-length string ends in the middle of a count")
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------
+# pictures from files
+
+
+def open_picture(source):
+    """Open a picture of any kind as an upright 8-bit RGB PIL image; `source`: a path or a binary file.
+
+    EXIF rotation is applied, transparency goes onto white, 16-bit grey is scaled to 8 bits.
+    Raises FileNotFoundError, or ValueError with one line for a file that is no whole picture.
+    """
+    name = source if isinstance(source, (str, Path)) else "standard input"
+    try:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such picture") from None
+    except IsADirectoryError:
+        raise ValueError(f"{name}: a folder, not a picture") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not a picture that Pillow can read") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: broken picture ({error})") from None
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if image.mode != "F" and values.max() > 255 else 255.0 if values.max() > 1 else 1.0
+        image = Image.fromarray((values.clip(0, top) * (255.0 / top) + 0.5).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # to the square that the model sees
 
 
@@ -490,9 +579,13 @@ def resize_picture(image, size):
 
 
 def resize_mask(mask, size):
-    """bool (H, W) -> bool (size, size), nearest: source index floor((i + 0.5) * n / size)."""
-    rows, cols = (((np.arange(size) + 0.5) * n / size).astype(int) for n in mask.shape)
-    return mask[rows[:, None], cols]
+    """bool (H, W) -> bool (size, size): True where bilinear interpolation gives at least one half.
+
+    Paper: not stated. Nearest neighbour would shift every edge by up to half a pixel of the source at random,
+    which alone costs 0.01 to 0.02 of IoU at 128 px and which no model can foresee.
+    """
+    image = Image.fromarray(mask.view(np.uint8) * 255).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image) >= 128
 
 
 def to_pixels(pictures):
@@ -676,3 +769,42 @@ def write_picture(image, path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# python data.py preview scenes
+
+
+def preview(args):
+    """Write a contact sheet of a data set: picture, phrase, mask."""
+    options = {"rich": True} if args.rich else {}
+    dataset = load_dataset(args.name, args.split, **options)
+    chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
+    contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out)
+    print(f"wrote {args.out}: examples {args.first} to {args.first + len(chosen) - 1} of {args.name}:{args.split}")
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("preview", help="write a contact sheet", description=preview.__doc__)
+    p.add_argument("name", choices=["scenes"], help="data set")
+    p.add_argument("--split", default="train", choices=list(Scenes.SPLITS), help="default: train")
+    p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="more of everything")
+    p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
+    p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
+    p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
+    args = parser.parse_args(argv)
+    if args.first < 0 or args.count < 1:
+        parser.error(f"--first {args.first} must not be negative and --count {args.count} at least 1")
+    try:
+        preview(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -371,7 +371,7 @@ PRESETS: dict[str, LlamaSegConfig] = {
         ),
         # rope_theta: the sequence has 154 tokens; Llama's 10000 is meant for thousands
         llama=LlamaConfig(width=256, layers=4, heads=4, mlp=704, rope_theta=1000.0),
-        codebook_size=2048, mask_grid=8, freeze_encoders=False,
+        codebook_size=4096, mask_grid=8, freeze_encoders=False,
     ),
 }
 

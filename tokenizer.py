@@ -257,21 +257,34 @@ class VQGAN(nn.Module):
         return self.decode_latents(self.quantize.lookup(tokens, grid))
 
     def forward(self, images, noise=None):
-        """One training pass: (pictures decoded from the codes, codebook + commitment loss).
+        """One training pass: (pictures decoded from the codes, the quantizer's loss).
 
         The gradient passes the nearest-code choice straight through (VQ-VAE, section 3.2; LlamaGen's
         commitment weight of 0.25). With `noise` (a float) nothing is quantized: the latents only get Gaussian
         noise of that size, which is how the model starts before there is a codebook.
         """
         z = F.normalize(self.latents(images).float(), dim=1)  # (B, C, h, w), unit length
+        loss = self.flat_loss(images, z)
         if noise is not None:
             z = F.normalize(z + noise * torch.randn_like(z), dim=1)
-            return self.decode_latents(z), torch.zeros(())
+            return self.decode_latents(z), loss
         with torch.no_grad():
             tokens = self.quantize.nearest(z)
         codes = self.quantize.lookup(tokens, z.shape[-2:])
-        loss = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
+        loss = loss + F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
         return self.decode_latents(z + (codes - z).detach()), loss
+
+    def flat_loss(self, images, z):
+        """Pull latents of all-background patches to code 0 and of all-object patches to code 1.
+
+        GroupNorm and attention let every latent see the whole mask; left alone, plain background gets hundreds
+        of codes, which wastes the codebook and makes mask tokens hard to predict. LlamaGen has no such term.
+        """
+        level = F.avg_pool2d(images.mean(1, keepdim=True), self.config.downsample).squeeze(1)  # (B, h, w)
+        rows = self.quantize.codebook.detach()
+        target = torch.where((level < 0)[:, None], rows[0, :, None, None], rows[1, :, None, None])  # (B, C, h, w)
+        flat = (level.abs() > 1 - 1e-4)[:, None]
+        return ((z - target).square() * flat).mean()
 
     def save_pretrained(self, path, dtype=None):
         """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
@@ -355,7 +368,7 @@ class TextTokenizer:
 
 
 def train_text_tokenizer(sentences, path, vocab_size=512):
-    """Train a small SentencePiece vocabulary on an iterable of sentences; ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
+    """Train a small SentencePiece vocabulary on sentences; special ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -378,7 +391,7 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
 
 # The default's mask tokenizer: 128 px, 64 mask tokens. LOG.md has what it cost and reached.
 SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), res_blocks=1, latent_channels=32,
-                     codebook_size=2048, codebook_dim=8, norm_groups=8)  # fmt: skip
+                     codebook_size=4096, codebook_dim=8, norm_groups=8)  # fmt: skip
 
 
 def mask_batch(dataset, size, start, count):
@@ -429,7 +442,7 @@ def reconstruction_loss(images, masks):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, size, count, batch=32):
+def evaluate(model, dataset, size, count, batch=32, device="cpu"):
     """Encode and decode `count` masks at size x size: (metrics, codes used, first rows for a picture)."""
     from data import resize_mask
     from metrics import SegmentationMetrics
@@ -438,9 +451,9 @@ def evaluate(model, dataset, size, count, batch=32):
     for start in range(0, count, batch):
         examples = [dataset[i] for i in range(start, min(start + batch, count))]
         masks = torch.stack([torch.from_numpy(resize_mask(e.mask, size)) for e in examples])
-        tokens = model.encode(mask_to_image(masks))
-        back = image_to_mask(model.decode(tokens))
-        used[tokens.unique()] = True
+        tokens = model.encode(mask_to_image(masks.to(device)))
+        back = image_to_mask(model.decode(tokens)).cpu()
+        used[tokens.unique().cpu()] = True
         for example, mask, again in zip(examples, masks.numpy(), back.numpy()):
             scores.update(again, mask, id=example.id)
             shown.append((example, mask, again))
@@ -450,39 +463,52 @@ def evaluate(model, dataset, size, count, batch=32):
 def train(args):
     """Train a mask tokenizer in two phases.
 
-    Free: no codebook, latents with a little noise, on crops about the object, where there is something to
-    learn. Then k-means of the latents of whole masks makes the codebook, and VQ training goes on from there.
+    Free: no codebook, latents with a little noise. Then k-means of the latents makes a codebook without dead
+    rows, and VQ training goes on from there. Crops about the object, where there is something to learn, until
+    the last third of the second phase sees whole masks.
     """
     from tqdm import tqdm
 
     from data import load_dataset
+    from model import compute_dtype, pick_device
 
     torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    dtype, _ = compute_dtype(device, args.dtype)
     dataset = load_dataset("scenes", "train", phrases=3)
-    model = VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)
-    forward = torch.compile(model) if args.compile else model
-    total = args.free_steps + args.steps
-    position = 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    model = VQGAN(SCENES)
+    if args.init_from:
+        model = VQGAN.from_pretrained(args.init_from)
+        if args.free_steps:  # a new codebook is coming, of the size that SCENES says
+            model.config.codebook_size = SCENES.codebook_size
+            model.quantize = VectorQuantizer(model.config)
+    model.to(device)
+    if args.freeze_codes:
+        model.requires_grad_(False)
+        model.decoder.requires_grad_(True)
+        model.post_quant_conv.requires_grad_(True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    total, position = args.free_steps + args.steps, args.start
     bar = tqdm(range(total), desc="mask tokenizer", smoothing=0.05)
     for step in bar:
         free = step < args.free_steps
-        if step == args.free_steps and not args.init_from:
-            model.quantize.embedding.weight.data.copy_(first_codebook(model, dataset, args))
+        if step == args.free_steps > 0:
+            model.quantize.embedding.weight.data.copy_(first_codebook(model, dataset, args, device))
         fraction = step / args.free_steps if free else (step - args.free_steps) / args.steps
         for group in optimizer.param_groups:  # each phase: short warm-up, flat, then down to 2 %
             group["lr"] = args.lr * (1 if free else 0.5) * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
-        count = args.batch_size * 2 if free else args.batch_size
+        whole = not free and fraction > 2 / 3
+        count = args.batch_size if whole else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
         position += count
-        if free:
-            masks = crop_masks(masks, args.size // 2)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            decoded, code_loss = forward(mask_to_image(masks), args.noise if free else None)
+        masks = (masks if whole else crop_masks(masks, args.size // 2)).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            decoded, code_loss = model(mask_to_image(masks), args.noise if free else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
             wrong = (image_to_mask(decoded.detach().float()) ^ masks).sum() / masks.sum()
@@ -490,19 +516,21 @@ def train(args):
         if (step + 1) % args.save_every == 0 or step + 1 == total:
             model.save_pretrained(args.out)
             if not free:
-                scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128)
+                scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128, device=device)
                 tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.2f} px, "
                            f"{used} of {model.config.codebook_size} codes used")
 
 
 @torch.no_grad()
-def first_codebook(model, dataset, args):
-    """k-means of the latents of 3,000 whole masks."""
+def first_codebook(model, dataset, args, device):
+    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the latents of 2,500 whole masks."""
     rows = []
-    for start in range(0, 3000, 20):
-        masks = mask_batch(dataset, args.size, len(dataset) // 2 + start, 20)
+    for start in range(0, 2500, 20):
+        masks = mask_batch(dataset, args.size, len(dataset) // 2 + start, 20).to(device)
         rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
-    return k_means(torch.cat(rows), model.config.codebook_size)
+    rows, plain = torch.cat(rows).cpu(), model.quantize.codebook[:2].cpu()
+    edges = rows[(rows @ plain.T).max(-1).values < 0.99]
+    return torch.cat([plain, k_means(edges, model.config.codebook_size - 2)])
 
 
 def text_sentences():
@@ -553,9 +581,11 @@ def parse_args(argv=None):
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--start", type=int, default=0, help="first training mask, to go on with new ones")
     p.add_argument("--save-every", type=int, default=400, help="steps between saves and evaluations")
 
-    p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks", description=report.__doc__)
+    p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks",
+                            description=report.__doc__)  # fmt: skip
     p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
     p.add_argument("--split", default="test", help="of scenes (default: test)")
     p.add_argument("--count", type=int, default=2000, help="masks (default: 2000)")

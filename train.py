@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -76,6 +77,10 @@ def parse_args(argv=None):
     for name in ("phrases", "max_steps", "batch_size", "eval_every", "eval_count", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    try:
+        pick_device(args.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
     return args
 
 
@@ -121,7 +126,8 @@ def make_optimizers(model, args):
     vectors and the patch embedding stay with AdamW, as its authors advise.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in parameters.items() if p.dim() == 2 and "embedding" not in name and name != "head.weight"]
+    inner = {name: p for name, p in parameters.items() if "embedding" not in name and name != "head.weight"}
+    matrices = [p for p in inner.values() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     tables = [p for p in parameters.values() if p.dim() > 1 and id(p) not in chosen]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
@@ -151,7 +157,7 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
         examples = [dataset[i] for i in mine[start : start + batch_size]]
         text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
-        pixels = to_pixels(torch.stack([torch.from_numpy(resize_picture(e.image, size)) for e in examples]).numpy())
+        pixels = to_pixels(np.stack([resize_picture(e.image, size) for e in examples]))
         tokens = model.generate(text_ids, pixels.to(device), decode=decode)
         masks = decode_masks(mask_tokenizer, tokens, [e.mask.shape for e in examples])
         for example, mask in zip(examples, masks):
@@ -243,7 +249,7 @@ def train(args):
     first_step = load_checkpoint(resume, raw_model, optimizers, args) if resume not in (None, "auto") else 0
     if master:
         if first_step == 0 and (args.out_dir / "log.jsonl").exists():
-            raise FileExistsError(f"{args.out_dir} holds another run: --resume auto goes on, --out-dir starts elsewhere")
+            raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
         for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
             shutil.copyfile(source, args.out_dir / name)
         resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

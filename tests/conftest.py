@@ -1,0 +1,48 @@
+"""Shared by the tests: one thread (small tensors gain nothing from more) and a tiny trained-nothing checkpoint."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run():
+    """Run one of the scripts as a user would; returns the finished process with text output."""
+
+    def call(*args, cwd=REPO, stdin=None):
+        command = [sys.executable, str(REPO / args[0]), *map(str, args[1:])]
+        return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=240)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A folder as train.py writes it, with random weights of a very small model."""
+    from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig
+    from tokenizer import VQGAN, VQGANConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    vqgan = VQGAN(VQGANConfig(channels=8, channel_mult=(1, 1, 1, 1, 2), res_blocks=1, latent_channels=8,
+                              codebook_size=32, norm_groups=4))  # fmt: skip
+    model = LlamaSeg(LlamaSegConfig(
+        siglip=SigLIPConfig(image_size=64, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp=32,
+                            vocab_size=768, text_length=24, text_width=16, text_layers=1, text_heads=2, text_mlp=16),
+        llama=LlamaConfig(width=32, layers=2, heads=2, mlp=48), codebook_size=32, mask_grid=4, freeze_encoders=False,
+    ))  # fmt: skip
+    vqgan.save_pretrained(folder / "mask_tokenizer.safetensors")
+    model.save_pretrained(folder / "model.safetensors")
+    shutil.copyfile(REPO / "assets" / "text.model", folder / "text.model")
+    return folder

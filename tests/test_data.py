@@ -1,0 +1,283 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import NOVEL, Batches, Scenes, load_dataset, open_picture, resize_mask, rle_decode, rle_encode
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+# --- scenes
+
+
+def same(a, b):
+    return (a.phrase, a.id, a.task) == (b.phrase, b.id, b.task) and (a.mask == b.mask).all() and a.image == b.image
+
+
+def test_example_depends_on_split_and_index_alone():
+    one, two = Scenes("train", phrases=3), Scenes("train", phrases=3)
+    backwards = {i: two[i] for i in reversed(range(12))}
+    assert all(same(one[i], backwards[i]) for i in range(12))
+    assert not same(Scenes("val")[5], Scenes("test")[5])
+    assert not same(Scenes("val")[5], Scenes("val", rich=True)[5])
+
+
+def test_examples_are_well_formed():
+    for rich in (False, True):
+        dataset = Scenes("test", rich=rich)
+        for i in range(60):
+            example = dataset[i]
+            assert example.image.mode == "RGB" and example.image.size == example.mask.shape[::-1]
+            assert example.mask.dtype == bool and example.mask.any()
+            assert example.task in ("semantic", "referring", "reasoning")
+            _, owner, objects, _ = dataset.scene(i)
+            assert 1 <= len(objects) <= (8 if rich else 5)
+            assert set(np.unique(owner)) - {-1} == set(range(len(objects)))
+
+
+def test_novel_pairs_are_kept_for_the_novel_split():
+    for split in ("train", "val", "test"):
+        dataset = Scenes(split)
+        assert not any((o.color, o.kind) in NOVEL for i in range(80) for o in dataset.scene(i)[2])
+    novel = Scenes("novel")
+    for i in range(60):
+        _, owner, objects, picked = novel.scene(i)
+        assert (objects[0].color, objects[0].kind) in NOVEL
+        assert 0 in picked[0][3]  # the phrase names it
+        assert (novel[i].mask & (owner == 0)).any()
+
+
+def matching(phrase, objects):
+    """Independent reading of the always-understood phrases: which objects does `phrase` name? None: not one of them."""
+    words = [w for w in phrase.split() if w not in ("the", "a", "an", "all")]
+    colors, kinds = data.RICH_COLORS, data.RICH_SHAPES
+    names = {name: kind for kind in kinds for name in (kind, kind + "s", kind + "es")}
+    if len(words) == 1 and words[0] in names:
+        return {i for i, o in enumerate(objects) if o.kind == names[words[0]]}
+    if len(words) == 2 and words[0] in colors and words[1] in names:
+        return {i for i, o in enumerate(objects) if (o.color, o.kind) == (words[0], names[words[1]])}
+    if len(words) == 2 and words[0] == "everything" and words[1] in colors:
+        return {i for i, o in enumerate(objects) if o.color == words[1]}
+    ends = {"leftmost": (0, min), "rightmost": (0, max), "topmost": (1, min), "bottommost": (1, max)}
+    if len(words) == 2 and words[0] in ends and words[1] in ("object", "shape"):
+        axis, pick = ends[words[0]]
+        middle = [(o.box[axis] + o.box[axis + 2]) / 2 for o in objects]
+        return {middle.index(pick(middle))}
+    return None
+
+
+def test_phrases_name_what_a_second_reader_says():
+    dataset, checked = Scenes("train"), 0
+    for i in range(60):
+        image, owner, objects, _ = dataset.scene(i)
+        for group in data.scene_phrases(objects, *owner.shape).values():
+            for phrase, task, _, indices in group:
+                wanted = matching(phrase, objects)
+                if wanted is not None:
+                    assert set(indices) == wanted, (i, phrase)
+                    checked += 1
+                assert task != "referring" or len(indices) == 1, phrase
+    assert checked > 1000
+
+
+def test_relations_and_sizes_hold_with_a_margin():
+    dataset, seen = Scenes("train"), set()
+    for i in range(150):
+        _, owner, objects, _ = dataset.scene(i)
+        ys, xs = np.mgrid[: owner.shape[0], : owner.shape[1]]
+        groups = data.scene_phrases(objects, *owner.shape)
+        for phrase, _, _, (target,) in groups["relation"]:
+            for word, axis, sign in (("left of", xs, -1), ("right of", xs, 1), ("above", ys, -1), ("below", ys, 1)):
+                if f" {word} " in phrase:
+                    other = phrase.split(f"{word} the ")[1]
+                    names = [(o.kind, f"{o.color} {o.kind}", f"{o.color} object") for o in objects]
+                    anchors = [k for k, nouns in enumerate(names) if other in nouns]
+                    assert len(anchors) == 1
+                    centre = [(axis[owner == k].min() + axis[owner == k].max()) / 2 for k in (target, anchors[0])]
+                    assert sign * (centre[0] - centre[1]) > 0.05 * max(owner.shape), phrase
+                    seen.add(word)
+        for phrase, _, _, (target,) in groups["size"]:
+            if phrase in ("the biggest object", "the smallest object"):
+                areas = [(owner == k).sum() for k in range(len(objects))]
+                assert areas[target] == (max if "biggest" in phrase else min)(areas)
+                seen.add(phrase)
+    assert seen == {"left of", "right of", "above", "below", "the biggest object", "the smallest object"}
+
+
+def test_masks_are_the_visible_pixels():
+    # Where the picture shows the object's colour and nothing covers it, the mask must hold; compare one flat scene.
+    dataset = Scenes("val")
+    for i in range(40):
+        image, owner, objects, _ = dataset.scene(i)
+        total = sum((owner == k).sum() for k in range(len(objects)))
+        assert total == (owner >= 0).sum()
+        for k, o in enumerate(objects):
+            assert o.area == (owner == k).sum()
+
+
+def test_every_phrase_fits_the_text_length():
+    from tokenizer import TextTokenizer
+
+    tokenizer = TextTokenizer(Path(data.__file__).parent / "assets" / "text.model", 24)
+    dataset = Scenes("train", rich=True, phrases=6)
+    for i in range(300):
+        for template in data.TEMPLATES:
+            assert not tokenizer.too_long(data.instruct(dataset[i].phrase, template))
+    assert len(data.TEMPLATES) == 10
+
+
+def test_instruct_adds_an_article_to_bare_names():
+    template = "Produce a segmentation mask for {}."
+    assert data.instruct("chair", template) == "Produce a segmentation mask for the chair."
+    assert data.instruct("the red circle", template) == "Produce a segmentation mask for the red circle."
+    assert data.instruct("everything blue", template) == "Produce a segmentation mask for everything blue."
+
+
+@pytest.mark.parametrize("call", [lambda: load_dataset("scens", "train"), lambda: load_dataset("scenes", "dev"),
+                                  lambda: load_dataset("scenes", "train", poor=True)])  # fmt: skip
+def test_unknown_names_are_refused(call):
+    with pytest.raises(ValueError, match="scens|dev|poor"):
+        call()
+
+
+# --- resizing
+
+
+def test_resize_mask_keeps_simple_masks_exact():
+    mask = np.zeros((64, 96), bool)
+    mask[16:32, 24:72] = True
+    small = np.zeros((32, 32), bool)
+    small[8:16, 8:24] = True
+    assert (resize_mask(mask, 32) == small).all()
+    assert resize_mask(np.ones((1, 1), bool), 32).all()
+
+
+# --- batches
+
+
+class Recorder:
+    """Stands in for a text tokenizer: remembers the texts."""
+
+    def __call__(self, texts):
+        import torch
+
+        return torch.tensor([[hash(t) % 1000] for t in texts])
+
+
+def batches(**options):
+    defaults = dict(batch_size=16, micro_batch_size=16, phrases=4, seed=3, hide=True)
+    return Batches(Scenes("train", phrases=4), Recorder(), 32, 16, **(defaults | options))
+
+
+def test_a_batch_does_not_depend_on_how_it_is_split():
+    import torch
+
+    whole = batches()
+    ranks = [batches(micro_batch_size=4, rank=r, world_size=2) for r in range(2)]
+    assert ranks[0].accumulation == 2
+    for step in range(2):
+        want = whole[step]
+        parts = [ranks[r][step * 2 + micro] for micro in range(2) for r in range(2)]
+        assert want["ids"] == [i for p in parts for i in p["ids"]]
+        for key in ("text_ids", "pixels", "masks", "hide"):
+            assert torch.equal(want[key], torch.cat([p[key] for p in parts])), key
+        assert len(set(want["ids"])) == 16
+    assert whole[0]["pixels"].shape == (4, 3, 32, 32) and whole[0]["masks"].shape == (16, 32, 32)
+    assert -1 <= whole[0]["pixels"].min() and whole[0]["pixels"].max() <= 1
+
+
+def test_an_epoch_shows_each_picture_once_and_in_another_order():
+    class Ten:
+        def __len__(self):
+            return 10
+
+    b = Batches(Ten(), None, 32, 16, 2, 2)
+    epochs = [[b._index(e * 10 + i) for i in range(10)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+
+
+def test_wrong_batch_sizes_are_refused():
+    with pytest.raises(ValueError, match="16.*6"):
+        batches(micro_batch_size=6)
+
+
+# --- run-length encoding
+
+
+def test_rle_equals_coco_byte_for_byte():
+    cases = json.loads((FIXTURES / "rle" / "rle.json").read_text())["cases"]
+    masks = np.load(FIXTURES / "rle" / "masks.npz")
+    assert len(cases) > 20
+    for case in cases:
+        mask = masks[case["mask"]].astype(bool)
+        assert rle_encode(mask) == {"size": case["size"], "counts": case["counts"]}, case["name"]
+        assert (rle_decode({"size": case["size"], "counts": case["counts"]}) == mask).all()
+        assert (rle_decode({"size": case["size"], "counts": case["counts_uncompressed"]}) == mask).all()
+
+
+def test_rle_that_does_not_fill_the_size_is_refused():
+    with pytest.raises(ValueError, match="7.*2 x 3"):
+        rle_decode({"size": [2, 3], "counts": [3, 4]})
+
+
+# --- pictures
+
+
+def test_pictures_of_every_kind_open_as_rgb(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (20, 30), np.uint8)
+    kinds = {
+        "l.png": Image.fromarray(grey),
+        "p.png": Image.fromarray(np.stack([grey] * 3, 2)).quantize(16),
+        "rgba.png": Image.fromarray(np.stack([grey] * 4, 2)),
+        "1.png": Image.fromarray(grey > 128),
+        "cmyk.jpg": Image.fromarray(np.stack([grey] * 3, 2)).convert("CMYK"),
+        "i16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        opened = open_picture(tmp_path / name)
+        assert opened.mode == "RGB" and opened.size == (30, 20), name
+    assert (np.asarray(open_picture(tmp_path / "i16.png"))[..., 0] == grey).all()
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (np.asarray(open_picture(tmp_path / "clear.png")) == 255).all()
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to show it
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (20, 30)
+
+
+def test_broken_pictures_end_in_one_line(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("cut.png", "text.png", "empty.png"):
+        with pytest.raises(ValueError) as caught:
+            open_picture(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        open_picture(tmp_path / "nowhere.png")
+
+
+# --- the command
+
+
+def test_preview_writes_a_contact_sheet(run, tmp_path):
+    done = run("data.py", "preview", "scenes", "--count", 3, "--out", tmp_path / "sheet.png")
+    assert done.returncode == 0 and Image.open(tmp_path / "sheet.png").size[0] > 300
+    done = run("data.py", "preview", "scenes", "--out", tmp_path / "no" / "sheet.png")
+    assert done.returncode == 1 and b"Traceback" not in done.stderr and done.stderr.startswith(b"error: ")
+    assert run("data.py", "preview", "nothing").returncode == 2

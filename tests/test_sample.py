@@ -1,0 +1,195 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import Scenes, rle_decode
+from sample import Segmenter, describe, overlay
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    """The embedded checkpoint."""
+    return Segmenter.load(device="cpu")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Scenes("test")[3].image.save(tmp_path / "x.png")
+    return tmp_path / "x.png"
+
+
+# --- the embedded default
+
+
+def test_the_embedded_model_segments_test_scenes(segmenter):
+    dataset, intersection, union = Scenes("test"), 0, 0
+    for i in range(24):
+        example = dataset[i]
+        (mask,) = segmenter(example.image, [example.phrase])
+        assert mask.dtype == bool and mask.shape == example.mask.shape
+        intersection += (mask & example.mask).sum()
+        union += (mask | example.mask).sum()
+    assert intersection / union > 0.6  # the full test is `python sample.py --dataset scenes`, in LOG.md
+
+
+def test_a_circle_drawn_by_hand_is_found_in_any_picture_mode(segmenter):
+    y, x = np.mgrid[:200, :300]
+    circle = (x - 90) ** 2 + (y - 100) ** 2 < 60**2
+    square = (abs(x - 230) < 40) & (abs(y - 100) < 40)
+    picture = np.full((200, 300, 3), 235, np.uint8)
+    picture[circle] = (220, 30, 30)
+    picture[square] = (40, 70, 220)
+    for mode in ("RGB", "RGBA"):
+        red, blue = segmenter(Image.fromarray(picture).convert(mode), ["the red circle", "the blue square"])
+        assert (red & circle).sum() / (red | circle).sum() > 0.7
+        assert (blue & square).sum() / (blue | square).sum() > 0.7
+
+
+def test_prompts_together_equal_prompts_alone(segmenter):
+    image = Scenes("test")[7].image
+    prompts = ["the leftmost object", "everything", "a sign of love"]
+    together = segmenter(image, prompts)
+    for prompt, mask in zip(prompts, together):
+        assert (segmenter(image, [prompt])[0] == mask).all()
+    assert (segmenter(image, "everything")[0] == together[1]).all()
+    assert segmenter(image, []) == []
+
+
+def test_a_picture_is_encoded_once_however_many_prompts(segmenter, monkeypatch):
+    calls = []
+    real = segmenter.model.encoder.encode_image
+    monkeypatch.setattr(segmenter.model.encoder, "encode_image", lambda x: calls.append(len(x)) or real(x))
+    segmenter(Scenes("test")[0].image, ["the circle", "the star", "everything red"])
+    assert calls == [1]
+
+
+def test_prepare_is_what_generate_takes(segmenter):
+    text_ids, pixels = segmenter.prepare(Scenes("test")[0].image, ["the circle", "the star"])
+    assert text_ids.shape == (2, 24) and pixels.shape == (1, 3, 128, 128)
+    tokens = segmenter.model.generate(text_ids, pixels)
+    assert tokens.shape == (2, 64) and torch.equal(tokens, segmenter.model.generate(text_ids, pixels))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 20), (3, 500)])
+def test_pictures_of_odd_sizes_work(segmenter, size):
+    (mask,) = segmenter(Image.new("RGB", size, "white"), ["the circle"])
+    assert mask.shape == size[::-1]
+
+
+# --- the command
+
+
+def test_no_arguments_segments_the_embedded_picture(run, tmp_path):
+    done = run("sample.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode().splitlines()
+    files = sorted(p.name for p in (tmp_path / "out_masks").iterdir())
+    assert len(files) == 2 * len(lines) and len(lines) >= 3
+    assert all(" px (" in line and " ms" in line for line in lines)
+
+
+def test_own_picture_with_json(run, picture, tmp_path, tiny_checkpoint):
+    out = tmp_path / "masks"
+    done = run("sample.py", "--image", picture, "--prompt", "the red circle", "--prompt", "Everything, blue!",
+               "--out", out, "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "m.json").read_text())
+    assert [r["prompt"] for r in records] == ["the red circle", "Everything, blue!"]
+    size = Image.open(picture).size
+    for record in records:
+        mask = np.asarray(Image.open(record["mask"])) > 0
+        assert mask.shape == size[::-1] and Image.open(record["overlay"]).size == size
+        assert (rle_decode(record["rle"]) == mask).all() and record["area"] == mask.sum()
+    assert not list(out.glob("*.tmp")) and not list(out.glob(".*"))
+
+
+def test_stdin_and_folders(run, picture, tmp_path, tiny_checkpoint):
+    flags = ("--prompt", "the star", "--out", tmp_path / "o", "--json", "-", "--checkpoint", tiny_checkpoint)
+    done = run("sample.py", "--image", "-", *flags, stdin=picture.read_bytes())
+    assert done.returncode == 0 and len(json.loads(done.stdout)) == 1  # nothing but JSON on standard output
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.open(picture).save(folder / name)
+    (folder / "notes.txt").write_text("not a picture")
+    done = run("sample.py", "--image", folder, *flags)
+    records = json.loads(done.stdout)
+    assert len({r["mask"] for r in records}) == 3
+
+
+def test_every_way_to_decode(run, picture, tmp_path, tiny_checkpoint):
+    for decode in ("greedy", "beam", "top-k", "top-p", "random"):
+        done = run("sample.py", "--image", picture, "--prompt", "the star", "--decode", decode,
+                   "--out", tmp_path / decode, "--checkpoint", tiny_checkpoint)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_scoring_prints_all_kinds_and_writes_json(run, tmp_path, tiny_checkpoint):
+    done = run("sample.py", "--dataset", "scenes", "--split", "novel", "--count", 40, "--json", tmp_path / "s.json",
+               "--out", tmp_path, "--checkpoint", tiny_checkpoint)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "s.json").read_text())
+    kinds = ("semantic", "referring", "reasoning")
+    assert scores["all"]["count"] == 40 == sum(scores[kind]["count"] for kind in kinds)
+    assert all(kind.encode() in done.stdout for kind in kinds)
+
+
+def error_of(done, code):
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert b"Traceback" not in done.stderr
+    return done.stderr.decode().strip().splitlines()[-1]
+
+
+def test_wrong_use_exits_with_2(run, picture):
+    assert "--promt" in error_of(run("sample.py", "--promt", "x"), 2)
+    assert "--prompt" in error_of(run("sample.py", "--image", picture), 2)
+    assert "empty" in error_of(run("sample.py", "--image", picture, "--prompt", " "), 2)
+    assert "gpu7" in error_of(run("sample.py", "--device", "gpu7"), 2)
+    long = "the circle " * 40
+    assert "24" in error_of(run("sample.py", "--image", picture, "--prompt", long), 2)
+
+
+def test_bad_data_exits_with_1_and_leaves_nothing(run, picture, tmp_path, tiny_checkpoint):
+    flags = ("--prompt", "the star", "--out", tmp_path / "o")
+    assert "none.png" in error_of(run("sample.py", "--image", tmp_path / "none.png", *flags), 1)
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:300])
+    assert "broken.png" in error_of(run("sample.py", "--image", tmp_path / "broken.png", *flags), 1)
+    assert not list((tmp_path / "o").iterdir())
+    assert "pictures" in error_of(run("sample.py", "--image", tmp_path / "o", *flags), 1)
+    (tmp_path / "file").write_text("")
+    assert "file" in error_of(run("sample.py", "--image", picture, "--prompt", "x", "--out", tmp_path / "file"), 1)
+    assert "model.safetensors" in error_of(run("sample.py", "--checkpoint", tmp_path), 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes((tiny_checkpoint / "mask_tokenizer.safetensors").read_bytes())
+    assert "LlamaSeg" in error_of(run("sample.py", "--checkpoint", other), 1)
+    (other / "model.safetensors").write_bytes((tiny_checkpoint / "model.safetensors").read_bytes()[:5000])
+    assert "model.safetensors" in error_of(run("sample.py", "--checkpoint", other), 1)
+
+
+# --- helpers
+
+
+def test_describe_gives_area_and_box():
+    mask = np.zeros((6, 8), bool)
+    mask[2:4, 3:7] = True
+    assert describe(mask) == (8, (3, 2, 4, 2))
+    assert describe(np.zeros((6, 8), bool)) == (0, None)
+
+
+def test_overlay_changes_the_object_and_keeps_the_size():
+    image = Image.new("L", (8, 6), 100)
+    mask = np.zeros((6, 8), bool)
+    mask[1:5, 1:7] = True
+    pixels = np.asarray(overlay(image, mask))
+    assert pixels.shape == (6, 8, 3)
+    assert tuple(pixels[1, 1]) == (255, 0, 160) and len({tuple(p) for p in pixels[~mask]}) == 1
+
+
+def test_standard_input_that_is_no_picture(run):
+    done = run("sample.py", "--image", "-", "--prompt", "x", stdin=io.BytesIO(b"zzz").read())
+    assert "standard input" in error_of(done, 1)

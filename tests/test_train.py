@@ -1,0 +1,160 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+
+import train
+
+
+@pytest.fixture
+def small(tiny_checkpoint, monkeypatch):
+    """Flags for a run that takes seconds: the tiny shape as the preset `scenes`."""
+    from model import LlamaSeg
+
+    config = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors").config
+    monkeypatch.setitem(train.PRESETS, "scenes", config)
+
+    def flags(out, *more):
+        return ["--mask-tokenizer", str(tiny_checkpoint / "mask_tokenizer.safetensors"), "--out-dir", str(out),
+                "--batch-size", "8", "--max-steps", "6", "--warmup-steps", "2", "--eval-every", "6",
+                "--eval-count", "4", "--save-every", "3", "--device", "cpu", "--dtype", "float32", *more]  # fmt: skip
+
+    return flags
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return {r["step"]: r["loss"] for r in records(out) if "loss" in r}
+
+
+def test_a_run_leaves_what_it_promises(small, tmp_path):
+    assert train.main(small(tmp_path)) == 0
+    steps = [r for r in records(tmp_path) if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "lr", "samples_per_s"} <= set(r) for r in steps)
+    (scores,) = [r for r in records(tmp_path) if "cIoU" in r]
+    assert scores["count"] == 4 and {"gIoU", "mAHD@0.5"} <= set(scores)
+    assert Image.open(tmp_path / "grid-000006.png").size[0] > 300
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"checkpoint.pt", "model.safetensors", "mask_tokenizer.safetensors", "text.model"} <= names
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, optimizer):
+    def call(out, *more):
+        assert train.main(small(out, "--optimizer", optimizer, *more)) == 0
+
+    call(tmp_path / "whole")
+    # Stopped after step 3: the schedule must be the whole run's, so the stop is a kill, not a smaller --max-steps.
+    real, saved = train.save_checkpoint, []
+
+    def save_and_die(*args):
+        real(*args)
+        saved.append(args)
+        raise KeyboardInterrupt
+
+    train.save_checkpoint = save_and_die
+    try:
+        assert train.main(small(tmp_path / "broken", "--optimizer", optimizer)) == 130
+    finally:
+        train.save_checkpoint = real
+    assert max(losses(tmp_path / "broken")) == 3
+    call(tmp_path / "broken", "--resume", "auto")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("whole", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_accumulation_gives_the_same_losses(small, tmp_path):
+    assert train.main(small(tmp_path / "a")) == 0
+    assert train.main(small(tmp_path / "b", "--micro-batch-size", "4")) == 0
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert all(abs(a[s] - b[s]) < 1e-4 for s in a)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+LAUNCH = """
+import sys, train
+from model import LlamaSeg
+train.PRESETS["scenes"] = LlamaSeg.from_pretrained(sys.argv.pop(1)).config
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_give_the_losses_of_one(small, tiny_checkpoint, tmp_path):
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    flags = ["--max-steps", "20", "--eval-every", "20"]
+    assert train.main(small(tmp_path / "one", *flags)) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+         str(tmp_path / "launch.py"), str(tiny_checkpoint / "model.safetensors"), *small(tmp_path / "two", *flags)],
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20 and max(abs(one[s] - two[s]) for s in one) < 1e-4
+    scores = [[r for r in records(tmp_path / d) if "cIoU" in r][-1] for d in ("one", "two")]
+    assert scores[0]["count"] == scores[1]["count"] == 4  # each example once, on whichever rank
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    args = train.parse_args(["--max-steps", "1000", "--warmup-steps", "100", "--lr", "0.5"])
+    rates = [train.learning_rate(s, args) for s in range(1001)]
+    assert rates[0] == pytest.approx(0.005) and rates[99] == rates[100] == 0.5 and rates[1000] == pytest.approx(0)
+    assert rates[550] == pytest.approx(0.25) and all(a >= b for a, b in zip(rates[99:], rates[100:]))
+
+
+def test_each_parameter_has_exactly_one_optimizer(tiny_checkpoint):
+    from model import LlamaSeg
+
+    model = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors")
+    for name in ("muon", "adamw"):
+        optimizers = train.make_optimizers(model, train.parse_args(["--optimizer", name]))
+        held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+        assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, capsys):
+    real = train.LlamaSeg.forward
+
+    def broken(self, *args):
+        logits, loss = real(self, *args)
+        return logits, loss * float("nan")
+
+    monkeypatch.setattr(train.LlamaSeg, "forward", broken)
+    assert train.main(small(tmp_path)) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 1" in message and "train-0" in message
+
+
+def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
+    assert train.main(small(tmp_path)) == 0
+    assert train.main(small(tmp_path)) == 1  # would mix two runs
+    assert "--resume" in capsys.readouterr().err
+    assert train.main(small(tmp_path, "--resume", "auto", "--seed", "7")) == 1
+    assert "--seed 0" in capsys.readouterr().err
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    assert train.main(small(tmp_path / "new", "--resume", str(tmp_path / "cut.pt"))) == 1
+    assert "cut.pt" in capsys.readouterr().err
+    for flags in (["--max-stepz", "3"], ["--batch-size", "0"], ["--preset", "huge"], ["--device", "gpu"]):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(flags)
+        assert stopped.value.code == 2
