@@ -305,16 +305,19 @@ def _table(numbers):
     return "\n".join(f"{name:<8} {value:>9} {pairs:>7}" for name, value, pairs in rows)
 
 
-def _write_json(path, numbers):
+def write_json(path, value):
+    """Write JSON under a temporary name, then rename: a reader never finds half a file."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def main(argv=None) -> int:
+    """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
     parser = argparse.ArgumentParser(
         description=HELP,
         epilog=HELP_END,
@@ -331,7 +334,7 @@ def main(argv=None) -> int:
             raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
         numbers = _compare_folders(args.pred_dir, args.gt_dir)
         if args.json:
-            _write_json(args.json, numbers)
+            write_json(args.json, numbers)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

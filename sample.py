@@ -15,7 +15,6 @@ size) and NAME-K-PROMPT-overlay.png. In Python:
 import argparse
 import io
 import json
-import os
 import re
 import sys
 import time
@@ -27,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Scenes, contact_sheet, load_dataset, open_picture, resize_picture, rle_encode, to_pixels, write_picture
-from metrics import boundary
+from metrics import boundary, write_json
 from model import DECODES, LlamaSeg, compute_dtype, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks
 from train import ASSETS, evaluate
@@ -140,18 +139,12 @@ def describe(mask):
     return int(mask.sum()), box
 
 
-def write_json(value, path):
-    """JSON to a file (temporary name, then renamed), or to standard output for "-"."""
-    text = json.dumps(value, indent=1)
-    if path == "-":
-        print(text)
-        return
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def put_json(value, target):
+    """JSON to a file, or to standard output for "-"."""
+    if target == "-":
+        print(json.dumps(value, indent=2))
+    else:
+        write_json(target, value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -185,7 +178,7 @@ def segment(args):
                             "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(files["mask"]),
                             "overlay": str(files["overlay"])})  # fmt: skip
     if args.json:
-        write_json(records, args.json)
+        put_json(records, args.json)
 
 
 def score(args):
@@ -198,17 +191,18 @@ def score(args):
                                          count, device=segmenter.device, decode=args.decode, progress=True)  # fmt: skip
     tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
     columns = ("count", "cIoU", "gIoU", "mAHD@0.5", "mAHD@0.7", "mAHD@0.9")
-    print(f"{args.dataset}:{args.split}, {args.decode} decoding")
-    print(f"{'':12}" + "".join(f"{c:>10}" for c in columns))
+    say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
+    print(f"{args.dataset}:{args.split}, {args.decode} decoding", file=say)
+    print(f"{'':12}" + "".join(f"{c:>10}" for c in columns), file=say)
     for name, row in tables.items():
         values = ("-" if row[c] is None else row[c] if c == "count" else f"{row[c]:.4f}" for c in columns)
-        print(f"{name:12}" + "".join(f"{v:>10}" for v in values))
+        print(f"{name:12}" + "".join(f"{v:>10}" for v in values), file=say)
     args.out.mkdir(parents=True, exist_ok=True)
     sheet = args.out / f"{args.dataset}-{args.split}.png"
     contact_sheet(cells, sheet)
-    print(f"wrote {sheet} (picture, predicted, truth)")
+    print(f"wrote {sheet} (picture, predicted, truth)", file=say)
     if args.json:
-        write_json({"dataset": args.dataset, "split": args.split, "decode": args.decode, **tables}, args.json)
+        put_json({"dataset": args.dataset, "split": args.split, "decode": args.decode, **tables}, args.json)
 
 
 def main(argv=None):

@@ -488,16 +488,24 @@ def train(args):
         model.decoder.requires_grad_(True)
         model.post_quant_conv.requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
+    banks = [p for p in parameters if p.dim() == 4]
+    views = [nn.Parameter(p.data.flatten(1)) for p in banks]
+    optimizers = [
+        torch.optim.Muon(views, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for p in parameters if p.dim() != 4], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     total, position = args.free_steps + args.steps, args.start
     bar = tqdm(range(total), desc="mask tokenizer", smoothing=0.05)
     for step in bar:
         free = step < args.free_steps
         if step == args.free_steps > 0:
             model.quantize.embedding.weight.data.copy_(first_codebook(model, dataset, args, device))
+        elif not free and not args.freeze_codes and step % 200 == 0:
+            reseed_codes(model, mask_batch(dataset, args.size, position, 512).to(device))
         fraction = step / args.free_steps if free else (step - args.free_steps) / args.steps
-        for group in optimizer.param_groups:  # each phase: short warm-up, flat, then down to 2 %
-            group["lr"] = args.lr * (1 if free else 0.5) * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
+        # each phase: short warm-up, flat, then down to 2 %
+        lr = args.lr * (1 if free else 0.5) * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
         whole = not free and fraction > 2 / 3
         count = args.batch_size if whole else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
@@ -506,10 +514,15 @@ def train(args):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             decoded, code_loss = model(mask_to_image(masks), args.noise if free else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for view, bank in zip(views, banks):
+            view.grad = bank.grad.flatten(1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
         if step % 50 == 0:
             wrong = (image_to_mask(decoded.detach().float()) ^ masks).sum() / masks.sum()
             bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
@@ -519,6 +532,22 @@ def train(args):
                 scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128, device=device)
                 tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.2f} px, "
                            f"{used} of {model.config.codebook_size} codes used")
+
+
+@torch.no_grad()
+def reseed_codes(model, masks):
+    """Move the codes that none of `masks` uses to the latents that are farthest from their own code."""
+    z = torch.cat([model.latents(mask_to_image(part)) for part in masks.split(32)])
+    tokens = model.quantize.nearest(z)  # (B, h*w)
+    z = F.normalize(z, dim=1).flatten(2).transpose(1, 2)  # (B, h*w, C)
+    error = (z - model.quantize.codebook[tokens]).square().sum(-1).flatten()
+    unused = torch.ones(model.config.codebook_size, dtype=torch.bool, device=z.device)
+    unused[tokens.unique()] = False
+    unused[:2] = False  # plain background and plain object, see VQGAN.flat_loss
+    rows = unused.nonzero().flatten()
+    # a quarter of them at a time: codes that are rare but right should mostly stay
+    rows = rows[torch.randperm(len(rows), device=rows.device)[: len(rows) // 4]]
+    model.quantize.embedding.weight[rows] = z.flatten(0, 1)[error.topk(len(rows)).indices]
 
 
 @torch.no_grad()
@@ -547,6 +576,7 @@ def text_sentences():
 def report(args):
     """`python tokenizer.py eval`: numbers, a JSON file and a picture of masks beside their reconstructions."""
     from data import contact_sheet, load_dataset
+    from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
     scores, used, shown = evaluate(model, load_dataset("scenes", args.split), args.size, args.count)
@@ -556,7 +586,7 @@ def report(args):
           f"mean IoU {scores['gIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.3f} px, "
           f"{used} of {model.config.codebook_size} codes used")  # fmt: skip
     contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown], f"{args.out}.png")
-    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
+    write_json(f"{args.out}.json", result)
     print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
 
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Batches, contact_sheet, load_dataset, resize_picture, to_pixels
-from metrics import SegmentationMetrics
+from metrics import SegmentationMetrics, write_json
 from model import PRESETS, LlamaSeg, compute_dtype, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
 
@@ -253,7 +253,7 @@ def train(args):
         for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
             shutil.copyfile(source, args.out_dir / name)
         resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        (args.out_dir / "args.json").write_text(json.dumps(resolved, indent=1))
+        write_json(args.out_dir / "args.json", resolved)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

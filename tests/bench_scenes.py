@@ -1,0 +1,19 @@
+"""How fast are scenes drawn? `python tests/bench_scenes.py` prints scenes/s of one core (aim: 250 and more)."""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import Scenes, resize_mask, resize_picture
+
+for rich in (False, True):
+    dataset, count = Scenes("train", rich=rich), 500
+    dataset[count]  # warm up
+    start = time.perf_counter()
+    for i in range(count):
+        example = dataset[i]
+        resize_picture(example.image, 128), resize_mask(example.mask, 128)
+    rate = count / (time.perf_counter() - start)
+    print(f"{'rich' if rich else 'plain'}: {rate:.0f} scenes/s, drawn, phrased and resized to 128 px")
