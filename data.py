@@ -297,7 +297,7 @@ def draw_scene(rng, novel=False, rich=False):
                 kind = like.kind if repeat and rng.random() < 0.7 else shapes[rng.integers(len(shapes))]
                 if novel or (color, kind) not in NOVEL:
                     break
-        radius = min(height, width) * np.exp(rng.uniform(np.log(0.12), np.log(0.36)))
+        radius = min(height, width) * rng.uniform(0.13, 0.4)
         centre = _place(radius, width, height, objects, rng)
         if centre is None:  # no room: try it small, else leave it out
             radius = 0.13 * min(height, width)
@@ -419,9 +419,9 @@ def scene_phrases(objects, height, width):
     named["shape"] = everything
     for noun, indices in named.items():
         if len(indices) == 1:
-            if noun != "object" and objects[indices[0]].radius > 0.24 * min(height, width):
+            if noun != "object" and objects[indices[0]].radius > 0.28 * min(height, width):
                 add("size", [f"the large {noun}", f"the big {noun}"], "referring", None, indices)
-            elif noun != "object" and objects[indices[0]].radius < 0.16 * min(height, width):
+            elif noun != "object" and objects[indices[0]].radius < 0.18 * min(height, width):
                 add("size", [f"the small {noun}", f"the little {noun}"], "referring", None, indices)
             continue
         biggest = _winner({i: objects[i].area for i in indices}, lambda a, b: a > 1.35 * b)

@@ -284,7 +284,7 @@ class VQGAN(nn.Module):
         rows = self.quantize.codebook.detach()
         target = torch.where((level < 0)[:, None], rows[0, :, None, None], rows[1, :, None, None])  # (B, C, h, w)
         flat = (level.abs() > 1 - 1e-4)[:, None]
-        return ((z - target).square() * flat).mean()
+        return 10 * ((z - target).square() * flat).mean()
 
     def save_pretrained(self, path, dtype=None):
         """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
@@ -461,33 +461,40 @@ def evaluate(model, dataset, size, count, batch=32, device="cpu"):
 
 
 def train(args):
-    """Train a mask tokenizer in two phases.
+    """Train a mask tokenizer in three phases; any of them can be left out by giving it 0 steps.
 
-    Free: no codebook, latents with a little noise. Then k-means of the latents makes a codebook without dead
-    rows, and VQ training goes on from there. Crops about the object, where there is something to learn, until
-    the last third of the second phase sees whole masks.
+    free     no codebook: encoder and decoder learn with a little noise on the latents;
+    codes    a codebook from k-means, then VQ training of everything;
+    decoder  k-means once more, so that no code is wasted; then encoder and codebook stay and the decoder alone
+             goes on. Given --init-from and only this phase, every mask keeps the mask tokens it had.
     """
-    from tqdm import tqdm
-
     from data import load_dataset
     from model import compute_dtype, pick_device
 
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    dtype, _ = compute_dtype(device, args.dtype)
+    dtype, reason = compute_dtype(device, args.dtype)
+    print(f"mask tokenizer on {device}, {dtype} ({reason})")
     dataset = load_dataset("scenes", "train", phrases=3)
-    model = VQGAN(SCENES)
-    if args.init_from:
-        model = VQGAN.from_pretrained(args.init_from)
-        if args.free_steps:  # a new codebook is coming, of the size that SCENES says
-            model.config.codebook_size = SCENES.codebook_size
-            model.quantize = VectorQuantizer(model.config)
-    model.to(device)
-    if args.freeze_codes:
-        model.requires_grad_(False)
-        model.decoder.requires_grad_(True)
-        model.post_quant_conv.requires_grad_(True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
+    encoder_moved = False
+    for phase, steps in (("free", args.free_steps), ("codes", args.steps), ("decoder", args.decoder_steps)):
+        if steps:
+            if encoder_moved:
+                model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args.size, device))
+            train_phase(model, dataset, phase, steps, args, device, dtype)
+            encoder_moved = phase != "decoder"
+        args.start += steps * args.batch_size * 2  # the next phase sees new masks
+
+
+def train_phase(model, dataset, phase, steps, args, device, dtype):
+    """One phase of `train`; saves and evaluates as it goes."""
+    from tqdm import tqdm
+
+    from data import load_dataset
+
+    learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
+    parameters = [p for module in learning for p in module.parameters()]
     # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
     banks = [p for p in parameters if p.dim() == 4]
     views = [nn.Parameter(p.data.flatten(1)) for p in banks]
@@ -495,24 +502,20 @@ def train(args):
         torch.optim.Muon(views, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([p for p in parameters if p.dim() != 4], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    total, position = args.free_steps + args.steps, args.start
-    bar = tqdm(range(total), desc="mask tokenizer", smoothing=0.05)
+    position = args.start
+    bar = tqdm(range(steps), desc=f"mask tokenizer, {phase}", smoothing=0.05)
     for step in bar:
-        free = step < args.free_steps
-        if step == args.free_steps > 0:
-            model.quantize.embedding.weight.data.copy_(first_codebook(model, dataset, args, device))
-        elif not free and not args.freeze_codes and step % 200 == 0:
+        fraction = step / steps
+        if phase == "codes" and step % 200 == 0 and fraction < 0.7:
             reseed_codes(model, mask_batch(dataset, args.size, position, 512).to(device))
-        fraction = step / args.free_steps if free else (step - args.free_steps) / args.steps
-        # each phase: short warm-up, flat, then down to 2 %
-        lr = args.lr * (1 if free else 0.5) * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
-        whole = not free and fraction > 2 / 3
+        # Crops about the object, where there is something to learn; whole masks in the last third, with a codebook.
+        whole = phase != "free" and fraction > 2 / 3
         count = args.batch_size if whole else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
         position += count
         masks = (masks if whole else crop_masks(masks, args.size // 2)).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            decoded, code_loss = model(mask_to_image(masks), args.noise if free else None)
+            decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -520,18 +523,31 @@ def train(args):
         for view, bank in zip(views, banks):
             view.grad = bank.grad.flatten(1)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group in optimizer.param_groups:  # short warm-up, flat, then down to 2 %
+                group["lr"] = args.lr * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
             optimizer.step()
         if step % 50 == 0:
             wrong = (image_to_mask(decoded.detach().float()) ^ masks).sum() / masks.sum()
             bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == total:
-            model.save_pretrained(args.out)
-            if not free:
-                scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128, device=device)
-                tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.2f} px, "
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            model.save_pretrained(args.out, torch.float16)
+            scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128, device=device)
+            if phase != "free":
+                ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
+                tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {ahd} px, "
                            f"{used} of {model.config.codebook_size} codes used")
+
+
+@torch.no_grad()
+def fit_codebook(model, dataset, size, device, count=2600):
+    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of `count` masks."""
+    rows = []
+    for start in range(0, count, 20):
+        masks = mask_batch(dataset, size, len(dataset) // 2 + start, 20).to(device)
+        rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
+    rows, plain = torch.cat(rows).cpu(), model.quantize.codebook[:2].cpu()
+    edges = rows[(rows @ plain.T).max(-1).values < 0.99]
+    return torch.cat([plain, k_means(edges, model.config.codebook_size - 2)])
 
 
 @torch.no_grad()
@@ -600,14 +616,13 @@ def parse_args(argv=None):
                             description=train.__doc__)  # fmt: skip
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
     p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
-    p.add_argument("--freeze-codes", action="store_true",
-                   help="train the decoder alone: the mask tokens of every mask stay what they are")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
-    p.add_argument("--free-steps", type=int, default=2400, help="steps without a codebook (default: 2400)")
-    p.add_argument("--steps", type=int, default=1600, help="steps with it (default: 1600)")
-    p.add_argument("--batch-size", type=int, default=8, help="masks a step; free steps take twice as many crops")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; half of it with the codebook")
-    p.add_argument("--noise", type=float, default=0.1, help="on the latents of the free steps (default: 0.1)")
+    p.add_argument("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
+    p.add_argument("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
+    p.add_argument("--decoder-steps", type=int, default=3000, help="steps of the decoder alone (default: 3000)")
+    p.add_argument("--batch-size", type=int, default=8, help="whole masks a step, or twice as many crops (default: 8)")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    p.add_argument("--noise", type=float, default=0.05, help="on the latents of the free steps (default: 0.05)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)

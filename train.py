@@ -54,7 +54,7 @@ def parse_args(argv=None):
                        "(default: batch size / ranks, no accumulation)")
     group.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
                        help="muon: Muon for the matrices, AdamW for the rest; adamw: the paper's (default: muon)")
-    group.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     group.add_argument("--warmup-steps", type=int, default=100, help="linear warm-up, then cosine to 0 (default: 100)")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices (default: 0.05, the paper's)")
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
@@ -216,6 +216,15 @@ def load_checkpoint(path, model, optimizers, args):
     return step
 
 
+def trim_log(path, step):
+    """Drop what a killed run logged after the checkpoint that it goes on from: those steps come again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(lines))
+        os.replace(temporary, path)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # the run
 
@@ -248,8 +257,9 @@ def train(args):
     resume = checkpoint if args.resume == "auto" and checkpoint.exists() else args.resume
     first_step = load_checkpoint(resume, raw_model, optimizers, args) if resume not in (None, "auto") else 0
     if master:
-        if first_step == 0 and (args.out_dir / "log.jsonl").exists():
+        if args.resume is None and (args.out_dir / "log.jsonl").exists():
             raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
+        trim_log(args.out_dir / "log.jsonl", first_step)
         for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
             shutil.copyfile(source, args.out_dir / name)
         resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

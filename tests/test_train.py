@@ -70,10 +70,19 @@ def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, opt
     finally:
         train.save_checkpoint = real
     assert max(losses(tmp_path / "broken")) == 3
+    with open(tmp_path / "broken" / "log.jsonl", "a") as log:  # a kill a little later leaves steps without checkpoint
+        log.write('{"step": 4, "loss": 99.0}\n')
     call(tmp_path / "broken", "--resume", "auto")
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert [r["step"] for r in records(tmp_path / "broken") if "loss" in r] == [1, 2, 3, 4, 5, 6]
     a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_auto_without_a_checkpoint_starts_over(small, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 99.0}\n')  # killed before the first checkpoint
+    assert train.main(small(tmp_path, "--resume", "auto")) == 0
+    assert 99.0 not in losses(tmp_path).values() and len(losses(tmp_path)) == 6
 
 
 def test_accumulation_gives_the_same_losses(small, tmp_path):
@@ -141,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, c
     monkeypatch.setattr(train.LlamaSeg, "forward", broken)
     assert train.main(small(tmp_path)) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 1" in message and "train-0" in message
+    assert "step 1" in message and "train-" in message
 
 
 def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
