@@ -229,6 +229,25 @@ def trim_log(path, step):
 # the run
 
 
+def open_run(args, model, optimizers, master):
+    """Make OUT_DIR what sample.py and --resume need; returns the number of steps that are already done."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = args.out_dir / "checkpoint.pt", args.out_dir / "log.jsonl"
+    if args.resume is None and log.exists():
+        raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
+    if args.resume == "auto":
+        done = load_checkpoint(checkpoint, model, optimizers, args) if checkpoint.exists() else 0
+    else:
+        done = load_checkpoint(args.resume, model, optimizers, args) if args.resume else 0
+    if master:
+        trim_log(log, done)
+        for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
+            if source.resolve() != (args.out_dir / name).resolve():
+                shutil.copyfile(source, args.out_dir / name)
+        write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    return done
+
+
 def train(args):
     """The whole run; returns the last evaluation's metrics."""
     # --- device, ranks
@@ -240,30 +259,18 @@ def train(args):
     torch.set_float32_matmul_precision("high")
 
     # --- tokenizers, model
-    config = PRESETS[args.preset]
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
-    text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
-    if args.init_from:
-        raw_model = LlamaSeg.from_pretrained(args.init_from)
-    else:
-        raw_model = LlamaSeg(config)
+    raw_model = LlamaSeg.from_pretrained(args.init_from) if args.init_from else LlamaSeg(PRESETS[args.preset])
+    config = raw_model.config
+    if mask_tokenizer.config.codebook_size != config.codebook_size:
+        raise ValueError(f"{args.mask_tokenizer} has {mask_tokenizer.config.codebook_size} codes, "
+                         f"the model {config.codebook_size}")  # fmt: skip
+    if not args.init_from:
         raw_model.init_mask_tokens(mask_tokenizer.quantize.codebook)
+    text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, args)
-
-    # --- where to start
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out_dir / "checkpoint.pt"
-    resume = checkpoint if args.resume == "auto" and checkpoint.exists() else args.resume
-    first_step = load_checkpoint(resume, raw_model, optimizers, args) if resume not in (None, "auto") else 0
-    if master:
-        if args.resume is None and (args.out_dir / "log.jsonl").exists():
-            raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
-        trim_log(args.out_dir / "log.jsonl", first_step)
-        for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
-            shutil.copyfile(source, args.out_dir / name)
-        resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        write_json(args.out_dir / "args.json", resolved)
+    first_step = open_run(args, raw_model, optimizers, master)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -285,12 +292,11 @@ def train(args):
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {accumulation} micro-batches x {micro_batch_size}")
 
     # --- loop
-    log = open(args.out_dir / "log.jsonl", "a") if master else None
+    log = open(args.out_dir / "log.jsonl", "a", buffering=1) if master else None
     bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps, disable=not master,
                smoothing=0.02, desc="train")  # fmt: skip
     scores, started = {}, time.perf_counter()
     for step in bar:
-        lr = learning_rate(step, args)
         loss = torch.zeros((), device=device)
         for micro in range(accumulation):
             batch = next(loader)
@@ -310,6 +316,7 @@ def train(args):
             raise ArithmeticError(f"loss is {loss} at step {step + 1}, last micro-batch {batch['ids'][0]} .. "
                                   f"{batch['ids'][-1]}: lower --lr, or look at these examples")  # fmt: skip
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
+        lr = learning_rate(step, args)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -317,27 +324,23 @@ def train(args):
             optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        elapsed, started = time.perf_counter() - started, time.perf_counter()
-        record = {"step": done, "loss": loss, "lr": lr, "samples_per_s": args.batch_size / elapsed}
-        bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {record['samples_per_s']:.0f} samples/s", refresh=False)
+        speed = args.batch_size / (time.perf_counter() - started)
+        bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {speed:.0f} samples/s", refresh=False)
         if master:
-            log.write(json.dumps(record) + "\n")
+            log.write(json.dumps({"step": done, "loss": loss, "lr": lr, "samples_per_s": speed}) + "\n")
         if done % args.eval_every == 0 or done == args.max_steps:
             total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
                                              world_size, progress=master)  # fmt: skip
             scores = total.compute()
             if master:
-                record = {"step": done, **scores, "tasks": {t: m.compute()["cIoU"] for t, m in by_task.items()}}
-                log.write(json.dumps(record) + "\n")
+                tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+                log.write(json.dumps({"step": done, **scores, "tasks": tasks}) + "\n")
                 contact_sheet(cells, args.out_dir / f"grid-{done:06d}.png")
-                ahd = scores["mAHD@0.5"]
-                say(f"step {done}: loss {loss:.4f} cIoU {scores['cIoU']:.4f} gIoU {scores['gIoU']:.4f} "
-                    f"mAHD@0.5 {'-' if ahd is None else format(ahd, '.2f')} px")  # fmt: skip
-            started = time.perf_counter()
-        if master:
-            log.flush()
-            if done % args.save_every == 0 or done == args.max_steps:
-                save_checkpoint(checkpoint, raw_model, optimizers, done, args)
+                ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
+                say(f"step {done}: cIoU {scores['cIoU']:.4f} gIoU {scores['gIoU']:.4f} mAHD@0.5 {ahd} px")
+        if master and (done % args.save_every == 0 or done == args.max_steps):
+            save_checkpoint(args.out_dir / "checkpoint.pt", raw_model, optimizers, done, args)
+        started = time.perf_counter()
     if world_size > 1:
         dist.destroy_process_group()
     return scores
