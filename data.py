@@ -11,10 +11,9 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 
 import argparse
 import os
-import struct
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +96,7 @@ SHAPE_RIDDLES = {
     "cross": ("a plus sign", "the sign of first aid", "what stands between two numbers to add"),
     "ring": ("something to wear on a finger", "the shape with a hole", "something like a donut"),
     "hexagon": ("the shape with six sides", "the shape with six corners", "a cell of a honeycomb"),
-    "diamond": ("a kite without a tail", "the suit of cards that is not a heart, club or spade"),
+    "diamond": ("a kite without a tail", "the suit of cards that looks like a gem"),
     "crescent": ("the moon when it is not full", "something shaped like a banana"),
     "arrow": ("something that shows the way", "what an archer shoots"),
 }
@@ -137,7 +136,7 @@ class Shape:
     radius: float
     fill: str = "plain"  # rich scenes also have "striped" and "dotted"
     area: int = 0
-    box: tuple = field(default=(0, 0, 0, 0))  # of the visible pixels: left, top, right, bottom
+    box: tuple = (0, 0, 0, 0)  # of the visible pixels: left, top, right, bottom
 
 
 def _regular(n, inner=None, start=-90.0):
@@ -417,26 +416,32 @@ def scene_phrases(objects, height, width):
     centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
     named["object"] = everything
     named["shape"] = everything
+    for word in EXTREMES if len(objects) == 1 else ():
+        add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
     for noun, indices in named.items():
         if len(indices) == 1:
-            if noun != "object" and objects[indices[0]].radius > 0.28 * min(height, width):
+            alone = noun in ("object", "shape")
+            if not alone and objects[indices[0]].radius > 0.28 * min(height, width):
                 add("size", [f"the large {noun}", f"the big {noun}"], "referring", None, indices)
-            elif noun != "object" and objects[indices[0]].radius < 0.18 * min(height, width):
+            elif not alone and objects[indices[0]].radius < 0.18 * min(height, width):
                 add("size", [f"the small {noun}", f"the little {noun}"], "referring", None, indices)
             continue
+        # A ring or a star has less area than a circle of its extent, so both must say the same.
+        radii = {i: objects[i].radius for i in indices}
         biggest = _winner({i: objects[i].area for i in indices}, lambda a, b: a > 1.35 * b)
-        if biggest is not None:
+        if biggest is not None and biggest == _winner(radii, lambda a, b: a > 1.15 * b):
             add("size", [f"the {w} {noun}" for w in ("large", "big", "biggest", "largest")],
                 "referring", None, [biggest])  # fmt: skip
         smallest = _winner({i: -objects[i].area for i in indices}, lambda a, b: 1.35 * a > b)
-        if smallest is not None:
+        if smallest is not None and smallest == _winner({i: -radii[i] for i in radii}, lambda a, b: 1.15 * a > b):
             add("size", [f"the {w} {noun}" for w in ("small", "little", "smallest")],
                 "referring", None, [smallest])  # fmt: skip
         for word, (axis, sign) in EXTREMES.items():
             margin = 0.05 * (width, height)[axis]
             places = {i: sign * centers[i][axis] for i in indices}
             first = _winner(places, lambda best, second, margin=margin: best - second > margin)
-            if first is not None:
+            edges = {i: sign * objects[i].box[axis + (2 if sign > 0 else 0)] for i in indices}
+            if first is not None and edges[first] == max(edges.values()):  # centre and edge agree
                 add("extreme", [f"the {word} {noun}"], "referring", None, [first])
 
     for noun, indices in named.items():
@@ -449,7 +454,7 @@ def scene_phrases(objects, height, width):
                 offsets = [sign * (centers[i][axis] - centers[anchor][axis]) for i in indices]
                 extent = (width, height)[axis]
                 inside = [i for i, offset in zip(indices, offsets) if offset > 0.12 * extent]
-                unsure = [offset for offset in offsets if 0 < offset <= 0.12 * extent]
+                unsure = [offset for offset in offsets if abs(offset) <= 0.12 * extent]
                 if len(inside) == 1 and not unsure:
                     add("relation", [f"the {noun} {word} the {other}"], "referring", None, inside)
     return groups
@@ -557,11 +562,19 @@ def open_picture(source):
         raise ValueError(f"{name}: a folder, not a picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name}: not a picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
         raise ValueError(f"{name}: broken picture ({error})") from None
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+    return to_rgb(image)
+
+
+def to_rgb(image):
+    """PIL picture of any mode -> 8-bit RGB: transparency goes onto white, 16-bit grey is scaled to 8 bits."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode != "F" and values.max() > 255 else 255.0 if values.max() > 1 else 1.0
+        # I;16 has a known range; I and F do not say theirs
+        top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0 if values.max() > 1 else 1.0
         image = Image.fromarray((values.clip(0, top) * (255.0 / top) + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -575,7 +588,7 @@ def open_picture(source):
 
 def resize_picture(image, size):
     """PIL picture -> uint8 (size, size, 3): PIL's bilinear, aspect ratio not kept, as SigLIP2 does it."""
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask, size):
@@ -689,7 +702,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
                  rank=0, world_size=1, seed=0, hide=False):  # fmt: skip
-        if batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
+        if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
             raise ValueError(
                 f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x {world_size} "
                 f"ranks, and the micro-batch size a multiple of {phrases} phrases a picture"
@@ -707,8 +720,8 @@ class Batches(torch.utils.data.Dataset):
         for position in range(first, first + self.micro_batch_size):
             rng = np.random.default_rng([self.seed, position])
             example = self.dataset[self._index(position)]
-            choice = rng.integers(len(TEMPLATES) + 1)  # bare, or through one of the templates
-            text.append(instruct(example.phrase, TEMPLATES[choice - 1]) if choice else example.phrase)
+            choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
+            text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
                 pictures.append(resize_picture(example.image, self.size))
             masks.append(resize_mask(example.mask, self.size))
@@ -779,6 +792,8 @@ def preview(args):
     """Write a contact sheet of a data set: picture, phrase, mask."""
     options = {"rich": True} if args.rich else {}
     dataset = load_dataset(args.name, args.split, **options)
+    if args.first >= len(dataset):
+        raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
     contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out)
     print(f"wrote {args.out}: examples {args.first} to {args.first + len(chosen) - 1} of {args.name}:{args.split}")

@@ -15,6 +15,7 @@ size) and NAME-K-PROMPT-overlay.png. In Python:
 import argparse
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -61,9 +62,11 @@ class Segmenter:
         model = LlamaSeg.from_pretrained(file)
         mask_tokenizer = VQGAN.from_pretrained(file.with_name("mask_tokenizer.safetensors"))
         text_tokenizer = TextTokenizer(file.with_name("text.model"), model.config.siglip.text_length)
-        if mask_tokenizer.config.codebook_size != model.config.codebook_size:
-            raise ValueError(f"{file.parent}: mask tokenizer of {mask_tokenizer.config.codebook_size} codes beside a "
-                             f"model of {model.config.codebook_size}: they are not of one training run")  # fmt: skip
+        sizes = {"codes": (mask_tokenizer.config.codebook_size, model.config.codebook_size),
+                 "text pieces": (text_tokenizer.model.vocab_size(), model.config.siglip.vocab_size)}  # fmt: skip
+        for what, (has, wants) in sizes.items():
+            if has != wants:
+                raise ValueError(f"{file.parent}: {has} {what} beside a model of {wants}: not of one training run")
         return cls(model, mask_tokenizer, text_tokenizer, device, compute_dtype(device, dtype)[0])
 
     def prepare(self, image, prompts):
@@ -101,23 +104,22 @@ class Segmenter:
 
 
 def find_pictures(sources):
-    """The pictures that --image names: files, folders (their pictures, sorted), "-" for standard input."""
+    """What --image names, files, folders (their pictures, sorted) and "-": a list of (name, path or "-")."""
     found = []
     for source in sources:
-        if source == "-":
-            found.append(("stdin", io.BytesIO(sys.stdin.buffer.read())))
-        elif Path(source).is_dir():
+        if source != "-" and Path(source).is_dir():
             inside = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in PICTURES)
             if not inside:
                 raise ValueError(f"{source}: no pictures in this folder (looked for {' '.join(sorted(PICTURES))})")
-            found += [(p.stem, p) for p in inside]
+            found += inside
         else:
-            found.append((Path(source).stem, source))
-    names = [name for name, _ in found]
-    # a.png beside a.jpg: keep the whole name, and number what is still the same
-    found = [(Path(source).name if names.count(name) > 1 else name, source) for name, source in found]
-    names = [name for name, _ in found]
-    return [(f"{name}-{i}" if names.count(name) > 1 else name, s) for i, (name, s) in enumerate(found)]
+            found.append(source)
+    if found.count("-") > 1:
+        raise ValueError("standard input (-) can be read only once")
+    names = ["stdin" if source == "-" else Path(source).stem for source in found]
+    # a.png beside a.jpg: keep the ending, and number what is still the same
+    names = [Path(source).name if names.count(name) > 1 else name for name, source in zip(names, found)]
+    return [(f"{n}-{i}" if names.count(n) > 1 else n, source) for i, (n, source) in enumerate(zip(names, found))]
 
 
 def overlay(image, mask, color=(255, 0, 160)):
@@ -139,6 +141,15 @@ def describe(mask):
     return int(mask.sum()), box
 
 
+def check_targets(args):
+    """Make the --out folder, and say before the work, not after it, where nothing can be written."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    folders = [args.out] + ([Path(args.json).parent] if args.json and args.json != "-" else [])
+    for folder in folders:
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder}: cannot write here")
+
+
 def put_json(value, target):
     """JSON to a file, or to standard output for "-"."""
     if target == "-":
@@ -156,11 +167,11 @@ def segment(args):
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
     pictures = find_pictures(args.image or [EXAMPLE])
     prompts = args.prompt or EXAMPLE_PROMPTS
+    check_targets(args)
     segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype)
-    args.out.mkdir(parents=True, exist_ok=True)
     records = []
     for name, source in tqdm(pictures, desc="pictures", disable=len(pictures) < 2):
-        image = open_picture(source)
+        image = open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)
         start = time.perf_counter()
         masks = segmenter(image, prompts, decode=args.decode)
         ms = 1000 * (time.perf_counter() - start) / len(prompts)
@@ -174,7 +185,7 @@ def segment(args):
             where = "nothing found" if box is None else f"box {box[0]},{box[1]} {box[2]}x{box[3]}"
             tqdm.write(f"{name}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
                        f"{files['overlay']}", file=say)  # fmt: skip
-            records.append({"image": str(args.image and source or EXAMPLE.name), "prompt": prompt, "area": area,
+            records.append({"image": str(source), "prompt": prompt, "area": area,
                             "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(files["mask"]),
                             "overlay": str(files["overlay"])})  # fmt: skip
     if args.json:
@@ -184,6 +195,7 @@ def segment(args):
 def score(args):
     """Metrics of a checkpoint on a data set, in all and by task, and a contact sheet of the first examples."""
     dataset = load_dataset(args.dataset, args.split)
+    check_targets(args)
     segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype)
     count = min(args.count or len(dataset), len(dataset))
     with torch.autocast(segmenter.device.type, segmenter.dtype, enabled=segmenter.dtype != torch.float32):
@@ -197,7 +209,6 @@ def score(args):
     for name, row in tables.items():
         values = ("-" if row[c] is None else row[c] if c == "count" else f"{row[c]:.4f}" for c in columns)
         print(f"{name:12}" + "".join(f"{v:>10}" for v in values), file=say)
-    args.out.mkdir(parents=True, exist_ok=True)
     sheet = args.out / f"{args.dataset}-{args.split}.png"
     contact_sheet(cells, sheet)
     print(f"wrote {sheet} (picture, predicted, truth)", file=say)
@@ -237,7 +248,10 @@ def main(argv=None):
     except ValueError as error:
         parser.error(f"--device: {error}")
     try:
-        score(args) if args.dataset else segment(args)
+        if args.dataset:
+            score(args)
+        else:
+            segment(args)
     except PromptTooLong as error:
         parser.error(str(error))
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
     python tokenizer.py train            # train a mask tokenizer on the masks of a data set
     python tokenizer.py eval             # total IoU, mAHD and codebook use of one on held-out masks
+    python tokenizer.py text             # make the small text vocabulary of scenes
 
 Legend: B batch, H W picture height and width, h w token grid (H/16, W/16), C channels of a latent,
 K rows of the codebook.
@@ -210,10 +211,11 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, latents):
         """Latents (B, C, h, w) -> code indices (B, h*w), raster order."""
-        z = F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)  # (B, h*w, C)
-        codebook = self.codebook
-        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, as the official code writes it; |z| is shared by all e
-        return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)
+        with torch.autocast(latents.device.type, enabled=False):  # near codes differ by less than bfloat16 can say
+            z = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)  # (B, h*w, C)
+            codebook = self.codebook.float()
+            # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, as the official code writes it; |z| is shared by all e
+            return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)
 
     def lookup(self, tokens, grid):
         """Code indices (B, h*w) -> quantized latents (B, C, h, w)."""
@@ -289,12 +291,16 @@ class VQGAN(nn.Module):
     def save_pretrained(self, path, dtype=None):
         """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
         tensors = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
-        temporary = f"{path}.{os.getpid()}.tmp"
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata={"format": "vqgan", "config": json.dumps(asdict(self.config))})
+            os.chmod(temporary, 0o644)  # safetensors lets only the owner read it
             os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot write ({error})") from None
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -309,8 +315,11 @@ class VQGAN(nn.Module):
             raise ValueError(f"{path}: not a whole safetensors file ({error}): get it again") from None
         if metadata.get("format") != "vqgan":
             raise ValueError(f"{path}: holds no mask tokenizer (header format {metadata.get('format')!r}, not 'vqgan')")
-        config = json.loads(metadata["config"])
-        model = cls(VQGANConfig(**config | {"channel_mult": tuple(config["channel_mult"])}))
+        try:
+            config = json.loads(metadata["config"])
+            model = cls(VQGANConfig(**config | {"channel_mult": tuple(config["channel_mult"])}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its config does not fit this version of tokenizer.py ({error!r})") from None
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
@@ -319,15 +328,15 @@ class VQGAN(nn.Module):
 
 
 @torch.no_grad()
-def decode_masks(mask_tokenizer, tokens, sizes, soft=False):
+def decode_masks(mask_tokenizer, tokens, sizes):
     """Mask tokens (B, M) -> masks at the pictures' own sizes: soft decode, resize, then binarize.
 
-    sizes: B pairs (H, W). Returns a list of bool arrays (H, W), or with `soft` of float arrays (H, W) whose
-    sign is the mask. Paper: the order is not stated; binarizing last keeps smooth edges smooth.
+    sizes: B pairs (H, W). Returns a list of bool arrays (H, W).
+    Paper: the order is not stated; binarizing last keeps smooth edges smooth.
     """
-    soft_masks = mask_tokenizer.decode(tokens).float().mean(1, keepdim=True)  # (B, 1, S, S)
-    resized = (F.interpolate(m[None], size, mode="bilinear", antialias=True) for m, size in zip(soft_masks, sizes))
-    return [m[0, 0].cpu().numpy() if soft else (m[0, 0] >= 0).cpu().numpy() for m in resized]
+    soft = mask_tokenizer.decode(tokens).float().mean(1, keepdim=True).cpu()  # (B, 1, S, S)
+    resized = (F.interpolate(m[None], size, mode="bilinear", antialias=True) for m, size in zip(soft, sizes))
+    return [(m[0, 0] >= 0).numpy() for m in resized]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -369,21 +378,27 @@ class TextTokenizer:
 
 def train_text_tokenizer(sentences, path, vocab_size=512):
     """Train a small SentencePiece vocabulary on sentences; special ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(s.lower() for s in sentences),
-            model_writer=file,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            pad_id=0,
-            eos_id=1,
-            bos_id=2,
-            unk_id=3,
-            required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/",
-            minloglevel=2,
-        )
-    os.replace(temporary, path)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(s.lower() for s in sentences),
+                model_writer=file,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                pad_id=0,
+                eos_id=1,
+                bos_id=2,
+                unk_id=3,
+                required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/",
+                minloglevel=2,
+            )
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -443,21 +458,28 @@ def reconstruction_loss(images, masks):
 
 @torch.no_grad()
 def evaluate(model, dataset, size, count, batch=32, device="cpu"):
-    """Encode and decode `count` masks at size x size: (metrics, codes used, first rows for a picture)."""
+    """Encode and decode the first `count` masks at size x size.
+
+    Returns (metrics at that size, codes used, up to 24 of (example, mask, reconstruction), metrics at the
+    pictures' own sizes).
+    """
     from data import resize_mask
     from metrics import SegmentationMetrics
 
-    scores, used, shown = SegmentationMetrics(), torch.zeros(model.config.codebook_size, dtype=torch.bool), []
+    scores, own, shown = SegmentationMetrics(), SegmentationMetrics(), []
+    used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
     for start in range(0, count, batch):
         examples = [dataset[i] for i in range(start, min(start + batch, count))]
         masks = torch.stack([torch.from_numpy(resize_mask(e.mask, size)) for e in examples])
         tokens = model.encode(mask_to_image(masks.to(device)))
-        back = image_to_mask(model.decode(tokens)).cpu()
         used[tokens.unique().cpu()] = True
-        for example, mask, again in zip(examples, masks.numpy(), back.numpy()):
+        back = decode_masks(model, tokens, [(size, size)] * len(examples))
+        large = decode_masks(model, tokens, [e.mask.shape for e in examples])
+        for example, mask, again, again_large in zip(examples, masks.numpy(), back, large):
             scores.update(again, mask, id=example.id)
+            own.update(again_large, example.mask, id=example.id)
             shown.append((example, mask, again))
-    return scores.compute(), int(used.sum()), shown[:24]
+    return scores.compute(), int(used.sum()), shown[:24], own.compute()
 
 
 def train(args):
@@ -469,29 +491,27 @@ def train(args):
              goes on. Given --init-from and only this phase, every mask keeps the mask tokens it had.
     """
     from data import load_dataset
-    from model import compute_dtype, pick_device
 
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    dtype, reason = compute_dtype(device, args.dtype)
-    print(f"mask tokenizer on {device}, {dtype} ({reason})")
-    dataset = load_dataset("scenes", "train", phrases=3)
+    device = torch.device(args.device)
+    dataset, val_set = (load_dataset(args.data, split, rich=args.rich) for split in ("train", "val"))
     model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
     encoder_moved = False
     for phase, steps in (("free", args.free_steps), ("codes", args.steps), ("decoder", args.decoder_steps)):
         if steps:
             if encoder_moved:
-                model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args.size, device))
-            train_phase(model, dataset, phase, steps, args, device, dtype)
+                codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device)
+                model.quantize.embedding.weight.data.copy_(codebook)
+            train_phase(model, dataset, val_set, phase, steps, args, device)
             encoder_moved = phase != "decoder"
         args.start += steps * args.batch_size * 2  # the next phase sees new masks
 
 
-def train_phase(model, dataset, phase, steps, args, device, dtype):
+def train_phase(model, dataset, val_set, phase, steps, args, device):
     """One phase of `train`; saves and evaluates as it goes."""
     from tqdm import tqdm
 
-    from data import load_dataset
+    from data import contact_sheet
 
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
     parameters = [p for module in learning for p in module.parameters()]
@@ -514,8 +534,7 @@ def train_phase(model, dataset, phase, steps, args, device, dtype):
         masks = mask_batch(dataset, args.size, position, count)
         position += count
         masks = (masks if whole else crop_masks(masks, args.size // 2)).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
+        decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -527,19 +546,21 @@ def train_phase(model, dataset, phase, steps, args, device, dtype):
                 group["lr"] = args.lr * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
             optimizer.step()
         if step % 50 == 0:
-            wrong = (image_to_mask(decoded.detach().float()) ^ masks).sum() / masks.sum()
+            wrong = (image_to_mask(decoded.detach()) ^ masks).sum() / masks.sum()
             bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
-            scores, used, _ = evaluate(model, load_dataset("scenes", "val"), args.size, 128, device=device)
             if phase != "free":
+                scores, used, shown, _ = evaluate(model, val_set, args.size, 128, device=device)
+                contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown],
+                              args.out.with_suffix(".png"))  # fmt: skip
                 ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
                 tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {ahd} px, "
                            f"{used} of {model.config.codebook_size} codes used")
 
 
 @torch.no_grad()
-def fit_codebook(model, dataset, size, device, count=2600):
+def fit_codebook(model, dataset, size, count, device):
     """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of `count` masks."""
     rows = []
     for start in range(0, count, 20):
@@ -566,18 +587,6 @@ def reseed_codes(model, masks):
     model.quantize.embedding.weight[rows] = z.flatten(0, 1)[error.topk(len(rows)).indices]
 
 
-@torch.no_grad()
-def first_codebook(model, dataset, args, device):
-    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the latents of 2,500 whole masks."""
-    rows = []
-    for start in range(0, 2500, 20):
-        masks = mask_batch(dataset, args.size, len(dataset) // 2 + start, 20).to(device)
-        rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
-    rows, plain = torch.cat(rows).cpu(), model.quantize.codebook[:2].cpu()
-    edges = rows[(rows @ plain.T).max(-1).values < 0.99]
-    return torch.cat([plain, k_means(edges, model.config.codebook_size - 2)])
-
-
 def text_sentences():
     """What the small vocabulary is made from: rich scenes' phrases, bare and instructed."""
     from data import COLOR_RIDDLES, SHAPE_RIDDLES, TEMPLATES, instruct, load_dataset
@@ -590,17 +599,23 @@ def text_sentences():
 
 
 def report(args):
-    """`python tokenizer.py eval`: numbers, a JSON file and a picture of masks beside their reconstructions."""
+    """Total IoU, mAHD and codebook use on held-out masks, with JSON and a picture of masks and reconstructions.
+
+    At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
+    """
     from data import contact_sheet, load_dataset
     from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
-    scores, used, shown = evaluate(model, load_dataset("scenes", args.split), args.size, args.count)
-    result = {"total_IoU": scores["cIoU"], **scores, "codes_used": used, "codebook_size": model.config.codebook_size,
-              "split": args.split, "size": args.size}  # fmt: skip
-    print(f"{args.count} masks of scenes:{args.split} at {args.size} px: total IoU {scores['cIoU']:.4f}, "
-          f"mean IoU {scores['gIoU']:.4f}, mAHD@0.5 {scores['mAHD@0.5']:.3f} px, "
-          f"{used} of {model.config.codebook_size} codes used")  # fmt: skip
+    dataset = load_dataset(args.data, args.split)
+    count = min(args.count, len(dataset))
+    scores, used, shown, own = evaluate(model, dataset, args.size, count)
+    result = {"data": args.data, "split": args.split, "size": args.size, "codes_used": used,
+              "codebook_size": model.config.codebook_size, "square": scores, "own_size": own}  # fmt: skip
+    print(f"{args.data}:{args.split}, {count} masks, {used} of {model.config.codebook_size} codes used")
+    for name, row in ((f"at {args.size} x {args.size} px", scores), ("at the pictures' own sizes", own)):
+        ahd = "-" if row["mAHD@0.5"] is None else f"{row['mAHD@0.5']:.3f}"
+        print(f"{name:28} total IoU {row['cIoU']:.4f}, mean IoU {row['gIoU']:.4f}, mAHD@0.5 {ahd} px")
     contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown], f"{args.out}.png")
     write_json(f"{args.out}.json", result)
     print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
@@ -615,6 +630,8 @@ def parse_args(argv=None):
     p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
                             description=train.__doc__)  # fmt: skip
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
+    p.add_argument("--data", default="scenes", help="data set whose masks to learn (default: scenes)")
+    p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="more of everything")
     p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
     p.add_argument("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
@@ -623,28 +640,35 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int, default=8, help="whole masks a step, or twice as many crops (default: 8)")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     p.add_argument("--noise", type=float, default=0.05, help="on the latents of the free steps (default: 0.05)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--fit-masks", type=int, default=2600, help="masks for each k-means (default: 2600)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
+    p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--start", type=int, default=0, help="first training mask, to go on with new ones")
     p.add_argument("--save-every", type=int, default=400, help="steps between saves and evaluations")
 
     p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks",
                             description=report.__doc__)  # fmt: skip
     p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
-    p.add_argument("--split", default="test", help="of scenes (default: test)")
+    p.add_argument("--data", default="scenes", help="data set (default: scenes)")
+    p.add_argument("--split", default="test", help="default: test")
     p.add_argument("--count", type=int, default=2000, help="masks (default: 2000)")
-    p.add_argument("--size", type=int, default=128)
+    p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer_eval"), help="stem of the .png and .json to write")
 
     p = commands.add_parser("text", help="train the small SentencePiece vocabulary of the scenes' phrases")
     p.add_argument("--out", type=Path, default=Path("text.model"), help="file to write")
     p.add_argument("--vocab-size", type=int, default=768)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    return args
 
 
 def main(argv=None):
-    """Run a sub-command; returns the exit code."""
+    """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
     args = parse_args(argv)
     try:
         if args.command == "train":
@@ -657,6 +681,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: --init-from goes on with what is saved", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -50,7 +50,7 @@ def parse_args(argv=None):
     group.add_argument("--max-steps", type=int, default=6000, help="optimizer steps of the whole run (default: 6000)")
     group.add_argument("--batch-size", type=int, default=64,
                        help="phrases in a step: all ranks, all micro-batches (default: 64)")
-    group.add_argument("--micro-batch-size", type=int, help="phrases in one forward pass of one rank "
+    group.add_argument("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank "
                        "(default: batch size / ranks, no accumulation)")
     group.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
                        help="muon: Muon for the matrices, AdamW for the rest; adamw: the paper's (default: muon)")
@@ -60,10 +60,11 @@ def parse_args(argv=None):
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
     group.add_argument("--hide", action=argparse.BooleanOptionalAction, default=True,
                        help="hide a random share of the mask tokens from the model's input (default: on)")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16: autocast (default: auto)")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="of autocast; auto: bfloat16 where the device multiplies it fast (default: auto)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     group.add_argument("--workers", type=int, default=-1,
                        help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
@@ -74,8 +75,8 @@ def parse_args(argv=None):
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
     group.add_argument("--resume", metavar="{auto,PATH}", help="go on from a checkpoint.pt; auto: OUT_DIR's, if any")
     args = parser.parse_args(argv)
-    for name in ("phrases", "max_steps", "batch_size", "eval_every", "eval_count", "save_every"):
-        if getattr(args, name) < 1:
+    for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     try:
         pick_device(args.device)
@@ -94,7 +95,11 @@ def setup_ranks(device_name):
         return 0, 1, pick_device(device_name)
     device = pick_device(device_name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"process {local_rank} has no GPU, {torch.cuda.device_count()} are here: "
+                             "lower --nproc_per_node")  # fmt: skip
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
@@ -120,10 +125,9 @@ def learning_rate(step, args):
 
 
 def make_optimizers(model, args):
-    """AdamW (paper: betas 0.9 / 0.95, weight decay 0.05), or Muon for the matrices inside the transformers.
+    """AdamW (paper: betas 0.9 / 0.95, weight decay 0.05), or Muon (Jordan et al. 2024) for the matrices.
 
-    Muon (Jordan et al. 2024) needs about half the pictures for the same loss on `scenes`. Embeddings, the head,
-    vectors and the patch embedding stay with AdamW, as its authors advise.
+    Embeddings, the head, vectors and the patch embedding stay with AdamW, as Muon's authors advise.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = {name: p for name, p in parameters.items() if "embedding" not in name and name != "head.weight"}
@@ -177,6 +181,10 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
     return total, by_task, cells
 
 
+# What makes the batches and the optimizer what they are; steps and learning rate may change at a resume.
+SAME_RUN = ("preset", "data", "rich", "phrases", "hide", "batch_size", "seed", "optimizer")
+
+
 def save_checkpoint(path, model, optimizers, step, args):
     """Weights, optimizers and step under a temporary name, then renamed.
 
@@ -184,10 +192,12 @@ def save_checkpoint(path, model, optimizers, step, args):
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "seed": args.seed, "batch_size": args.batch_size}  # fmt: skip
+             "run": {name: getattr(args, name) for name in SAME_RUN}}  # fmt: skip
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path}: cannot write ({str(error).splitlines()[0]})") from None
     finally:
         temporary.unlink(missing_ok=True)
     model.save_pretrained(path.with_name("model.safetensors"), dtype=torch.float16)
@@ -197,15 +207,16 @@ def load_checkpoint(path, model, optimizers, args):
     """Put a checkpoint back; returns the number of steps it has done. ValueError if it is not this run's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        seed, batch_size, step = state["seed"], state["batch_size"], state["step"]
+        run, step = state["run"], state["step"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({line})") from None
-    if (seed, batch_size) != (args.seed, args.batch_size):
-        raise ValueError(f"{path}: was made with --seed {seed} --batch-size {batch_size}, "
-                         f"not {args.seed} and {args.batch_size}: another run")  # fmt: skip
+    other = [f"--{name.replace('_', '-')} {run[name]}, not {getattr(args, name)}" for name in SAME_RUN
+             if run[name] != getattr(args, name)]  # fmt: skip
+    if other:
+        raise ValueError(f"{path}: is of another run, made with {'; '.join(other)}")
     try:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -219,7 +230,8 @@ def load_checkpoint(path, model, optimizers, args):
 def trim_log(path, step):
     """Drop what a killed run logged after the checkpoint that it goes on from: those steps come again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        lines = path.read_text().splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(lines))
         os.replace(temporary, path)
@@ -233,7 +245,7 @@ def open_run(args, model, optimizers, master):
     """Make OUT_DIR what sample.py and --resume need; returns the number of steps that are already done."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out_dir / "checkpoint.pt", args.out_dir / "log.jsonl"
-    if args.resume is None and log.exists():
+    if master and args.resume is None and log.exists():
         raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
     if args.resume == "auto":
         done = load_checkpoint(checkpoint, model, optimizers, args) if checkpoint.exists() else 0
@@ -279,7 +291,7 @@ def train(args):
     options = {"rich": args.rich} if args.data == "scenes" else {}
     train_set = load_dataset(args.data, "train", phrases=args.phrases, **options)
     val_set = load_dataset(args.data, "val", **options)
-    micro_batch_size = args.micro_batch_size or args.batch_size // world_size
+    micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
                       micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide)  # fmt: skip
     accumulation = batches.accumulation
@@ -288,7 +300,8 @@ def train(args):
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
                                               pin_memory=device.type == "cuda"))  # fmt: skip
     count = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-    say(f"{args.preset}: {count / 1e6:.1f}M trainable parameters on {device} x {world_size}, {dtype} ({reason})")
+    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable parameters")
+    say(f"{world_size} x {device}, {dtype} ({reason})")
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {accumulation} micro-batches x {micro_batch_size}")
 
     # --- loop
@@ -297,24 +310,26 @@ def train(args):
                smoothing=0.02, desc="train")  # fmt: skip
     scores, started = {}, time.perf_counter()
     for step in bar:
-        loss = torch.zeros((), device=device)
+        loss, seen = torch.zeros((), device=device), []
         for micro in range(accumulation):
             batch = next(loader)
             text_ids, pixels, masks, hide = (
                 batch[k].to(device, non_blocking=True) for k in ("text_ids", "pixels", "masks", "hide")
             )
+            with torch.no_grad():  # in float32: in bfloat16 codes that lie close together would be mixed up
+                mask_tokens = mask_tokenizer.encode(mask_to_image(masks))  # (b, M)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                with torch.no_grad():
-                    mask_tokens = mask_tokenizer.encode(mask_to_image(masks))  # (b, M)
                 if world_size > 1:  # gradients are summed over ranks only once a step
                     model.require_backward_grad_sync = micro == accumulation - 1
                 _, micro_loss = model(text_ids, pixels, mask_tokens, hide if args.hide else None)
             (micro_loss / accumulation).backward()
             loss += micro_loss.detach() / accumulation
+            seen.append((batch["ids"], micro_loss.detach()))
         loss = mean_over_ranks(loss, world_size).item()
         if not math.isfinite(loss):
-            raise ArithmeticError(f"loss is {loss} at step {step + 1}, last micro-batch {batch['ids'][0]} .. "
-                                  f"{batch['ids'][-1]}: lower --lr, or look at these examples")  # fmt: skip
+            ids = [id for ids, value in seen if not math.isfinite(value.item()) for id in ids]
+            raise ArithmeticError(f"loss is {loss} at step {step + 1}, on rank {rank} in the micro-batches of "
+                                  f"{' '.join(ids) or 'no example'}: lower --lr, or look at them")  # fmt: skip
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
         lr = learning_rate(step, args)
         for optimizer in optimizers:
@@ -352,7 +367,9 @@ def main(argv=None):
     try:
         train(args)
     except (ValueError, OSError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(1)  # the other ranks may wait for this one in a collective: torchrun ends them
         return 1
     except KeyboardInterrupt:
         print("stopped: go on with --resume auto", file=sys.stderr)

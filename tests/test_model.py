@@ -372,6 +372,30 @@ def test_forward_compiles_to_one_graph_under_autocast(freeze_encoders):
 # decoding
 
 
+@torch.no_grad()
+def test_cached_logits_equal_the_forward_pass_at_every_mask_token():
+    model = tiny_model()
+    text_ids, pixels, mask_tokens = tiny_batch()
+    want, _ = model(text_ids, pixels, mask_tokens)  # (B,M,K)
+    prefix = model.prefix(text_ids, pixels)
+    cache = KVCache(model.config.llama, len(prefix), prefix.shape[1] + mask_tokens.shape[1] - 1)
+    logits = [model.next_logits(prefix, cache)]
+    for t in range(mask_tokens.shape[1] - 1):
+        logits.append(model.next_logits(model.mask_embedding(mask_tokens[:, t:t + 1]), cache))
+    assert (torch.stack(logits, dim=1) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_written_out_equals_the_fused_kernel(causal):
+    q, k, v = (torch.randn(2, 3, 7, 16, requires_grad=True) for _ in range(3))
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    ours = M.attention(q, k, v, causal)  # with gradient on the CPU: written out
+    assert (ours - fused).abs().max() < 1e-6
+    grad = torch.randn_like(fused)
+    for x, y in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(fused, (q, k, v), grad)):
+        assert (x - y).abs().max() < 1e-5
+
+
 def test_cached_greedy_equals_the_naive_one():
     model = tiny_model()
     text_ids, pixels, _ = tiny_batch(rows=4, pictures=2)

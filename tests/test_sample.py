@@ -1,4 +1,3 @@
-import io
 import json
 
 import numpy as np
@@ -43,7 +42,7 @@ def test_a_circle_drawn_by_hand_is_found_in_any_picture_mode(segmenter):
     picture = np.full((200, 300, 3), 235, np.uint8)
     picture[circle] = (220, 30, 30)
     picture[square] = (40, 70, 220)
-    for mode in ("RGB", "RGBA"):
+    for mode in ("RGB", "RGBA", "P"):
         red, blue = segmenter(Image.fromarray(picture).convert(mode), ["the red circle", "the blue square"])
         assert (red & circle).sum() / (red | circle).sum() > 0.7
         assert (blue & square).sum() / (blue | square).sum() > 0.7
@@ -92,9 +91,9 @@ def test_no_arguments_segments_the_embedded_picture(run, tmp_path):
     assert all(" px (" in line and " ms" in line for line in lines)
 
 
-def test_own_picture_with_json(run, picture, tmp_path, tiny_checkpoint):
+def test_own_picture_with_json(sample, picture, tmp_path, tiny_checkpoint):
     out = tmp_path / "masks"
-    done = run("sample.py", "--image", picture, "--prompt", "the red circle", "--prompt", "Everything, blue!",
+    done = sample("sample.py", "--image", picture, "--prompt", "the red circle", "--prompt", "Everything, blue!",
                "--out", out, "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "m.json").read_text())
@@ -107,29 +106,30 @@ def test_own_picture_with_json(run, picture, tmp_path, tiny_checkpoint):
     assert not list(out.glob("*.tmp")) and not list(out.glob(".*"))
 
 
-def test_stdin_and_folders(run, picture, tmp_path, tiny_checkpoint):
+def test_stdin_and_folders(sample, picture, tmp_path, tiny_checkpoint):
     flags = ("--prompt", "the star", "--out", tmp_path / "o", "--json", "-", "--checkpoint", tiny_checkpoint)
-    done = run("sample.py", "--image", "-", *flags, stdin=picture.read_bytes())
-    assert done.returncode == 0 and len(json.loads(done.stdout)) == 1  # nothing but JSON on standard output
+    done = sample("sample.py", "--image", "-", *flags, stdin=picture.read_bytes())
+    assert done.returncode == 0, done.stderr
+    assert [r["image"] for r in json.loads(done.stdout)] == ["-"]  # nothing but JSON on standard output
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("a.png", "a.jpg", "b.png"):
         Image.open(picture).save(folder / name)
     (folder / "notes.txt").write_text("not a picture")
-    done = run("sample.py", "--image", folder, *flags)
+    done = sample("sample.py", "--image", folder, *flags)
     records = json.loads(done.stdout)
     assert len({r["mask"] for r in records}) == 3
 
 
-def test_every_way_to_decode(run, picture, tmp_path, tiny_checkpoint):
+def test_every_way_to_decode(sample, picture, tmp_path, tiny_checkpoint):
     for decode in ("greedy", "beam", "top-k", "top-p", "random"):
-        done = run("sample.py", "--image", picture, "--prompt", "the star", "--decode", decode,
+        done = sample("sample.py", "--image", picture, "--prompt", "the star", "--decode", decode,
                    "--out", tmp_path / decode, "--checkpoint", tiny_checkpoint)  # fmt: skip
         assert done.returncode == 0, done.stderr
 
 
-def test_scoring_prints_all_kinds_and_writes_json(run, tmp_path, tiny_checkpoint):
-    done = run("sample.py", "--dataset", "scenes", "--split", "novel", "--count", 40, "--json", tmp_path / "s.json",
+def test_scoring_prints_all_kinds_and_writes_json(sample, tmp_path, tiny_checkpoint):
+    done = sample("sample.py", "--dataset", "scenes", "--split", "novel", "--count", 40, "--json", tmp_path / "s.json",
                "--out", tmp_path, "--checkpoint", tiny_checkpoint)  # fmt: skip
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
@@ -144,31 +144,36 @@ def error_of(done, code):
     return done.stderr.decode().strip().splitlines()[-1]
 
 
-def test_wrong_use_exits_with_2(run, picture):
-    assert "--promt" in error_of(run("sample.py", "--promt", "x"), 2)
-    assert "--prompt" in error_of(run("sample.py", "--image", picture), 2)
-    assert "empty" in error_of(run("sample.py", "--image", picture, "--prompt", " "), 2)
-    assert "gpu7" in error_of(run("sample.py", "--device", "gpu7"), 2)
+def test_wrong_use_exits_with_2(sample, picture):
+    assert "--promt" in error_of(sample("sample.py", "--promt", "x"), 2)
+    assert "--prompt" in error_of(sample("sample.py", "--image", picture), 2)
+    assert "empty" in error_of(sample("sample.py", "--image", picture, "--prompt", " "), 2)
+    assert "gpu7" in error_of(sample("sample.py", "--device", "gpu7"), 2)
     long = "the circle " * 40
-    assert "24" in error_of(run("sample.py", "--image", picture, "--prompt", long), 2)
+    assert "24" in error_of(sample("sample.py", "--image", picture, "--prompt", long), 2)
 
 
-def test_bad_data_exits_with_1_and_leaves_nothing(run, picture, tmp_path, tiny_checkpoint):
+def test_bad_data_exits_with_1_and_leaves_nothing(sample, picture, tmp_path, tiny_checkpoint):
     flags = ("--prompt", "the star", "--out", tmp_path / "o")
-    assert "none.png" in error_of(run("sample.py", "--image", tmp_path / "none.png", *flags), 1)
+    assert "none.png" in error_of(sample("sample.py", "--image", tmp_path / "none.png", *flags), 1)
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:300])
-    assert "broken.png" in error_of(run("sample.py", "--image", tmp_path / "broken.png", *flags), 1)
-    assert not list((tmp_path / "o").iterdir())
-    assert "pictures" in error_of(run("sample.py", "--image", tmp_path / "o", *flags), 1)
-    (tmp_path / "file").write_text("")
-    assert "file" in error_of(run("sample.py", "--image", picture, "--prompt", "x", "--out", tmp_path / "file"), 1)
-    assert "model.safetensors" in error_of(run("sample.py", "--checkpoint", tmp_path), 1)
+    assert "broken.png" in error_of(sample("sample.py", "--image", tmp_path / "broken.png", *flags), 1)
+    assert not list((tmp_path / "o").iterdir())  # no mask, no half of one
+    assert "pictures" in error_of(sample("sample.py", "--image", tmp_path / "o", *flags), 1)
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    tiny = ("--checkpoint", tiny_checkpoint)
+    assert "taken" in error_of(sample("sample.py", "--image", picture, "--prompt", "x", "--out", taken, *tiny), 1)
+    json_target = ("--json", tmp_path / "nowhere" / "m.json")
+    assert "nowhere" in error_of(sample("sample.py", "--image", picture, *flags, *json_target, *tiny), 1)
+    assert "once" in error_of(sample("sample.py", "--image", "-", "-", *flags, *tiny, stdin=b""), 1)
+    assert "model.safetensors" in error_of(sample("sample.py", "--checkpoint", tmp_path), 1)
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes((tiny_checkpoint / "mask_tokenizer.safetensors").read_bytes())
-    assert "LlamaSeg" in error_of(run("sample.py", "--checkpoint", other), 1)
+    assert "LlamaSeg" in error_of(sample("sample.py", "--checkpoint", other), 1)
     (other / "model.safetensors").write_bytes((tiny_checkpoint / "model.safetensors").read_bytes()[:5000])
-    assert "model.safetensors" in error_of(run("sample.py", "--checkpoint", other), 1)
+    assert "model.safetensors" in error_of(sample("sample.py", "--checkpoint", other), 1)
 
 
 # --- helpers
@@ -181,6 +186,32 @@ def test_describe_gives_area_and_box():
     assert describe(np.zeros((6, 8), bool)) == (0, None)
 
 
+@pytest.mark.parametrize("kind", ["1x1.png", "20000x20.png", "L.png", "P.png", "I;16.png", "exif.jpg"])
+def test_odd_pictures_through_the_command(sample, tmp_path, tiny_checkpoint, kind):
+    name, size = tmp_path / kind, (60, 40)
+    if "x" in kind.split(".")[0] and kind[0].isdigit():
+        size = tuple(int(n) for n in kind.split(".")[0].split("x"))
+        Image.new("RGB", size, "white").save(name)
+    elif kind == "exif.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", size).save(name, exif=exif)
+        size = size[::-1]
+    else:
+        Image.new(kind.split(".")[0], size).save(name)
+    done = sample("sample.py", "--image", name, "--prompt", "the star", "--out", tmp_path / "o", "--json", "-",
+                  "--checkpoint", tiny_checkpoint)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert Image.open(record["mask"]).size == Image.open(record["overlay"]).size == size
+
+
+def test_the_assets_are_small():
+    from train import ASSETS
+
+    assert sum(p.stat().st_size for p in ASSETS.iterdir()) <= 25e6
+
+
 def test_overlay_changes_the_object_and_keeps_the_size():
     image = Image.new("L", (8, 6), 100)
     mask = np.zeros((6, 8), bool)
@@ -190,6 +221,6 @@ def test_overlay_changes_the_object_and_keeps_the_size():
     assert tuple(pixels[1, 1]) == (255, 0, 160) and len({tuple(p) for p in pixels[~mask]}) == 1
 
 
-def test_standard_input_that_is_no_picture(run):
-    done = run("sample.py", "--image", "-", "--prompt", "x", stdin=io.BytesIO(b"zzz").read())
+def test_standard_input_that_is_no_picture(sample):
+    done = sample("sample.py", "--image", "-", "--prompt", "x", stdin=b"zzz")
     assert "standard input" in error_of(done, 1)

@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +91,6 @@ def test_accumulation_gives_the_same_losses(small, tmp_path):
     assert all(abs(a[s] - b[s]) < 1e-4 for s in a)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 LAUNCH = """
 import sys, train
 from model import LlamaSeg
@@ -111,7 +104,7 @@ def test_two_processes_give_the_losses_of_one(small, tiny_checkpoint, tmp_path):
     flags = ["--max-steps", "20", "--eval-every", "20"]
     assert train.main(small(tmp_path / "one", *flags)) == 0
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(tmp_path / "launch.py"), str(tiny_checkpoint / "model.safetensors"), *small(tmp_path / "two", *flags)],
         env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=240,
@@ -158,12 +151,17 @@ def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
     assert train.main(small(tmp_path)) == 1  # would mix two runs
     assert "--resume" in capsys.readouterr().err
     assert train.main(small(tmp_path, "--resume", "auto", "--seed", "7")) == 1
-    assert "--seed 0" in capsys.readouterr().err
+    assert "--seed 0, not 7" in capsys.readouterr().err
+    assert train.main(small(tmp_path, "--resume", "auto", "--phrases", "2")) == 1
+    assert "--phrases 4, not 2" in capsys.readouterr().err
+    assert train.main(small(tmp_path / "x", "--micro-batch-size", "6")) == 1
+    assert "8" in capsys.readouterr().err
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     assert train.main(small(tmp_path / "new", "--resume", str(tmp_path / "cut.pt"))) == 1
     assert "cut.pt" in capsys.readouterr().err
-    for flags in (["--max-stepz", "3"], ["--batch-size", "0"], ["--preset", "huge"], ["--device", "gpu"]):
+    for flags in (["--max-stepz", "3"], ["--batch-size", "0"], ["--micro-batch-size", "-8"], ["--dtype", "fp16"],
+                  ["--preset", "huge"], ["--device", "gpu"]):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             train.main(flags)
         assert stopped.value.code == 2
