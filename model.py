@@ -469,14 +469,17 @@ class LlamaSeg(nn.Module):
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
-    def forward(self, text_ids, pixels, mask_tokens, hide=None):
+    def forward(self, text_ids, pixels, mask_tokens, hide=None, background_weight=1.0):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
 
         logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32.
         pixels may have fewer rows than text_ids, see `prefix`.
         hide: bool (B,) or (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase
         alone must tell the tokens after them (word dropout, Bowman et al. 2016, "Generating Sentences from
-        a Continuous Space"). Paper: does not do this; the small preset finds the object much sooner with it.
+        a Continuous Space"). Paper: does not do this; train.py does it for the small preset.
+        background_weight: weight in the loss of targets that are code 0, which is plain background in a mask
+        tokenizer trained by this repository. One edge has many codes that look alike and plain background has one,
+        so the likeliest single token is background too often; less weight sets that right. Paper: 1.
         ValueError for a wrong shape or index.
         """
         B, M, K = text_ids.shape[0], self.config.mask_grid**2, self.config.codebook_size
@@ -492,8 +495,11 @@ class LlamaSeg(nn.Module):
             inputs = inputs.masked_fill(hide[:, :, None], 0.0)
         hidden = self.llama(torch.cat([prefix, inputs], dim=1))  # (B,T-1,D)
         logits = self.head(hidden[:, prefix.shape[1] - 1:])  # (B,M,K): from <BOM> on
-        loss = F.cross_entropy(logits.float().flatten(0, 1), mask_tokens.flatten())
-        return logits, loss
+        targets = mask_tokens.flatten()
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")  # (B*M,)
+        if background_weight != 1.0:
+            losses = losses * torch.where(targets == 0, background_weight, 1.0)
+        return logits, losses.mean()
 
     @torch.no_grad()
     def generate_naive(self, text_ids, pixels):

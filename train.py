@@ -60,6 +60,8 @@ def parse_args(argv=None):
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
     group.add_argument("--hide", action=argparse.BooleanOptionalAction, default=True,
                        help="hide a random share of the mask tokens from the model's input (default: on)")
+    group.add_argument("--background-weight", type=float, default=0.4, metavar="W",
+                       help="weight in the loss of tokens that are plain background (default: 0.4; the paper's: 1)")
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
@@ -321,7 +323,8 @@ def train(args):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if world_size > 1:  # gradients are summed over ranks only once a step
                     model.require_backward_grad_sync = micro == accumulation - 1
-                _, micro_loss = model(text_ids, pixels, mask_tokens, hide if args.hide else None)
+                hide = hide if args.hide else None
+                _, micro_loss = model(text_ids, pixels, mask_tokens, hide, args.background_weight)
             (micro_loss / accumulation).backward()
             loss += micro_loss.detach() / accumulation
             seen.append((batch["ids"], micro_loss.detach()))
