@@ -514,7 +514,8 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
     from data import contact_sheet
 
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
-    parameters = [p for module in learning for p in module.parameters()]
+    model.requires_grad_(False)
+    parameters = [p.requires_grad_(True) for module in learning for p in module.parameters()]
     # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
     banks = [p for p in parameters if p.dim() == 4]
     views = [nn.Parameter(p.data.flatten(1)) for p in banks]

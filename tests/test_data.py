@@ -138,11 +138,11 @@ def test_masks_are_the_visible_pixels():
         if len(set(flat)) > 1 or (owner[[0, 0, -1, -1], [0, -1, 0, -1]] >= 0).any():
             continue
         other = (picture != flat[0]).any(2)
-        if other.mean() > 0.9:  # noise that happened to agree in the corners
+        if other.mean() > (owner >= 0).mean() + 0.15:  # noise or grain that happened to agree in the corners
             continue
         solid = ndimage.binary_erosion(owner >= 0, iterations=1, border_value=1)
-        near = ndimage.binary_dilation(owner >= 0, iterations=1)
-        assert other[solid].mean() > 0.99 and not other[~near].any(), seed
+        near = ndimage.binary_dilation(owner >= 0, iterations=2)
+        assert other[solid].mean() > 0.99 and other[~near].mean() < 0.01, seed
         checked += 1
     assert checked > 10
 
