@@ -228,7 +228,7 @@ def _background(height, width, rng):
             patch = rng.integers(0, 256, (cells, cells, 3), np.uint8)
             blotch = Image.fromarray(patch).resize((width, height), Image.Resampling.BICUBIC)
             picture += rng.uniform(0.05, 0.25) * (np.asarray(blotch, np.float32) / 255.0 - 0.5)
-    return np.clip(picture, 0, 1)
+    return np.clip(picture, 0, 1, out=picture)
 
 
 def _pattern(fill, height, width, rng):
@@ -331,7 +331,10 @@ def draw_scene(rng, novel=False, rich=False):
 
     if rng.random() < 0.5:  # grain over everything
         picture += rng.uniform(0.005, 0.05) * rng.standard_normal((height, width, 1), np.float32)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), owner, objects
+    np.clip(picture, 0, 1, out=picture)
+    picture *= 255
+    picture += 0.5
+    return picture.astype(np.uint8), owner, objects
 
 
 def _object_color(ranges, tint, rng):
@@ -352,13 +355,11 @@ EXTREMES = {  # word: (axis, sign) of the centre of an object's visible box
     "topmost": (1, -1),
     "bottommost": (1, 1),
 }
-RELATIONS = {  # word: (axis, sign): the object's centre minus the other's, along the axis
-    "left of": (0, -1),
-    "to the left of": (0, -1),
-    "right of": (0, 1),
-    "to the right of": (0, 1),
-    "above": (1, -1),
-    "below": (1, 1),
+RELATIONS = {  # words: (axis, sign) of the object's centre minus the other's
+    ("left of", "to the left of"): (0, -1),
+    ("right of", "to the right of"): (0, 1),
+    ("above",): (1, -1),
+    ("below",): (1, 1),
 }
 
 
@@ -450,13 +451,13 @@ def scene_phrases(objects, height, width):
         for other, (anchor, *more) in named.items():
             if more or other in ("object", "shape") or anchor in indices:
                 continue
-            for word, (axis, sign) in RELATIONS.items():
+            for words, (axis, sign) in RELATIONS.items():
                 offsets = [sign * (centers[i][axis] - centers[anchor][axis]) for i in indices]
                 extent = (width, height)[axis]
                 inside = [i for i, offset in zip(indices, offsets) if offset > 0.12 * extent]
                 unsure = [offset for offset in offsets if abs(offset) <= 0.12 * extent]
                 if len(inside) == 1 and not unsure:
-                    add("relation", [f"the {noun} {word} the {other}"], "referring", None, inside)
+                    add("relation", [f"the {noun} {w} the {other}" for w in words], "referring", None, inside)
     return groups
 
 
@@ -653,11 +654,12 @@ class Scenes:
 
 def _measure(owner, objects):
     """Fill in each object's visible area and box; False if one is hidden by more than 60 % or below 24 px."""
+    areas = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
     for index, shape in enumerate(objects):
-        seen = owner == index
-        shape.area = int(seen.sum())
+        shape.area = int(areas[index])
         if shape.area < 24 or shape.area < 0.4 * _full_area(shape):
             return False
+        seen = owner == index
         rows, cols = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
         shape.box = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
     return True

@@ -33,7 +33,7 @@ from tokenizer import VQGAN, TextTokenizer, decode_masks
 from train import ASSETS, evaluate
 
 EXAMPLE = ASSETS / "example.png"
-EXAMPLE_PROMPTS = ("the red circle", "everything blue", "something to wear on a finger", "a sign of love")
+EXAMPLE_PROMPTS = ("the red circle", "the blue square", "something to wear on a finger", "a sign of love")
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
