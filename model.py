@@ -52,6 +52,8 @@ def attention(q, k, v, causal):
 
 @dataclass
 class SigLIPConfig:
+    """Shape of both towers; the defaults are those of SigLIP base, as its class in Hugging Face has them."""
+
     image_size: int = 256  # S, pixels
     patch_size: int = 16  # P, pixels
     vision_width: int = 768
@@ -97,6 +99,8 @@ class SigLIPAttention(nn.Module):
 
 
 class SigLIPMLP(nn.Module):
+    """Two layers with the tanh form of GELU between them."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -192,6 +196,8 @@ class SigLIP(nn.Module):
 
 @dataclass
 class LlamaConfig:
+    """Shape of the transformer; kv_heads below heads means grouped key and value heads."""
+
     width: int = 768
     layers: int = 12
     heads: int = 12
@@ -274,6 +280,8 @@ def rotate(x, cos, sin):
 
 
 class LlamaAttention(nn.Module):
+    """Causal self-attention with rotary positions, with or without a KV cache."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -318,6 +326,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
+    """Attention, then the MLP, each on normalised input and added to the stream (pre-norm)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
