@@ -4,14 +4,19 @@
 Shakespeare is to nanoGPT. It needs no download and never ends.
 
     python data.py preview scenes          # a contact sheet: picture, phrase, mask
+    python data.py download NAME           # official weights, into weights/NAME
 
 Legend: H W a picture's own height and width, S the side of the square that the model sees, P phrases per
 picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 """
 
 import argparse
+import hashlib
 import os
+import re
+import shutil
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------
 # Example: what every data set yields
@@ -698,18 +704,19 @@ class Batches(torch.utils.data.Dataset):
     A batch (all ranks, all accumulation) is `batch_size` phrases; P phrases in a row share a picture, and the
     picture comes once. Two ranks never share an example; the union does not depend on how it is split.
 
-    Items: text_ids (b, L), pixels float (b/P, 3, S, S) in [-1, 1], masks bool (b, S, S), hide bool (b, M),
-    ids list of b strings; b = micro_batch_size.
+    Items: text_ids (b, L), pixels float (b/P, 3, S, S) in [-1, 1], masks bool (b, m, m), hide bool (b, M), ids list
+    of b strings; b = micro_batch_size, m = mask_size (default: S).
     """
 
     def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
-                 rank=0, world_size=1, seed=0, hide=False):  # fmt: skip
+                 rank=0, world_size=1, seed=0, hide=False, mask_size=None):  # fmt: skip
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
             raise ValueError(
                 f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x {world_size} "
                 f"ranks, and the micro-batch size a multiple of {phrases} phrases a picture"
             )
         self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
+        self.mask_size = mask_size or size
         self.batch_size, self.micro_batch_size, self.phrases = batch_size, micro_batch_size, phrases
         self.rank, self.world_size, self.seed, self.hide = rank, world_size, seed, hide
         self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches a rank, a step
@@ -726,7 +733,7 @@ class Batches(torch.utils.data.Dataset):
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
                 pictures.append(resize_picture(example.image, self.size))
-            masks.append(resize_mask(example.mask, self.size))
+            masks.append(resize_mask(example.mask, self.mask_size))
             # Share of the mask tokens that the model does not get to see as input (LlamaSeg.forward, `hide`):
             # none for a fifth of the examples, all for a fifth, anything between for the rest.
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
@@ -787,7 +794,187 @@ def write_picture(image, path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# python data.py preview scenes
+# downloads
+
+_SIGLIP2_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                  "preprocessor_config.json", "special_tokens_map.json")  # fmt: skip
+
+# our name: (repository of the Hugging Face hub, or bucket of Google Cloud Storage as gs://..., files)
+DOWNLOADS = {
+    "vq_ds16_c2i": ("FoundationVision/LlamaGen", ("vq_ds16_c2i.pt",)),
+    "vq_ds16_t2i": ("peizesun/llamagen_t2i", ("vq_ds16_t2i.pt",)),
+    **{f"siglip2-{size}-patch16-{side}": (f"google/siglip2-{size}-patch16-{side}", _SIGLIP2_FILES)
+       for size in ("base", "large", "so400m") for side in (256, 384)},
+    "janus-pro-1b": ("deepseek-ai/Janus-Pro-1B", ("config.json", "pytorch_model.bin", "tokenizer.json",
+                     "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+                     "special_tokens_map.json")),
+    "var-vq": ("FoundationVision/var", ("vae_ch160v4096z32.pth",)),
+    "gemma-tokenizer": ("gs://big_vision", ("gemma_tokenizer.model",)),
+    "paligemma-tokenizer": ("gs://big_vision", ("paligemma_tokenizer.model",)),
+}  # fmt: skip
+
+
+def address(place, file, revision="main"):
+    """The URL of a file; a mirror may stand in for the hub (HF_ENDPOINT) or for the bucket (STORAGE_EMULATOR_HOST)."""
+    if place.startswith("gs://"):
+        host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
+        return f"{host.rstrip('/')}/{place.removeprefix('gs://')}/{file}"
+    return f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{place}/resolve/{revision}/{file}"
+
+
+def sha256_of(path):
+    """SHA-256 of a file as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class TryAgain(Exception):
+    """A download that broke for a reason that may pass; `pause`: seconds that the server asked for."""
+
+    def __init__(self, reason, pause=0.0):
+        super().__init__(reason)
+        self.pause = pause
+
+
+def fetch(url, path, token=None, attempts=6, wait=1.0):
+    """Download `url` to `path`: streamed to path.part, checked, then renamed. Returns its SHA-256.
+
+    A stopped download goes on where it was, if the server's file is still the same one. Broken connections and the
+    answers 429 and 5xx are tried again after wait, 2 wait, 4 wait ... seconds, `attempts` times without progress.
+    Size: as the server announces it. Hash: the one recorded beside the file (path.sha256), else the hub's own for
+    large files; without either it is recorded. A file that is already there is only checked.
+    A proxy comes from the usual variables (HTTPS_PROXY). token: sent as a bearer token, for gated files.
+    Raises OSError (network, disk) or ValueError (wrong size or hash), in one line.
+    """
+    import requests
+
+    path = Path(path)
+    part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.sha256")
+    recorded = record.read_text().split()[0] if record.exists() and record.read_text().strip() else None
+    if path.exists():
+        found = sha256_of(path)
+        if recorded and found != recorded:
+            raise ValueError(f"{path}: its SHA-256 is {found}, recorded was {recorded}: delete it and run this again, "
+                             "or delete the .sha256 if the change is yours")  # fmt: skip
+        write_text(record, f"{found}  {path.name}\n")
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures, most = 0, 0
+    with requests.Session() as session, tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+        session.headers["Accept-Encoding"] = "identity"  # sizes and ranges are those of the file itself
+        if token:
+            session.headers["Authorization"] = f"Bearer {token}"
+        while True:
+            try:
+                size, announced = receive(session, url, part, bar)
+                break
+            except (TryAgain, requests.RequestException) as error:
+                if isinstance(error, ValueError):  # how requests says that this is no address at all
+                    raise ValueError(f"{url}: {error}") from None
+                reason, pause = str(error).splitlines()[0][:200], getattr(error, "pause", 0)
+            came = part.stat().st_size if part.exists() else 0
+            failures, most = (0 if came > most else failures) + 1, max(came, most)
+            if failures >= attempts:
+                raise OSError(f"{url}: gave up after {failures} attempts ({reason}); what came is kept: run this again")
+            pause = max(pause, wait * 2 ** (failures - 1))
+            tqdm.write(f"{path.name}: {reason}; again in {pause:g} s", file=sys.stderr)
+            time.sleep(pause)
+    found, expected, came = sha256_of(part), recorded or announced, part.stat().st_size
+    wrong = None
+    if size is not None and came != size:
+        wrong = f"{came:,} bytes came, expected {size:,}"
+    elif expected and found != expected:
+        wrong = f"its SHA-256 is {found}, expected {expected}"
+    part.with_suffix(".etag").unlink(missing_ok=True)
+    if wrong:
+        part.unlink()
+        raise ValueError(f"{url}: {wrong}: deleted, run this again")
+    write_text(record, f"{found}  {path.name}\n")
+    os.replace(part, path)
+    return found
+
+
+def receive(session, url, part, bar):
+    """One attempt of `fetch`: appends what is missing to `part`; returns (size, SHA-256), None where not announced."""
+    tag = part.with_suffix(".etag")  # of the file that `part` belongs to
+    have = part.stat().st_size if part.exists() else 0
+    resume = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have and tag.exists() else {}
+    with session.get(url, headers=resume, stream=True, timeout=60) as answer:
+        status = f"{answer.status_code} {answer.reason}"
+        if answer.status_code == 429 or answer.status_code >= 500:
+            after = answer.headers.get("Retry-After", "")
+            raise TryAgain(f"the server answers {status}", float(after) if after.isdigit() else 0.0)
+        if answer.status_code == 416 and resume:
+            if answer.headers.get("Content-Range") == f"bytes */{have}":  # it was all there
+                return have, hub_hash(answer)
+            part.unlink()
+            raise TryAgain("the part on disk does not belong to it, starting again")
+        if answer.status_code in (401, 403):
+            raise OSError(f"{url}: the server answers {status}: a gated file needs a token in HF_TOKEN")
+        if answer.status_code not in (200, 206):
+            raise OSError(f"{url}: the server answers {status}")
+        if answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise OSError(f"{url}: a web page came instead of the file: is a proxy or a login in between?")
+        have = have if answer.status_code == 206 else 0
+        length, linked = answer.headers.get("Content-Length"), answer.headers.get("X-Linked-Size")
+        size = have + int(length) if length else None
+        for redirect in answer.history:
+            linked = linked or redirect.headers.get("X-Linked-Size")
+        etag = answer.headers.get("ETag", "W/")
+        if etag.startswith("W/"):
+            tag.unlink(missing_ok=True)  # nothing to tell the file by: no going on later
+        else:
+            write_text(tag, etag)
+        free = shutil.disk_usage(part.parent).free
+        if size and size - have > free:
+            raise OSError(f"{part}: {size - have:,} bytes to come, the disk has {free:,} left: make room, run this again")
+        bar.total, bar.n = size, have
+        with open(part, "ab" if have else "wb") as file:
+            for chunk in answer.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+        return int(linked) if linked else size, hub_hash(answer)
+
+
+def hub_hash(answer):
+    """The SHA-256 that the hub gives for large files in X-Linked-Etag, before the redirect, or in ETag; else None."""
+    for one in [*answer.history, answer]:
+        for name in ("X-Linked-Etag", "ETag"):
+            value = one.headers.get(name, "").strip('"')
+            if re.fullmatch("[0-9a-f]{64}", value):
+                return value
+    return None
+
+
+def write_text(path, text):
+    """Write a small text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def download(args):
+    """Fetch official weights into ROOT/NAME/. Stop it at any time and run it again: it goes on where it was.
+
+    HF_ENDPOINT names a mirror of the hub, HF_TOKEN is sent for gated files, HTTPS_PROXY is respected.
+    """
+    place, files = DOWNLOADS[args.name]
+    token = None if place.startswith("gs://") else os.environ.get("HF_TOKEN")
+    for file in files:
+        path = args.root / args.name / file
+        print(f"{path}: sha256 {fetch(address(place, file, args.revision), path, token)}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# python data.py preview | download
 
 
 def preview(args):
@@ -812,14 +999,25 @@ def main(argv=None):
     p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
     p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
     p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
+    p.set_defaults(job=preview)
+    p = commands.add_parser("download", help="fetch official weights", description=download.__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p.add_argument("name", choices=DOWNLOADS, metavar="NAME", help=", ".join(DOWNLOADS))
+    p.add_argument("--root", type=Path, default=Path(__file__).parent / "weights",
+                   help="default: weights/ beside this file, where train.py and sample.py look")
+    p.add_argument("--revision", default="main", help="of the repository (default: main)")
+    p.set_defaults(job=download)
     args = parser.parse_args(argv)
-    if args.first < 0 or args.count < 1:
+    if args.job is preview and (args.first < 0 or args.count < 1):
         parser.error(f"--first {args.first} must not be negative and --count {args.count} at least 1")
     try:
-        preview(args)
+        args.job(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: run this again to go on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -10,9 +10,10 @@ Shapes used below:
     D width (of the network at hand), S side of the picture in pixels, P side of a patch in pixels,
     K codebook size, nh heads, nkv key/value heads, hd width of a head.
 
-Read in this order: SigLIP, Llama and its KVCache, LlamaSeg, then the helpers for device and dtype.
+Read in this order: SigLIP, Llama and its KVCache, LlamaSeg, then the helpers: weights from files, device, dtype.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+WEIGHTS = Path(__file__).parent / "weights"  # where `python data.py download NAME` puts the official weights
 
 # ------------------------------------------------------------------------------
 # attention
@@ -69,12 +72,29 @@ class SigLIPConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is no multiple of {tower}_heads {heads}")
+
+    @property
+    def image_tokens(self):
+        """N; a rest that fills no patch is left out, as in so400m-patch14-384."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _siglip2(size, image_size):
+    """One of the released fixed-resolution SigLIP 2 models; both towers have the same shape."""
+    width, layers, heads, mlp = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096),
+                                 "so400m": (1152, 27, 16, 4304)}[size]
+    return SigLIPConfig(image_size=image_size, vision_width=width, vision_layers=layers, vision_heads=heads,
+                        vision_mlp=mlp, vocab_size=256000, text_width=width, text_layers=layers, text_heads=heads,
+                        text_mlp=mlp)
+
+
+# by the names that `python data.py download` knows
+SIGLIP2 = {f"siglip2-{size}-patch16-{image_size}": _siglip2(size, image_size)
+           for size in ("base", "large", "so400m") for image_size in (256, 384)}
 
 
 class SigLIPAttention(nn.Module):
@@ -127,31 +147,41 @@ class SigLIPBlock(nn.Module):
 
 class SigLIP(nn.Module):
     """The two encoders of SigLIP (Zhai et al. 2023) and of fixed-resolution SigLIP 2, with the parameter
-    names of Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states."""
+    names of Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states.
 
-    def __init__(self, config: SigLIPConfig):
+    vision, text: build only one of the towers. `source` tells where the weights are from, see from_pretrained.
+    """
+
+    def __init__(self, config: SigLIPConfig, vision=True, text=True):
         super().__init__()
-        c = self.config = config
-        patches = (c.image_size // c.patch_size) ** 2
-        vision_blocks = (SigLIPBlock(c.vision_width, c.vision_heads, c.vision_mlp, c.norm_eps)
-                         for _ in range(c.vision_layers))
-        text_blocks = (SigLIPBlock(c.text_width, c.text_heads, c.text_mlp, c.norm_eps)
-                       for _ in range(c.text_layers))
-        self.vision_model = nn.ModuleDict({
+        self.config = config
+        self.source = None
+        self.vision_model = self._vision_tower(config) if vision else None
+        self.text_model = self._text_tower(config) if text else None
+
+    @staticmethod
+    def _vision_tower(c):
+        blocks = (SigLIPBlock(c.vision_width, c.vision_heads, c.vision_mlp, c.norm_eps)
+                  for _ in range(c.vision_layers))
+        return nn.ModuleDict({
             "embeddings": nn.ModuleDict({
                 # only holds the official (D,3,P,P) weight; encode_image says why it is not called
                 "patch_embedding": nn.Conv2d(3, c.vision_width, c.patch_size, stride=c.patch_size),
-                "position_embedding": nn.Embedding(patches, c.vision_width),
+                "position_embedding": nn.Embedding(c.image_tokens, c.vision_width),
             }),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(vision_blocks)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(blocks)}),
             "post_layernorm": nn.LayerNorm(c.vision_width, eps=c.norm_eps),
         })
-        self.text_model = nn.ModuleDict({
+
+    @staticmethod
+    def _text_tower(c):
+        blocks = (SigLIPBlock(c.text_width, c.text_heads, c.text_mlp, c.norm_eps) for _ in range(c.text_layers))
+        return nn.ModuleDict({
             "embeddings": nn.ModuleDict({
                 "token_embedding": nn.Embedding(c.vocab_size, c.text_width),
                 "position_embedding": nn.Embedding(c.text_length, c.text_width),
             }),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(text_blocks)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(blocks)}),
             "final_layer_norm": nn.LayerNorm(c.text_width, eps=c.norm_eps),
         })
 
@@ -160,13 +190,16 @@ class SigLIP(nn.Module):
 
         ValueError if the picture is not of the size in the config.
         """
+        if self.vision_model is None:
+            raise ValueError("this SigLIP was loaded without its vision tower")
         S, P = self.config.image_size, self.config.patch_size
         if pixels.dim() != 4 or pixels.shape[1:] != (3, S, S):
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}, want (B, 3, {S}, {S})")
         model = self.vision_model
         patch = model.embeddings.patch_embedding
         # A convolution whose stride is its size is a matrix product over patches, much faster so on a CPU.
-        x = pixels.to(patch.weight.dtype).reshape(-1, 3, S // P, P, S // P, P)
+        side = S // P * P
+        x = pixels[:, :, :side, :side].to(patch.weight.dtype).reshape(-1, 3, S // P, P, S // P, P)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(pixels.shape[0], -1, 3 * P * P)  # (B,N,3*P*P)
         x = F.linear(x, patch.weight.flatten(1), patch.bias)  # (B,N,D)
         x = x + model.embeddings.position_embedding.weight
@@ -179,6 +212,8 @@ class SigLIP(nn.Module):
 
         ValueError if L or an index does not fit the config.
         """
+        if self.text_model is None:
+            raise ValueError("this SigLIP was loaded without its text tower")
         c = self.config
         if text_ids.dim() != 2 or text_ids.shape[1] != c.text_length:
             raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}, want (B, {c.text_length})")
@@ -188,6 +223,66 @@ class SigLIP(nn.Module):
         for layer in model.encoder.layers:
             x = layer(x)
         return model.final_layer_norm(x)
+
+    @classmethod
+    def from_pretrained(cls, directory, vision=True, text=True, dtype=torch.float32):
+        """Load a Hugging Face directory (config.json, model.safetensors, sharded or not), strictly, in eval mode.
+
+        SigLIP and fixed-resolution SigLIP 2, or one tower saved alone. vision, text: a tower that is not asked for
+        is not read. `source` then holds {"name", "sha256"} of what was read. FileNotFoundError, or ValueError with
+        one line that names file, tensor, expected and found.
+        """
+        directory, asked = Path(directory), {"vision": vision, "text": text}
+        config = siglip_config(directory)
+
+        def wanted(name):
+            tower = name.split("_model.")[0]
+            # pooling heads and the contrastive scale: no output that we use depends on them
+            dropped = name.startswith((f"{tower}_model.head.", "logit_scale", "logit_bias"))
+            return not dropped and not name.endswith(".position_ids") and asked.get(tower, True)
+
+        weights = read_weights(directory, wanted)
+        for tower in asked:
+            if asked[tower] and not any(name.startswith(f"{tower}_model.") for name in weights):
+                raise ValueError(f"{directory}: has no {tower} tower (no tensor {tower}_model.*)")
+        model = build_from(lambda: cls(config, vision, text), weights, directory, dtype)
+        model.source = {"name": directory.resolve().name, "sha256": fingerprint(weights)}
+        return model
+
+
+# our field: (field of Hugging Face's config.json, what its class takes where that is left out)
+SIGLIP_FIELDS = {
+    "vision": {
+        "image_size": ("image_size", 224), "patch_size": ("patch_size", 16), "vision_width": ("hidden_size", 768),
+        "vision_layers": ("num_hidden_layers", 12), "vision_heads": ("num_attention_heads", 12),
+        "vision_mlp": ("intermediate_size", 3072),
+    },
+    "text": {
+        "vocab_size": ("vocab_size", 32000), "text_length": ("max_position_embeddings", 64),
+        "text_width": ("hidden_size", 768), "text_layers": ("num_hidden_layers", 12),
+        "text_heads": ("num_attention_heads", 12), "text_mlp": ("intermediate_size", 3072),
+    },
+}
+
+
+def siglip_config(directory):
+    """SigLIPConfig of a Hugging Face directory; ValueError if it is of another kind, NaFlex for one."""
+    hf, path = read_config(directory), directory / "config.json"
+    kind = hf.get("model_type")
+    if kind not in ("siglip", "siglip_vision_model", "siglip_text_model"):
+        raise ValueError(f"{path}: model_type is {kind!r}, expected siglip, which SigLIP and fixed-resolution SigLIP 2 "
+                         "have (NaFlex is not supported)")
+    towers = {"vision": hf if kind == "siglip_vision_model" else hf.get("vision_config", {}),
+              "text": hf if kind == "siglip_text_model" else hf.get("text_config", {})}
+    fields = {}
+    for tower, values in towers.items():
+        check_config(path, values, {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
+        for name, (official, default) in SIGLIP_FIELDS[tower].items():
+            fields[name] = values.get(official, default)
+    try:
+        return SigLIPConfig(**fields)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------
@@ -369,6 +464,38 @@ class Llama(nn.Module):
             cache.position += T
         return self.norm(x)
 
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32):
+        """Load a Hugging Face `LlamaForCausalLM` or `LlamaModel` directory, strictly, in eval mode.
+
+        The token embedding and the output head are not read. FileNotFoundError, or ValueError with one line that
+        names file, tensor, expected and found.
+        """
+        directory = Path(directory)
+        hf, path = read_config(directory), directory / "config.json"
+        check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{path}: rope_type is {kind!r}, expected 'default'")
+        try:
+            config = LlamaConfig(
+                width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
+                heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
+                head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
+                rope_theta=float(hf.get("rope_theta", rope.get("rope_theta", 10000.0))),
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+            )
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+        def wanted(name):
+            dropped = ("embed_tokens.", "lm_head.")  # the caller's; inv_freq is computed, not learned
+            return not name.removeprefix("model.").startswith(dropped) and not name.endswith(".inv_freq")
+
+        weights = {name.removeprefix("model."): w for name, w in read_weights(directory, wanted).items()}
+        return build_from(lambda: cls(config), weights, directory, dtype)
+
 
 # ------------------------------------------------------------------------------
 # LlamaSeg
@@ -391,6 +518,16 @@ class LlamaSegConfig:
             self.llama = LlamaConfig(**self.llama)
 
 
+def _paper(layers, width, heads, image_size):
+    """A LlamaSeg of the paper. It gives layers, width, heads and 770M or 1.5B parameters; not stated are the size of
+    SigLIP2, for which we use large, and the MLP, for which we use 8/3 of the width, as LLaMA and LlamaGen do."""
+    return LlamaSegConfig(
+        siglip=SIGLIP2[f"siglip2-large-patch16-{image_size}"],
+        llama=LlamaConfig(width=width, layers=layers, heads=heads, mlp=width * 8 // 3, norm_eps=1e-5),
+        codebook_size=16384, mask_grid=image_size // 16,
+    )
+
+
 PRESETS: dict[str, LlamaSegConfig] = {
     # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. A step on 64 phrases
     # of 16 pictures takes about 1.5 s on two CPU cores in bfloat16. LOG.md has the run and the cIoU that it reached.
@@ -403,19 +540,31 @@ PRESETS: dict[str, LlamaSegConfig] = {
         llama=LlamaConfig(width=256, layers=4, heads=4, mlp=704, rope_theta=1000.0),
         codebook_size=4096, mask_grid=8, freeze_encoders=False,
     ),
+    # The paper's models, at 256 px with 256 mask tokens and at 384 px with 576. Not trained here: README has the table.
+    "llamaseg-b": _paper(layers=16, width=1920, heads=20, image_size=256),
+    "llamaseg-l": _paper(layers=22, width=2304, heads=32, image_size=256),
+    "llamaseg-b-384": _paper(layers=16, width=1920, heads=20, image_size=384),
+    "llamaseg-l-384": _paper(layers=22, width=2304, heads=32, image_size=384),
 }
 
 DECODES = ("greedy", "beam", "top-k", "top-p", "random")
 
 
 class LlamaSeg(nn.Module):
-    """LlamaSeg: phrase and picture in, mask tokens out."""
+    """LlamaSeg: phrase and picture in, mask tokens out.
 
-    def __init__(self, config: LlamaSegConfig):
+    encoder: a pretrained SigLIP of the shape config.siglip; None makes one with random weights.
+    frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, what it was trained with and does not hold.
+    """
+
+    def __init__(self, config: LlamaSegConfig, encoder=None):
         super().__init__()
         self.config = config
+        self.frozen = {"encoder": encoder.source} if encoder is not None and encoder.source else {}
         D, K, siglip = config.llama.width, config.codebook_size, config.siglip
-        self.encoder = SigLIP(siglip)
+        if encoder is not None and encoder.config != siglip:
+            raise ValueError(f"the encoder has the shape {encoder.config}, the model wants {siglip}")
+        self.encoder = SigLIP(siglip) if encoder is None else encoder
         self.text_adaptor = nn.Sequential(nn.Linear(siglip.text_width, D), nn.GELU(), nn.Linear(D, D))
         self.image_adaptor = nn.Sequential(nn.Linear(siglip.vision_width, D), nn.GELU(), nn.Linear(D, D))
         self.boi = nn.Parameter(torch.empty(D))  # <BOI>, begin of image
@@ -423,19 +572,20 @@ class LlamaSeg(nn.Module):
         self.mask_embedding = nn.Embedding(K, D)
         self.llama = Llama(config.llama)
         self.head = nn.Linear(D, K, bias=False)
-        self.init_weights()
+        self.init_weights(skip=() if encoder is None else set(encoder.modules()))
         self.encoder.requires_grad_(not config.freeze_encoders)
 
     @torch.no_grad()
-    def init_weights(self):
-        """N(0, 0.02) everywhere, as GPT-2 does; paper: not stated."""
+    def init_weights(self, skip=()):
+        """N(0, 0.02) everywhere but in the modules to skip, as GPT-2 does; paper: not stated."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            if module not in skip and isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         # A block adds two terms to the residual stream: scaled so that its variance does not grow with depth.
-        for tower in (self.encoder.vision_model.encoder, self.encoder.text_model.encoder, self.llama):
+        towers = [self.encoder.vision_model.encoder, self.encoder.text_model.encoder, self.llama]
+        for tower in [tower for tower in towers if tower not in skip]:
             for name, weight in tower.named_parameters():
                 if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
                     nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(tower.layers)))
@@ -474,6 +624,7 @@ class LlamaSeg(nn.Module):
         # no gradient, even if a caller turned requires_grad on again
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
             text, image = self.encoder.encode_text(text_ids), self.encoder.encode_image(pixels)
+        text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
         text = self.text_adaptor(text)  # (B,L,D)
         image = self.image_adaptor(image).repeat_interleave(B // b, dim=0)  # (B,N,D)
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
@@ -582,15 +733,27 @@ class LlamaSeg(nn.Module):
             tokens = torch.cat([tokens[rows], (index % K).view(-1, 1)], dim=1)
         return tokens.view(B, beams, M)[:, 0]
 
-    def save_pretrained(self, path, dtype=None, extra=None):
+    def trained_state(self):
+        """The state dict without a frozen encoder that came from official files: what a checkpoint holds."""
+        known = self.config.freeze_encoders and self.encoder.source
+        return {name: w for name, w in self.state_dict().items() if not (known and name.startswith("encoder."))}
+
+    def load_trained_state(self, weights):
+        """Put back what `trained_state` gave; ValueError with the names that do not fit."""
+        problems = compare_weights(self.trained_state(), weights)
+        if problems:
+            raise ValueError(f"weights do not fit the model: {problems}")
+        self.load_state_dict(weights, strict=False)
+
+    def save_pretrained(self, path, dtype=None):
         """Write one .safetensors whose header holds the config: a temporary name first, then renamed.
 
-        dtype: store the weights so (torch.float16 halves the file); None keeps them as they are.
-        extra: dict of strings, added to the header.
+        A frozen encoder from official files is not written; the header has its name and hash, as it has those of
+        the mask tokenizer (`frozen`). dtype: store the weights so (torch.float16 halves the file); None keeps them.
         """
         path = Path(path)
-        header = {**(extra or {}), "format": "llamaseg", "config": json.dumps(asdict(self.config))}
-        weights = {name: w.to("cpu", dtype or w.dtype) for name, w in self.state_dict().items()}
+        header = {"format": "llamaseg", "config": json.dumps(asdict(self.config)), "frozen": json.dumps(self.frozen)}
+        weights = {name: w.to("cpu", dtype or w.dtype) for name, w in self.trained_state().items()}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(weights, temporary, metadata=header)
@@ -602,10 +765,13 @@ class LlamaSeg(nn.Module):
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, path):
-        """Read a file of `save_pretrained`, on the CPU, in float32 whatever it was stored in.
+    def from_pretrained(cls, path, encoder=None, dtype=torch.float32, any_weights=False):
+        """Read a file of `save_pretrained`, on the CPU, in `dtype` whatever it was stored in.
 
-        FileNotFoundError; ValueError if the file is damaged, of another kind, or does not fit its own config.
+        encoder: directory of the frozen SigLIP, if the file names one; default: its name below WEIGHTS.
+        any_weights: take an encoder other than the one of the training.
+        FileNotFoundError; ValueError if the file is damaged, of another kind, or does not fit its own config, or if
+        the encoder is another one.
         """
         path = Path(path)
         if not path.is_file():
@@ -613,7 +779,7 @@ class LlamaSeg(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+                weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
                              "copy it again or take another") from None
@@ -622,15 +788,33 @@ class LlamaSeg(nn.Module):
                              "give the .safetensors that train.py wrote")
         try:
             config = LlamaSegConfig(**json.loads(header["config"]))
+            frozen = json.loads(header.get("frozen", "{}"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: its config does not fit this version of model.py ({error})") from None
+        siglip = None
+        if "encoder" in frozen:
+            siglip = SigLIP.from_pretrained(encoder or WEIGHTS / frozen["encoder"]["name"], dtype=dtype)
+            if not any_weights:
+                check_source(path, "encoder", frozen, siglip.source)
+        elif encoder:
+            raise ValueError(f"{path}: holds its own encoder, --encoder {encoder} has no use")
         with torch.device("meta"):  # shapes only: the weights come from the file
-            model = cls(config)
-        problems = compare_weights(model.state_dict(), weights)
+            model = cls(config, siglip)
+        model.frozen = frozen
+        problems = compare_weights(model.trained_state(), weights)
         if problems:
             raise ValueError(f"{path}: weights do not fit the config: {problems}")
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, strict=siglip is None, assign=True)
         return model
+
+
+def check_source(path, part, frozen, source):
+    """ValueError unless the frozen `part` at hand, a {"name", "sha256"}, is the one that `path` was trained with."""
+    expected = frozen.get(part)
+    if expected and expected["sha256"] != source["sha256"]:
+        raise ValueError(f"{path}: was trained with the {part.replace('_', ' ')} {expected['name']} "
+                         f"({expected['sha256'][:12]}), found {source['name']} ({source['sha256'][:12]}): give that one, "
+                         "or --any-weights to take this one")
 
 
 def choose(logits, decode, top_k, top_p, temperature, generator):
@@ -650,7 +834,105 @@ def choose(logits, decode, top_k, top_p, temperature, generator):
 
 
 # ------------------------------------------------------------------------------
-# helpers
+# helpers: weights from files
+
+
+def read_config(directory):
+    """config.json of a Hugging Face directory as a dict; FileNotFoundError or ValueError in one line."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such folder; for official weights: "
+                                f"python data.py download {directory.name}")
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face directory") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def check_config(path, values, expected):
+    """ValueError if a field of config.json is there and not the one value that this code implements."""
+    for name, value in expected.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {values[name]!r}, expected {value!r}")
+
+
+def read_weights(directory, wanted):
+    """{name: tensor} of a Hugging Face directory, as stored; only names for which wanted(name) are read.
+
+    model.safetensors or pytorch_model.bin, in one file or in the shards of an index.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / f"{name}.index.json").is_file():
+            try:
+                places = json.loads((directory / f"{name}.index.json").read_bytes())["weight_map"]
+                files = sorted({file for tensor, file in places.items() if wanted(tensor)})
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise ValueError(f"{directory / name}.index.json: holds no weight_map") from None
+            break
+        if (directory / name).is_file():
+            files = [name]
+            break
+    else:
+        raise FileNotFoundError(f"{directory}: has neither model.safetensors nor pytorch_model.bin, whole or sharded")
+    weights = {}
+    for file in (directory / name for name in files):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file, though the index names it")
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    weights |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
+            else:
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                weights |= {name: tensor for name, tensor in tensors.items() if wanted(name)}
+        except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{file}: damaged or not what its name says ({line}); get it again") from None
+    return weights
+
+
+def build_from(make, weights, directory, dtype):
+    """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
+    with torch.device("meta"):
+        model = make()
+    problems = compare_weights(model.state_dict(), weights)
+    if problems:
+        raise ValueError(f"{directory}: {problems}")
+    model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
+    return model.eval()
+
+
+def compare_weights(want, have):
+    """Two dicts of tensors -> one line with what is missing, left over, of a wrong shape or not finite; "" if
+    they agree."""
+    shapes = [f"{n} {tuple(have[n].shape)}, expected {tuple(want[n].shape)}"
+              for n in want if n in have and have[n].shape != want[n].shape]
+    kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
+             "wrong shape": shapes, "not finite": [n for n in have if not have[n].isfinite().all()]}
+    parts = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            parts.append(f"{kind}: {', '.join(names[:5])}{more}")
+    return "; ".join(parts)
+
+
+def fingerprint(weights):
+    """SHA-256 of names, shapes and stored values as hex: the same however they were split over files."""
+    digest = hashlib.sha256()
+    for name, w in sorted(weights.items()):
+        digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+        digest.update(w.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------
+# helpers: indices, device, dtype
 
 
 def check_indices(name, ids, size):
@@ -661,20 +943,6 @@ def check_indices(name, ids, size):
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= size:
             raise ValueError(f"{name} has indices {low} .. {high}, want 0 .. {size - 1}")
-
-
-def compare_weights(want, have):
-    """Two dicts of tensors -> one line with the missing, left-over and wrong-shape ones; "" if they agree."""
-    shapes = [f"{n} {tuple(have[n].shape)} not {tuple(want[n].shape)}"
-              for n in want if n in have and have[n].shape != want[n].shape]
-    kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
-             "wrong shape": shapes}
-    parts = []
-    for kind, names in kinds.items():
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{kind}: {', '.join(names[:5])}{more}")
-    return "; ".join(parts)
 
 
 def clock(device):

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from data import Scenes, contact_sheet, load_dataset, open_picture, resize_picture, rle_encode, to_pixels, write_picture
 from metrics import boundary, write_json
-from model import DECODES, LlamaSeg, compute_dtype, pick_device
+from model import DECODES, WEIGHTS, LlamaSeg, check_source, compute_dtype, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks
-from train import ASSETS, evaluate
+from train import ASSETS, evaluate, locate
 
 EXAMPLE = ASSETS / "example.png"
 EXAMPLE_PROMPTS = ("the red circle", "the blue square", "something to wear on a finger", "a sign of love")
@@ -44,30 +44,40 @@ class PromptTooLong(ValueError):
 class Segmenter:
     """A checkpoint ready for use: model, mask tokenizer, text tokenizer."""
 
-    def __init__(self, model, mask_tokenizer, text_tokenizer, device, dtype=torch.float32):
+    def __init__(self, model, mask_tokenizer, text_tokenizer, device):
         self.model = model.to(device).eval()
         self.mask_tokenizer = mask_tokenizer.to(device).eval()
         self.text_tokenizer = text_tokenizer
-        self.device, self.dtype = device, dtype
+        self.device = device
 
     @classmethod
-    def load(cls, checkpoint=None, device="auto", dtype="float32"):
+    def load(cls, checkpoint=None, device="auto", dtype="float32", encoder=None, mask_tokenizer=None,
+             any_weights=False):  # fmt: skip
         """Open a checkpoint: the embedded one, a folder that train.py wrote, or the model.safetensors in it.
 
-        Raises FileNotFoundError or ValueError with one line that names the file.
+        dtype: of the model's weights, "float32", "bfloat16" or "auto" (bfloat16 where the device multiplies it fast);
+        the mask tokenizer stays in float32. encoder, mask_tokenizer: where the frozen parts lie that the checkpoint
+        names; default: beside it, else where `data.py download` put them. any_weights: take others than those of the
+        training. Raises FileNotFoundError or ValueError with one line that names the file.
         """
         folder = Path(checkpoint or ASSETS)
         file = folder / "model.safetensors" if folder.is_dir() else folder
         device = pick_device(device)
-        model = LlamaSeg.from_pretrained(file)
-        mask_tokenizer = VQGAN.from_pretrained(file.with_name("mask_tokenizer.safetensors"))
+        model = LlamaSeg.from_pretrained(file, encoder, compute_dtype(device, dtype)[0], any_weights)
+        if mask_tokenizer is None:
+            mask_tokenizer = file.with_name("mask_tokenizer.safetensors")
+            if not mask_tokenizer.exists() and "mask_tokenizer" in model.frozen:
+                mask_tokenizer = WEIGHTS / model.frozen["mask_tokenizer"]["name"]
+        mask_tokenizer = VQGAN.from_pretrained(mask_tokenizer)
+        if not any_weights:
+            check_source(file, "mask_tokenizer", model.frozen, mask_tokenizer.source)
         text_tokenizer = TextTokenizer(file.with_name("text.model"), model.config.siglip.text_length)
         sizes = {"codes": (mask_tokenizer.config.codebook_size, model.config.codebook_size),
                  "text pieces": (text_tokenizer.model.vocab_size(), model.config.siglip.vocab_size)}  # fmt: skip
         for what, (has, wants) in sizes.items():
             if has != wants:
                 raise ValueError(f"{file.parent}: {has} {what} beside a model of {wants}: not of one training run")
-        return cls(model, mask_tokenizer, text_tokenizer, device, compute_dtype(device, dtype)[0])
+        return cls(model, mask_tokenizer, text_tokenizer, device)
 
     def prepare(self, image, prompts):
         """PIL picture and n prompts -> text_ids (n, L), pixels (1, 3, S, S): what model.generate takes.
@@ -94,9 +104,8 @@ class Segmenter:
         if not prompts:
             return []
         text_ids, pixels = self.prepare(image, prompts)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = self.model.generate(text_ids, pixels, decode=decode)
-            return decode_masks(self.mask_tokenizer, tokens, [image.size[::-1]] * len(prompts))
+        tokens = self.model.generate(text_ids, pixels, decode=decode)
+        return decode_masks(self.mask_tokenizer, tokens, [image.size[::-1]] * len(prompts))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -162,13 +171,19 @@ def put_json(value, target):
 # the two jobs
 
 
+def load(args):
+    """The Segmenter that the flags ask for."""
+    return Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
+                          args.any_weights)  # fmt: skip
+
+
 def segment(args):
     """Masks and overlays of pictures; one line a mask."""
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
     pictures = find_pictures(args.image or [EXAMPLE])
     prompts = args.prompt or EXAMPLE_PROMPTS
     check_targets(args)
-    segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype)
+    segmenter = load(args)
     records = []
     for name, source in tqdm(pictures, desc="pictures", disable=len(pictures) < 2):
         image = open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)
@@ -196,11 +211,10 @@ def score(args):
     """Metrics of a checkpoint on a data set, in all and by task, and a contact sheet of the first examples."""
     dataset = load_dataset(args.dataset, args.split)
     check_targets(args)
-    segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype)
+    segmenter = load(args)
     count = min(args.count or len(dataset), len(dataset))
-    with torch.autocast(segmenter.device.type, segmenter.dtype, enabled=segmenter.dtype != torch.float32):
-        total, by_task, cells = evaluate(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, dataset,
-                                         count, device=segmenter.device, decode=args.decode, progress=True)  # fmt: skip
+    total, by_task, cells = evaluate(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, dataset,
+                                     count, device=segmenter.device, decode=args.decode, progress=True)  # fmt: skip
     tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
     columns = ("count", "cIoU", "gIoU", "mAHD@0.5", "mAHD@0.7", "mAHD@0.9")
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
@@ -231,9 +245,16 @@ def main(argv=None):
     group.add_argument("--count", type=int, help="first examples only (default: all of the split)")
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", metavar="PATH", help="folder that train.py wrote, or its model.safetensors")
+    group.add_argument("--encoder", type=Path, metavar="DIR", help="frozen SigLIP that the checkpoint names (default: "
+                       "where `data.py download` put it)")
+    group.add_argument("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN that the checkpoint names "
+                       "(default: beside the checkpoint, else where `data.py download` put it)")
+    group.add_argument("--any-weights", action="store_true",
+                       help="take frozen parts other than those of the training")
     group.add_argument("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="default: float32")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
+                       help="of the weights; auto: bfloat16 where the device multiplies it fast (default: float32)")
     args = parser.parse_args(argv)
     if args.image and not args.prompt:
         parser.error('--image needs at least one --prompt, as in --prompt "the red circle"')

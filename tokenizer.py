@@ -9,9 +9,14 @@ K rows of the codebook.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import pickle
+import re
+import struct
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,11 +51,18 @@ class VQGANConfig:
 
     channels: int = 128  # width at full resolution
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry a resolution; downsample ratio 2^(len - 1)
+    decoder_mult: tuple[int, ...] | None = None  # None: as channel_mult, from full resolution down too
     res_blocks: int = 2  # a resolution in the encoder; the decoder has one more
     latent_channels: int = 256
     codebook_size: int = 16384
     codebook_dim: int = 8
     norm_groups: int = 32  # LlamaGen: 32; narrower models need fewer
+
+    def __post_init__(self):
+        self.channel_mult = tuple(self.channel_mult)  # JSON has lists
+        self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
+        if len(self.decoder_mult) != len(self.channel_mult):
+            raise ValueError(f"channel_mult {self.channel_mult} and decoder_mult {self.decoder_mult} differ in length")
 
     @property
     def downsample(self):
@@ -179,7 +191,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.channels * m for m in reversed(config.channel_mult)]
+        widths = [config.channels * m for m in reversed(config.decoder_mult)]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0], config)
@@ -223,10 +235,14 @@ class VectorQuantizer(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """The mask tokenizer: LlamaGen's VQ-16, every width configurable."""
+    """The mask tokenizer: LlamaGen's VQ-16, every width configurable.
+
+    source: {"name", "sha256"} of the file that from_pretrained read.
+    """
 
     def __init__(self, config):
         super().__init__()
+        self.source = None
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -304,27 +320,132 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """Load our .safetensors (config in the header), strictly, as float32."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such mask tokenizer file")
+        """Load a mask tokenizer, strictly, as float32, in eval mode. `path` is one of
+
+        - our own .safetensors, whose header holds the config;
+        - a released LlamaGen file (vq_ds16_c2i.pt, vq_ds16_t2i.pt) or one that the official trainer wrote;
+        - a Janus-Pro checkpoint, whose tokenizer lies under `gen_vision_model.`;
+        - a folder with one of these, its weights in one file or sharded.
+
+        All widths are read off the tensors. FileNotFoundError, or ValueError with one line that names file and tensor.
+        """
+        header, tensors = read_checkpoint(path)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in VQGAN_DROPPED}
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).float() for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}): get it again") from None
-        if metadata.get("format") != "vqgan":
-            raise ValueError(f"{path}: holds no mask tokenizer (header format {metadata.get('format')!r}, not 'vqgan')")
-        try:
-            config = json.loads(metadata["config"])
-            model = cls(VQGANConfig(**config | {"channel_mult": tuple(config["channel_mult"])}))
+            config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(tensors)
+            config = VQGANConfig(**config)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its config does not fit this version of tokenizer.py ({error!r})") from None
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: " + " ".join(str(error).split())) from None
+            raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error})") from None
+        with torch.device("meta"):  # shapes only: the weights come from the file
+            model = cls(config)
+        want = model.state_dict()
+        problems = [f"{key} is missing" for key in want if key not in tensors]
+        problems += [f"{key} is left over" for key in tensors if key not in want]
+        problems += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(want[key].shape)}"
+                     for key in want if key in tensors and tensors[key].shape != want[key].shape]  # fmt: skip
+        problems = problems or [f"{key} has values that are not finite"
+                                for key, tensor in tensors.items() if not tensor.isfinite().all()]  # fmt: skip
+        if problems:
+            more = f", and {len(problems) - 1} more such tensors" if problems[1:] else ""
+            raise ValueError(f"{path}: {problems[0]}{more}")
+        model.source = {"name": Path(path).resolve().stem, "sha256": fingerprint(tensors)}
+        # a copy of each: the tensors of a .pt file may share memory, or be windows into the file on disk
+        model.load_state_dict({key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}, assign=True)
         return model.eval()
+
+
+# What the official files hold and no output depends on: usage statistics of the official trainer.
+VQGAN_DROPPED = ("quantize.codebook_used",)
+
+
+def read_checkpoint(path):
+    """Tensors of a mask tokenizer as they lie on disk: (header of a .safetensors, {parameter name: tensor}).
+
+    Nothing but tensors is ever unpickled. ValueError with one line for a file that is damaged or of another kind.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        for pattern in ("*.safetensors", "*.bin", "*.pt"):
+            if files := sorted(path.glob(pattern)):
+                break
+        else:
+            raise FileNotFoundError(f"{path}: no *.safetensors, *.bin or *.pt in this folder")
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path}: no such mask tokenizer (python data.py download fetches the official ones)")
+    header, tensors = {}, {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt") as opened:
+                    header = opened.metadata() or {}
+                    tensors |= {key: opened.get_tensor(key) for key in opened.keys()
+                                if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
+            except SafetensorError as error:
+                raise ValueError(f"{file}: not a whole safetensors file ({error}): get it again") from None
+        else:
+            tensors |= read_pickle(file)
+    if any(key.startswith(JANUS) for key in tensors):
+        tensors = {key.removeprefix(JANUS): tensor for key, tensor in tensors.items() if key.startswith(JANUS)}
+    return header, tensors
+
+
+JANUS = "gen_vision_model."  # where a Janus-Pro checkpoint keeps its image tokenizer
+
+
+def read_pickle(file):
+    """{name: tensor} of a torch.save file; of several wrappers `ema`, then `model`, then `state_dict` is the one,
+    as LlamaGen's demo takes them."""
+    try:
+        # Namespace: the official trainer saves its flags; a plain bag of values without code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"code ({found[1]})" if found else "no tensors"
+        raise ValueError(f"{file}: refused, this pickle holds {what}; expected tensors only") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: damaged ({line}): get it again") from None
+    for wrapper in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError(f"{file}: holds no weights (expected a dict of tensors, or one under ema, model or state_dict)")
+    return content
+
+
+def vqgan_widths(tensors):
+    """Fields of VQGANConfig, read off the tensors of an official checkpoint; its GroupNorms have 32 groups."""
+    for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"):
+        if key not in tensors:
+            raise ValueError(f"{key} is missing")
+
+    def width(key):
+        return tensors[key].shape[0] // channels if key in tensors else 1  # a missing one is reported by its name
+
+    channels = tensors["encoder.conv_in.weight"].shape[0]
+    levels = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("encoder.conv_blocks."))
+    blocks = {key.split(".")[4] for key in tensors if key.startswith("encoder.conv_blocks.0.res.")}
+    return {
+        "channels": channels,
+        "channel_mult": [width(f"encoder.conv_blocks.{i}.res.0.conv1.weight") for i in range(levels)],
+        "decoder_mult": [width(f"decoder.conv_blocks.{i}.res.0.conv1.weight") for i in reversed(range(levels))],
+        "res_blocks": len(blocks),
+        "latent_channels": tensors["encoder.conv_out.weight"].shape[0],
+        "codebook_size": tensors["quantize.embedding.weight"].shape[0],
+        "codebook_dim": tensors["quantize.embedding.weight"].shape[1],
+    }
+
+
+def fingerprint(tensors):
+    """SHA-256 of names, shapes and values as hex: the same however the tensors were split over files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -347,15 +468,21 @@ class TextTokenizer:
     """SentencePiece with SigLIP2's rules: lower-case, encode, append EOS, pad on the right to `length`.
 
     A text of more than length - 1 tokens is cut and keeps EOS last; `too_long` tells.
+    model_path: a SentencePiece tokenizer.model (Gemma's), the tokenizer.json that lies beside SigLIP2's weights,
+    or a folder with one of them; both files give the same ids.
     """
 
     def __init__(self, model_path, length=64):
-        if not Path(model_path).is_file():
-            raise FileNotFoundError(f"{model_path}: no such SentencePiece model")
+        path = Path(model_path)
+        if path.is_dir():
+            path = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()), path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.model or tokenizer.json)")
+        model = sentencepiece_from_json(path) if path.suffix == ".json" else path.read_bytes()
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise ValueError(f"{model_path}: not a SentencePiece model: get it again") from None
+            raise ValueError(f"{path}: not a SentencePiece model: get it again") from None
         self.length = length
 
     def _ids(self, text):
@@ -374,6 +501,63 @@ class TextTokenizer:
             pieces = self._ids(text)[: self.length - 1] + [self.model.eos_id()]
             row[: len(pieces)] = torch.tensor(pieces)
         return ids
+
+
+def sentencepiece_from_json(path):
+    """tokenizer.json of a Gemma tokenizer -> the SentencePiece model (bytes of its protocol buffer) it was made from.
+
+    A merge's rank becomes the score of the piece it makes: SentencePiece joins the neighbours of the best score first,
+    as the merges do. ValueError if the file is no such tokenizer.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        bpe, added = content["model"], {token["content"] for token in content["added_tokens"]}
+        if bpe["type"] != "BPE" or not bpe.get("byte_fallback"):
+            raise ValueError(f"its model is {bpe['type']}, byte_fallback {bpe.get('byte_fallback')}")
+        vocab = sorted(bpe["vocab"], key=bpe["vocab"].get)
+        if [bpe["vocab"][piece] for piece in vocab] != list(range(len(vocab))):
+            raise ValueError("its ids have gaps")
+        missing = [piece for piece in ("<pad>", "<eos>", "<bos>", "<unk>") if piece not in bpe["vocab"]]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in bpe["merges"]]
+        rank = {}
+        for i, (left, right) in enumerate(merges):
+            rank.setdefault(left + right, i)
+    except (KeyError, TypeError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path}: not Gemma's tokenizer.json ({error!r})") from None
+
+    # the wire format of protocol buffers: (field << 3 | kind), then a varint, 4 bytes, or a length and as many bytes
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    def field(number, value):
+        if isinstance(value, float):
+            return varint(number << 3 | 5) + struct.pack("<f", value)
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    normal, unknown, control, user_defined, byte = 1, 2, 3, 4, 6  # SentencePiece.Type
+    pieces = b""
+    for i, piece in enumerate(vocab):
+        kind = normal
+        if piece in ("<pad>", "<eos>", "<bos>", "<unk>"):
+            kind = unknown if piece == "<unk>" else control
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            kind = byte
+        elif piece == "\t" and vocab[i - 1] == "<0x08>":  # Hugging Face's conversion writes byte 9 as itself
+            piece, kind = "<0x09>", byte
+        elif piece in added:
+            kind = user_defined
+        score = -float(rank.get(piece, len(merges)))
+        pieces += field(1, field(1, piece.encode()) + field(2, score) + field(3, kind))
+    ids = [bpe["vocab"][piece] for piece in ("<unk>", "<bos>", "<eos>", "<pad>")]
+    trainer = field(3, 2) + field(4, len(vocab)) + field(35, 1)  # model_type BPE, vocab_size, byte_fallback
+    trainer += b"".join(field(40 + i, id) for i, id in enumerate(ids))
+    trainer += field(46, b"<bos>") + field(47, b"<eos>")
+    normalizer = field(1, b"identity") + field(3, 0) + field(4, 0)  # no dummy prefix, extra white space stays
+    return pieces + field(2, trainer) + field(3, normalizer)
 
 
 def train_text_tokenizer(sentences, path, vocab_size=512):

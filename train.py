@@ -3,10 +3,13 @@
     python train.py                                   # the `scenes` preset on this machine
     torchrun --nproc_per_node=2 train.py              # the same run on two processes (gloo on CPU, NCCL on GPU)
     python train.py --out-dir out --resume auto       # go on where out/ stopped
+    python train.py --preset llamaseg-b --print-config    # sizes, memory, hyper-parameters; trains nothing
+    torchrun --nproc_per_node=8 train.py --preset llamaseg-b    # the paper's model, on official frozen parts
 
 OUT_DIR gets log.jsonl (one object a step), grid-STEP.png at each evaluation (picture, phrase, predicted, truth),
 checkpoint.pt (weights, optimizer, step: resumable), and the three files that sample.py --checkpoint OUT_DIR
-reads: model.safetensors, mask_tokenizer.safetensors, text.model.
+reads: model.safetensors, mask_tokenizer.safetensors, text.model. Frozen parts from official files are not copied:
+model.safetensors has their names and hashes, and `python data.py download NAME` fetches them.
 """
 
 import argparse
@@ -16,20 +19,39 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Batches, contact_sheet, load_dataset, resize_picture, to_pixels
 from metrics import SegmentationMetrics, write_json
-from model import PRESETS, LlamaSeg, compute_dtype, pick_device
-from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
+from model import PRESETS, SIGLIP2, WEIGHTS, LlamaSeg, SigLIP, check_source, compute_dtype, pick_device, siglip_config
+from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, mask_to_image
 
 ASSETS = Path(__file__).parent / "assets"
+
+# What a preset means where a flag is left out. All else has one default for all presets, see --help.
+SCENES_RECIPE = {
+    "mask_tokenizer": ASSETS / "mask_tokenizer.safetensors", "text_tokenizer": ASSETS / "text.model",
+    "optimizer": "muon", "lr": 3e-3, "batch_size": 64, "warmup_steps": 100, "hide": True, "background_weight": 0.4,
+}  # fmt: skip
+# The paper's pre-training stage. Paper: batch size, warm-up, gradient clipping and which tokenizer of LlamaGen (c2i or
+# t2i) are not stated; we use LlamaGen's batch of 256, 1000 steps, 1.0 and c2i.
+PAPER_RECIPE = {
+    "mask_tokenizer": WEIGHTS / "vq_ds16_c2i",
+    "optimizer": "adamw", "lr": 2e-4, "batch_size": 256, "warmup_steps": 1000, "hide": False, "background_weight": 1.0,
+}  # fmt: skip
+
+
+def locate(path):
+    """A path as it is, or for the bare name of official weights the folder that `data.py download` made."""
+    return path if path is None or path.exists() or len(path.parts) > 1 else WEIGHTS / path
 
 
 def parse_args(argv=None):
@@ -41,27 +63,31 @@ def parse_args(argv=None):
     group.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False,
                        help="scenes with more of everything")
     group.add_argument("--phrases", type=int, default=4, help="phrases asked of each picture (default: 4)")
-    group.add_argument("--mask-tokenizer", default=ASSETS / "mask_tokenizer.safetensors", type=Path, metavar="FILE",
-                       help="frozen VQGAN (default: the embedded one)")
-    group.add_argument("--text-tokenizer", default=ASSETS / "text.model", type=Path, metavar="FILE",
-                       help="SentencePiece model (default: the embedded one)")
+    group.add_argument("--encoder", type=Path, metavar="DIR",
+                       help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that data.py downloads "
+                       "(default: none for scenes, siglip2-large for llamaseg-*)")
+    group.add_argument("--mask-tokenizer", type=Path, metavar="FILE",
+                       help="frozen VQGAN (default: the embedded one for scenes, vq_ds16_c2i for llamaseg-*)")
+    group.add_argument("--text-tokenizer", type=Path, metavar="FILE",
+                       help="tokenizer.model or tokenizer.json (default: the embedded one for scenes, else the encoder's)")
     group.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     group = parser.add_argument_group("optimization")
     group.add_argument("--max-steps", type=int, default=6000, help="optimizer steps of the whole run (default: 6000)")
-    group.add_argument("--batch-size", type=int, default=64,
-                       help="phrases in a step: all ranks, all micro-batches (default: 64)")
+    group.add_argument("--batch-size", type=int,
+                       help="phrases in a step: all ranks, all micro-batches (default: 64; llamaseg-*: 256)")
     group.add_argument("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank "
                        "(default: batch size / ranks, no accumulation)")
-    group.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
-                       help="muon: Muon for the matrices, AdamW for the rest; adamw: the paper's (default: muon)")
-    group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
-    group.add_argument("--warmup-steps", type=int, default=100, help="linear warm-up, then cosine to 0 (default: 100)")
+    group.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices, AdamW for "
+                       "the rest; adamw: the paper's (default: muon; llamaseg-*: adamw)")
+    group.add_argument("--lr", type=float, help="peak learning rate (default: 3e-3; llamaseg-*: 2e-4, the paper's)")
+    group.add_argument("--warmup-steps", type=int,
+                       help="linear warm-up, then cosine to 0 (default: 100; llamaseg-*: 1000)")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices (default: 0.05, the paper's)")
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
-    group.add_argument("--hide", action=argparse.BooleanOptionalAction, default=True,
-                       help="hide a random share of the mask tokens from the model's input (default: on)")
-    group.add_argument("--background-weight", type=float, default=0.4, metavar="W",
-                       help="weight in the loss of tokens that are plain background (default: 0.4; the paper's: 1)")
+    group.add_argument("--hide", action=argparse.BooleanOptionalAction,
+                       help="hide a random share of the mask tokens from the model's input (default: on; llamaseg-*: off)")
+    group.add_argument("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain "
+                       "background in the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
@@ -76,7 +102,19 @@ def parse_args(argv=None):
     group.add_argument("--eval-count", type=int, default=200, help="validation examples (default: 200)")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
     group.add_argument("--resume", metavar="{auto,PATH}", help="go on from a checkpoint.pt; auto: OUT_DIR's, if any")
+    parser.add_argument("--print-config", action="store_true",
+                        help="print sizes, parameters, memory and hyper-parameters, then stop; allocates no model")
     args = parser.parse_args(argv)
+    recipe = SCENES_RECIPE if args.preset == "scenes" else PAPER_RECIPE
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if PRESETS[args.preset].freeze_encoders:
+        args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
+    elif args.encoder:
+        parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
+    args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
+    args.text_tokenizer = args.text_tokenizer or args.encoder
     for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
@@ -193,8 +231,8 @@ def save_checkpoint(path, model, optimizers, step, args):
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "run": {name: getattr(args, name) for name in SAME_RUN}}  # fmt: skip
+    state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+             "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}  # fmt: skip
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
@@ -209,7 +247,7 @@ def load_checkpoint(path, model, optimizers, args):
     """Put a checkpoint back; returns the number of steps it has done. ValueError if it is not this run's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        run, step = state["run"], state["step"]
+        run, step, _ = state["run"], state["step"], state["frozen"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
@@ -219,8 +257,10 @@ def load_checkpoint(path, model, optimizers, args):
              if run[name] != getattr(args, name)]  # fmt: skip
     if other:
         raise ValueError(f"{path}: is of another run, made with {'; '.join(other)}")
+    for part, source in model.frozen.items():
+        check_source(path, part, state["frozen"], source)
     try:
-        model.load_state_dict(state["model"])
+        model.load_trained_state(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -240,10 +280,99 @@ def trim_log(path, step):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# what a run would cost
+
+PAPER = """  pre-training          SA-OVRS and the referring sets, 4 epochs; AdamW 2e-4, betas 0.9 / 0.95, weight decay 0.05
+  fine-tuning           ADE20K or COCO-Stuff 10 epochs, referring 20 epochs; AdamW 1e-4, betas 0.9 / 0.99,
+                        no weight decay, warm-up 1 %, then cosine
+  not stated            batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2"""
+
+
+def activation_bytes(config):
+    """Bytes that one sample keeps for the backward pass under bfloat16 autocast with fused attention.
+
+    Each LLaMA layer, a token: two norms keep their float32 input (8 D) and give five bfloat16 copies to the matrices
+    (10 D); attention keeps q, k, v, its output and, for the backward of o_proj, that output again in another order
+    (4 H + 2 H + 4 Hkv); the MLP keeps four hidden states (8 F). After the layers: logits in bfloat16 and float32 and
+    their log-softmax (10 K a mask token). Frozen encoders keep nothing; scenes' small ones are left out.
+    """
+    c, tokens = config.llama, sum(sequence(config).values()) - 1  # the last mask token is only predicted
+    H, Hkv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = 18 * c.width + 6 * H + 4 * Hkv + 8 * c.mlp
+    return tokens * c.layers * layer + config.mask_grid**2 * config.codebook_size * 10
+
+
+def sequence(config):
+    """Tokens of one sample by kind, in their order."""
+    return {"text": config.siglip.text_length, "<BOI>": 1, "image": config.siglip.image_tokens, "<BOM>": 1,
+            "mask": config.mask_grid**2}  # fmt: skip
+
+
+def print_config(args):
+    """Sizes, parameters by part, tokens of a sample, memory of a rank and hyper-parameters; no weights are made."""
+    config = PRESETS[args.preset]
+    if config.freeze_encoders:
+        siglip = SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder)
+        config = replace(config, siglip=siglip)
+    vqgan = VQGAN.from_pretrained(args.mask_tokenizer).config if args.mask_tokenizer.exists() else VQGANConfig()
+    with torch.device("meta"):
+        model, mask_tokenizer = LlamaSeg(config), VQGAN(vqgan)
+    s, c = config.siglip, config.llama
+    print(f"{args.preset}")
+    print(f"  picture               {s.image_size} px, patches of {s.patch_size} px")
+    print(f"  SigLIP vision         {s.vision_layers} layers x {s.vision_width}, {s.vision_heads} heads")
+    print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, {s.vocab_size} pieces")
+    print(f"  LLaMA                 {c.layers} layers x {c.width}, {c.heads} heads of {c.head_dim}, MLP {c.mlp}")
+    print(f"  mask tokenizer        {config.codebook_size} codes x {vqgan.codebook_dim}, downsample {vqgan.downsample}")
+    parts = {"SigLIP vision": model.encoder.vision_model, "SigLIP text": model.encoder.text_model,
+             "adaptors": nn.ModuleList([model.text_adaptor, model.image_adaptor]), "<BOI> and <BOM>": None,
+             "mask embedding": model.mask_embedding, "LLaMA": model.llama, "head": model.head,
+             "mask tokenizer": mask_tokenizer.requires_grad_(False)}  # fmt: skip
+    print(f"\n{'parameters':24}{'trainable':>14}{'frozen':>14}")
+    sums = {True: 0, False: 0}
+    for name, module in parts.items():
+        counts = {True: 0, False: 0}
+        for p in module.parameters() if module else (model.boi, model.bom):
+            counts[p.requires_grad] += p.numel()
+            sums[p.requires_grad] += p.numel()
+        print(f"  {name:22}{counts[True]:14,}{counts[False]:14,}")
+    print(f"  {'all':22}{sums[True]:14,}{sums[False]:14,}")
+    tokens = sequence(config)
+    print(f"\ntokens of a sample       {' + '.join(f'{name} {n}' for name, n in tokens.items())} = {sum(tokens.values())}")
+
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    micro_batch_size = args.micro_batch_size or args.batch_size // ranks
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    memory = {
+        "trainable weights": 4 * sums[True],  # float32
+        "frozen weights": 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),  # encoder bfloat16, mask tokenizer float32
+        "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
+        "gradients": 4 * sums[True],
+        "optimizer": optimizer_bytes(model, args),
+        "activations": micro_batch_size * activation_bytes(config),
+    }
+    print(f"\nmemory of a rank         {ranks} ranks, {micro_batch_size} of {args.batch_size} samples in a micro-batch")
+    for name, size in [*memory.items(), ("all", sum(memory.values()))]:
+        print(f"  {name:22}{size / 1e9:10.2f} GB")
+    print(f"\nthis run                 {args.optimizer}, lr {args.lr:g}, betas 0.9 / 0.95, weight decay {args.weight_decay:g}, "
+          f"batch {args.batch_size},\n{'':25}warm-up {args.warmup_steps} steps, cosine to 0 at step {args.max_steps}, "
+          f"clip {args.clip:g}")  # fmt: skip
+    print(f"\nthe paper\n{PAPER}")
+
+
+def optimizer_bytes(model, args):
+    """What the optimizers keep: AdamW two float32 moments a parameter, Muon one."""
+    return sum(4 * p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)
+               for optimizer in make_optimizers(model, args) for group in optimizer.param_groups
+               for p in group["params"])  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the run
 
 
-def open_run(args, model, optimizers, master):
+def open_run(args, model, optimizers, text_tokenizer, master):
     """Make OUT_DIR what sample.py and --resume need; returns the number of steps that are already done."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out_dir / "checkpoint.pt", args.out_dir / "log.jsonl"
@@ -255,9 +384,10 @@ def open_run(args, model, optimizers, master):
         done = load_checkpoint(args.resume, model, optimizers, args) if args.resume else 0
     if master:
         trim_log(log, done)
-        for source, name in ((args.mask_tokenizer, "mask_tokenizer.safetensors"), (args.text_tokenizer, "text.model")):
-            if source.resolve() != (args.out_dir / name).resolve():
-                shutil.copyfile(source, args.out_dir / name)
+        mine = args.out_dir / "mask_tokenizer.safetensors"  # one of this repository's own goes along
+        if args.mask_tokenizer.suffix == ".safetensors" and args.mask_tokenizer.resolve() != mine.resolve():
+            shutil.copyfile(args.mask_tokenizer, mine)
+        (args.out_dir / "text.model").write_bytes(text_tokenizer.model.serialized_model_proto())
         write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     return done
 
@@ -274,7 +404,12 @@ def train(args):
 
     # --- tokenizers, model
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
-    raw_model = LlamaSeg.from_pretrained(args.init_from) if args.init_from else LlamaSeg(PRESETS[args.preset])
+    if args.init_from:
+        raw_model = LlamaSeg.from_pretrained(args.init_from, args.encoder)
+    else:
+        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
+        raw_model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
+    raw_model.frozen["mask_tokenizer"] = mask_tokenizer.source
     config = raw_model.config
     if mask_tokenizer.config.codebook_size != config.codebook_size:
         raise ValueError(f"{args.mask_tokenizer} has {mask_tokenizer.config.codebook_size} codes, "
@@ -283,8 +418,10 @@ def train(args):
         raw_model.init_mask_tokens(mask_tokenizer.quantize.codebook)
     text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
     raw_model.to(device)
+    if config.freeze_encoders:
+        raw_model.encoder.to(dtype)
     optimizers = make_optimizers(raw_model, args)
-    first_step = open_run(args, raw_model, optimizers, master)
+    first_step = open_run(args, raw_model, optimizers, text_tokenizer, master)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -295,7 +432,8 @@ def train(args):
     val_set = load_dataset(args.data, "val", **options)
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
-                      micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide)  # fmt: skip
+                      micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide,
+                      config.mask_grid * mask_tokenizer.config.downsample)  # fmt: skip
     accumulation = batches.accumulation
     todo = range(first_step * accumulation, args.max_steps * accumulation)
     workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
@@ -368,7 +506,10 @@ def main(argv=None):
     """Run; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
     args = parse_args(argv)
     try:
-        train(args)
+        if args.print_config:
+            print_config(args)
+        else:
+            train(args)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():

@@ -1,12 +1,15 @@
+import argparse
 import itertools
 import json
+import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data import load_dataset
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, image_to_mask, k_means, mask_to_image
@@ -16,11 +19,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture(scope="module")
 def official():
-    """Our VQGAN with the weights of a small official LlamaGen checkpoint, and the official outputs."""
-    model = VQGAN(VQGANConfig(channels=32, latent_channels=32, codebook_size=64)).eval()
-    state = torch.load(FIXTURES / "llamagen_vq16" / "vq_ds16.pt", weights_only=True)["model"]
-    state.pop("quantize.codebook_used")  # statistics of the official trainer
-    model.load_state_dict(state)  # strict: the names are the official ones
+    """A small official LlamaGen checkpoint, and its official outputs."""
+    model = VQGAN.from_pretrained(FIXTURES / "llamagen_vq16" / "vq_ds16.pt")
     return model, load_file(FIXTURES / "llamagen_vq16" / "io.safetensors")
 
 
@@ -44,6 +44,95 @@ def test_vqgan_takes_pictures_that_are_not_square(official):
         model.decode(io["nonsquare_codes"])
     with pytest.raises(ValueError, match="60x64"):
         model.encode(torch.zeros(1, 3, 60, 64))
+
+
+@torch.no_grad()
+def test_of_two_weight_sets_the_averaged_one_counts(official):
+    io = official[1]
+    model = VQGAN.from_pretrained(FIXTURES / "llamagen_vq16" / "vq_ds16_ema.pt")  # `model` beside `ema` is a decoy
+    assert (model.latents(io["images"]) - io["ema_latent"]).abs().max() < 2e-4
+    assert torch.equal(model.encode(io["images"]), io["ema_codes"])
+    assert (model.decode(io["ema_codes"])[:1] - io["ema_decoded"]).abs().max() < 1e-4
+
+
+def official_weights():
+    weights = torch.load(FIXTURES / "llamagen_vq16" / "vq_ds16.pt", weights_only=True)["model"]
+    return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("kind", ["pickle", "legacy", "safetensors", "shards", "trainer"])
+@torch.no_grad()
+def test_the_same_weights_in_other_containers(official, tmp_path, kind):
+    model, io = official
+    weights = official_weights()
+    janus = {f"gen_vision_model.{name}": tensor for name, tensor in weights.items()}
+    janus["language_model.lm_head.weight"] = torch.zeros(3)
+    path = tmp_path / "pytorch_model.bin"
+    if kind == "pickle":
+        torch.save(janus, path)
+    elif kind == "legacy":  # what torch wrote before it wrote zip files
+        torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=False)
+    elif kind == "safetensors":
+        path = tmp_path / "model.safetensors"
+        save_file(janus, path)
+    elif kind == "shards":
+        path, names = tmp_path, sorted(janus)
+        for i in range(2):
+            save_file({n: janus[n] for n in names[i::2]}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
+    else:  # the official trainer leaves its flags and the discriminator in the file
+        torch.save({"model": weights, "discriminator": {}, "steps": 3, "args": argparse.Namespace(lr=1e-4)}, path)
+    again = VQGAN.from_pretrained(path)
+    assert again.config == model.config and again.source["sha256"] == model.source["sha256"]
+    assert torch.equal(again.encode(io["images"]), io["codes"])
+
+
+@torch.no_grad()
+def test_widths_are_read_off_the_tensors(tmp_path):
+    config = VQGANConfig(channels=32, channel_mult=(1, 2, 3), decoder_mult=(2, 1, 4), res_blocks=1, latent_channels=64,
+                         codebook_size=20, codebook_dim=5)  # fmt: skip
+    torch.manual_seed(0)
+    model = VQGAN(config).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "vq.pt")
+    again = VQGAN.from_pretrained(tmp_path / "vq.pt")
+    assert again.config == config and config.downsample == 4
+    tokens = model.encode(torch.linspace(-1, 1, 3 * 8 * 12).view(1, 3, 8, 12))
+    assert torch.equal(again.decode(tokens, grid=(2, 3)), model.decode(tokens, grid=(2, 3)))
+
+
+def nan(weights):
+    weights["decoder.mid.1.q.weight"][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda w: w.pop("decoder.mid.1.q.weight"), "decoder.mid.1.q.weight is missing"),
+    (lambda w: w.pop("encoder.conv_in.weight"), "encoder.conv_in.weight is missing"),
+    (lambda w: w.update(extra=torch.zeros(2)), "extra is left over"),
+    (lambda w: w.update({"quant_conv.bias": torch.zeros(9)}), r"quant_conv.bias has shape \(9,\), expected \(8,\)"),
+    (nan, "decoder.mid.1.q.weight has values that are not finite"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    weights = official_weights()
+    change(weights)
+    torch.save({"model": weights}, tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        VQGAN.from_pretrained(tmp_path / "vq.pt")
+    assert "vq.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Payload:
+    """Pickled, this would run a command when it is opened."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("content", [{"model": Payload()}, {"model": [1, 2]}, [3], {"a": 1}])
+def test_a_pickle_with_anything_but_tensors_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match="vq.pt: (refused|holds no weights)") as caught:
+        VQGAN.from_pretrained(tmp_path / "vq.pt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "pwned").exists()
 
 
 def test_mask_and_picture_as_the_convention_says():
@@ -142,6 +231,43 @@ def test_text_ids_equal_siglip2s():
     for case, row in zip(cases, ids.tolist()):
         assert row == case["ids"], case["text"]
         assert bool(tokenizer.too_long(case["text"])) == (len(tokenizer._ids(case["text"])) > 63)
+
+
+def test_tokenizer_json_gives_the_ids_of_tokenizer_model():
+    folder = FIXTURES / "gemma_text"
+    sentencepiece, from_json = (TextTokenizer(folder / f"tokenizer.{end}") for end in ("model", "json"))
+    cases = json.loads((folder / "io.json").read_text())["cases"]
+    assert from_json([c["text"] for c in cases]).tolist() == [c["ids"] for c in cases]
+    model = from_json.model
+    assert (model.pad_id(), model.eos_id(), model.bos_id(), model.unk_id()) == (0, 1, 2, 3)
+
+    draw = random.Random(0)  # text of single characters and of whole pieces, control tokens and bytes among them
+    parts = list("abc the   \n\n\t\bABC é日😀▁0123,.'") + [model.id_to_piece(i) for i in range(model.vocab_size())]
+    for _ in range(3000):
+        text = "".join(draw.choices(parts, k=draw.randrange(30)))
+        assert model.encode(text) == sentencepiece.model.encode(text), repr(text)
+
+
+def test_merges_may_be_written_as_strings(tmp_path):
+    content = json.loads((FIXTURES / "gemma_text" / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    texts = ["the red circle\n\n  on the left", "something to sit on"]
+    old = TextTokenizer(FIXTURES / "gemma_text" / "tokenizer.model")
+    assert torch.equal(TextTokenizer(tmp_path)(texts), old(texts))  # found in its folder
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("model"), lambda c: c["model"].update(type="Unigram"), lambda c: c["model"]["vocab"].pop("<eos>"),
+    lambda c: c["model"].update(byte_fallback=False), lambda c: c["model"]["vocab"].update(zzz=9999),
+])  # fmt: skip
+def test_another_kind_of_tokenizer_json_is_refused(tmp_path, change):
+    content = json.loads((FIXTURES / "gemma_text" / "tokenizer.json").read_text())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer.json: not Gemma's") as caught:
+        TextTokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_text_tokenizer_refuses_other_files(tmp_path):
