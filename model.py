@@ -234,14 +234,21 @@ class SigLIP(nn.Module):
         """
         directory, asked = Path(directory), {"vision": vision, "text": text}
         config = siglip_config(directory)
+        # a tower that was saved alone: older files have its name before each tensor, newer ones leave it out
+        kind = read_config(directory)["model_type"]
+        alone = "" if kind == "siglip" else f"{kind.removeprefix('siglip_')}."
+
+        def full(name):
+            return name if name.startswith(alone) else alone + name
 
         def wanted(name):
+            name = full(name)
             tower = name.split("_model.")[0]
             # pooling heads and the contrastive scale: no output that we use depends on them
             dropped = name.startswith((f"{tower}_model.head.", "logit_scale", "logit_bias"))
             return not dropped and not name.endswith(".position_ids") and asked.get(tower, True)
 
-        weights = read_weights(directory, wanted)
+        weights = {full(name): w for name, w in read_weights(directory, wanted).items()}
         for tower in asked:
             if asked[tower] and not any(name.startswith(f"{tower}_model.") for name in weights):
                 raise ValueError(f"{directory}: has no {tower} tower (no tensor {tower}_model.*)")

@@ -281,7 +281,8 @@ class VQGAN(nn.Module):
         commitment weight of 0.25). With `noise` (a float) nothing is quantized: the latents only get Gaussian
         noise of that size, which is how the model starts before there is a codebook.
         """
-        z = F.normalize(self.latents(images).float(), dim=1)  # (B, C, h, w), unit length
+        with torch.autocast(images.device.type, enabled=False):  # float32, as the codes are chosen later
+            z = F.normalize(self.latents(images), dim=1)  # (B, C, h, w), unit length
         loss = self.flat_loss(images, z)
         if noise is not None:
             z = F.normalize(z + noise * torch.randn_like(z), dim=1)
@@ -719,7 +720,8 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
         masks = mask_batch(dataset, args.size, position, count)
         position += count
         masks = (masks if whole else crop_masks(masks, args.size // 2)).to(device)
-        decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
+            decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -826,6 +828,8 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     p.add_argument("--noise", type=float, default=0.05, help="on the latents of the free steps (default: 0.05)")
     p.add_argument("--fit-masks", type=int, default=2600, help="masks for each k-means (default: 2600)")
+    p.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=False,
+                   help="train the decoder in bfloat16: twice as fast where the hardware has it")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--start", type=int, default=0, help="first training mask, to go on with new ones")

@@ -292,13 +292,13 @@ def activation_bytes(config):
     """Bytes that one sample keeps for the backward pass under bfloat16 autocast with fused attention.
 
     Each LLaMA layer, a token: two norms keep their float32 input (8 D) and give five bfloat16 copies to the matrices
-    (10 D); attention keeps q, k, v, its output and, for the backward of o_proj, that output again in another order
-    (4 H + 2 H + 4 Hkv); the MLP keeps four hidden states (8 F). After the layers: logits in bfloat16 and float32 and
-    their log-softmax (10 K a mask token). Frozen encoders keep nothing; scenes' small ones are left out.
+    (10 D); attention keeps q, k, v and its output (4 H + 4 Hkv); the MLP keeps four hidden states (8 F). After the
+    layers: logits in bfloat16 and float32 and their log-softmax (10 K a mask token). Frozen encoders keep nothing;
+    scenes' small ones are left out.
     """
     c, tokens = config.llama, sum(sequence(config).values()) - 1  # the last mask token is only predicted
     H, Hkv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = 18 * c.width + 6 * H + 4 * Hkv + 8 * c.mlp
+    layer = 18 * c.width + 4 * H + 4 * Hkv + 8 * c.mlp
     return tokens * c.layers * layer + config.mask_grid**2 * config.codebook_size * 10
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,128 @@ def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             train.main(flags)
         assert stopped.value.code == 2
+
+
+# --- official frozen parts
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """The flags of a tiny LlamaSeg on official-format frozen parts, as the preset llamaseg-b."""
+    from safetensors.torch import load_file, save_file
+
+    from model import LlamaConfig, LlamaSegConfig
+
+    fixtures, encoder = REPO / "tests" / "fixtures", tmp_path / "siglip-tiny"
+    encoder.mkdir()
+    content = json.loads((fixtures / "siglip" / "config.json").read_text())
+    content["text_config"]["vocab_size"] = 620  # as many as the small Gemma tokenizer has
+    (encoder / "config.json").write_text(json.dumps(content))
+    tensors = load_file(fixtures / "siglip" / "model.safetensors")
+    tensors["text_model.embeddings.token_embedding.weight"] = torch.randn(620, 48)
+    save_file(tensors, encoder / "model.safetensors")
+    shutil.copyfile(fixtures / "gemma_text" / "tokenizer.json", encoder / "tokenizer.json")
+    config = LlamaSegConfig(llama=LlamaConfig(width=32, layers=2, heads=2, mlp=48), codebook_size=64, mask_grid=4)
+    monkeypatch.setitem(train.PRESETS, "llamaseg-b", config)
+    return ["--preset", "llamaseg-b", "--encoder", str(encoder),
+            "--mask-tokenizer", str(fixtures / "llamagen_vq16" / "vq_ds16.pt"), "--batch-size", "8", "--max-steps", "4",
+            "--warmup-steps", "1", "--eval-every", "4", "--eval-count", "2", "--save-every", "2",
+            "--device", "cpu"]  # fmt: skip
+
+
+def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path, capfdbinary):
+    from safetensors import safe_open
+
+    out = tmp_path / "out"
+    assert train.main([*official, "--out-dir", str(out)]) == 0
+    names = {p.name for p in out.iterdir()}
+    assert "text.model" in names and "mask_tokenizer.safetensors" not in names
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert not any(name.startswith("encoder.") for name in file.keys())
+        frozen = json.loads(file.metadata()["frozen"])
+    assert (frozen["encoder"]["name"], frozen["mask_tokenizer"]["name"]) == ("siglip-tiny", "vq_ds16")
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert not any(name.startswith("encoder.") for name in state["model"])
+
+    picture, (_, _, _, encoder, _, vqgan, *_) = REPO / "assets" / "example.png", official
+    flags = ["--checkpoint", out, "--image", picture, "--prompt", "the ring", "--out", tmp_path / "m"]
+    given = ["--encoder", encoder, "--mask-tokenizer", vqgan]
+    assert sample("sample.py", *flags, *given).returncode == 0
+    done = sample("sample.py", *flags)
+    assert done.returncode == 1 and b"data.py download siglip-tiny" in done.stderr and b"Traceback" not in done.stderr
+    other = REPO / "tests" / "fixtures" / "llamagen_vq16" / "vq_ds16_ema.pt"
+    given = ["--encoder", encoder, "--mask-tokenizer", other]
+    done = sample("sample.py", *flags, *given)
+    assert done.returncode == 1 and b"trained with the mask tokenizer vq_ds16 (" in done.stderr
+    assert sample("sample.py", *flags, *given, "--any-weights").returncode == 0
+
+    assert train.main([*official, "--out-dir", str(out), "--resume", "auto", "--max-steps", "6"]) == 0
+    assert max(losses(out)) == 6
+    capfdbinary.readouterr()
+    assert train.main([*official, "--out-dir", str(out), "--resume", "auto", "--mask-tokenizer", str(other)]) == 1
+    assert b"trained with the mask tokenizer vq_ds16" in capfdbinary.readouterr().err
+
+
+def test_official_parts_that_are_missing_are_named(capsys):
+    args = ["--preset", "llamaseg-b", "--device", "cpu", "--mask-tokenizer", "vq_no", "--max-steps", "1"]
+    assert train.main(args) == 1
+    error = capsys.readouterr().err
+    assert "vq_no" in error and "data.py download" in error and "Traceback" not in error
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--encoder", "siglip2-base-patch16-256"])  # scenes trains its own
+    assert stopped.value.code == 2
+
+
+def test_print_config_counts_without_allocating(capsys):
+    assert train.main(["--preset", "llamaseg-l", "--print-config", "--encoder", "siglip2-so400m-patch16-256"]) == 0
+    text = capsys.readouterr().out
+    assert "22 layers x 2304, 32 heads of 72" in text and "27 layers x 1152" in text
+    assert "text 64 + <BOI> 1 + image 256 + <BOM> 1 + mask 256 = 578" in text
+    trainable = next(line.split()[1] for line in text.splitlines() if line.startswith("  all   "))
+    assert abs(int(trainable.replace(",", "")) / 1.5e9 - 1) < 0.02
+    for number in ("2e-4", "1e-4", "0.05"):
+        assert number in text
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.rms_norm(x, weight.shape, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("only what is kept counts here")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_estimate_of_activations_is_what_autograd_keeps(monkeypatch, kv_heads):
+    """Counted independently: every tensor that autograd saves, parameters aside, with fused attention as on a GPU."""
+    import model as M
+    from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig
+
+    config = LlamaSegConfig(
+        siglip=SigLIPConfig(image_size=128, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp=32,
+                            vocab_size=50, text_width=32, text_layers=1, text_heads=2, text_mlp=32),
+        llama=LlamaConfig(width=128, layers=3, heads=4, kv_heads=kv_heads, head_dim=24, mlp=352), codebook_size=600,
+        mask_grid=8,
+    )  # fmt: skip
+    monkeypatch.setattr(M, "attention", lambda q, k, v, causal: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]))  # fmt: skip
+    # PyTorch's fused RMSNorm, which it has on GPUs only, keeps its input and one number a token
+    monkeypatch.setattr(M.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x.float(), self.weight))
+    model, batch, kept = LlamaSeg(config), 4, {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x  # holding it keeps its address its own
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128),
+              torch.zeros(batch, 64, dtype=torch.long))  # fmt: skip
+    weight_shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
+    kept = [x for x in kept.values() if tuple(x.shape) not in weight_shapes]  # autocast's copies are counted apart
+    bytes = sum(x.untyped_storage().nbytes() for x in kept)
+    assert abs(train.activation_bytes(config) * batch / bytes - 1) < 0.05

@@ -1,0 +1,129 @@
+"""What the official sizes cost on this machine, with random weights in the official formats. Not a test; LOG.md has runs.
+
+    python tests/bench_weights.py siglip        # SigLIP2-large vision beside transformers (pip install transformers)
+    python tests/bench_weights.py vqgan         # VQ-16 at 256 px against the machine's matrix-product rate
+    python tests/bench_weights.py llamaseg-b    # sample.py end to end: 6 GB of disk in a temporary folder
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from model import PRESETS, SIGLIP2, LlamaSeg, SigLIP  # noqa: E402
+from tokenizer import VQGAN, VQGANConfig  # noqa: E402
+
+
+def seconds(calls, rounds):
+    """Median seconds of each of `calls`, taken in turn so that the machine's mood is shared."""
+    times = [[] for _ in calls]
+    for _ in range(rounds + 1):
+        for row, call in zip(times, calls):
+            start = time.perf_counter()
+            call()
+            row.append(time.perf_counter() - start)
+    return [statistics.median(row[1:]) for row in times]  # the first round warms up
+
+
+@torch.inference_mode()
+def bench_siglip(rounds):
+    """The same random weights in transformers' SiglipVisionModel and in ours, 256 px, batch 1."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    c = SIGLIP2["siglip2-large-patch16-256"]
+    theirs = SiglipVisionModel(SiglipVisionConfig(
+        image_size=256, patch_size=16, hidden_size=c.vision_width, num_hidden_layers=c.vision_layers,
+        num_attention_heads=c.vision_heads, intermediate_size=c.vision_mlp)).eval()  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = SigLIP.from_pretrained(folder, text=False)
+    pixels = torch.rand(1, 3, 256, 256) * 2 - 1
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs, ours, x = theirs.to(dtype), ours.to(dtype), pixels.to(dtype)
+        difference = (theirs(pixel_values=x).last_hidden_state - ours.encode_image(x)).abs().max().item()
+        a, b = seconds([lambda: theirs(pixel_values=x), lambda: ours.encode_image(x)], rounds)
+        print(f"{dtype}: transformers {1000 * a:.0f} ms, ours {1000 * b:.0f} ms, ratio {a / b:.2f}, "
+              f"largest difference {difference:.1e}")  # fmt: skip
+
+
+@torch.inference_mode()
+def bench_vqgan(rounds):
+    """One 256 px picture through the tokenizer at the official widths, and the share of the matrix-product rate."""
+    model = VQGAN(VQGANConfig()).eval()
+    image, tokens = torch.rand(1, 3, 256, 256) * 2 - 1, torch.randint(16384, (1, 256))
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    calls = {"encode": lambda: model.encode(image), "decode": lambda: model.decode(tokens)}
+    product, *times = seconds([lambda: a @ b, *calls.values()], rounds)
+    rate = 2 * 2048**3 / product
+    print(f"matrix product of 2048: {rate / 1e9:.0f} GFLOP/s")
+    for name, took in zip(calls, times):
+        with FlopCounterMode(display=False) as counter:
+            calls[name]()
+        flops = counter.get_total_flops()
+        print(f"{name}: {1000 * took:.0f} ms, {flops / 1e9:.0f} GFLOP, {100 * flops / took / rate:.0f} % of that rate")
+
+
+def bench_llamaseg_b(folder):
+    """python sample.py on a LlamaSeg-B of random weights: seconds a mask, peak memory, and the floor of the decoding."""
+    encoder, checkpoint = folder / "siglip2-large-patch16-256", folder / "out"
+    encoder.mkdir()
+    checkpoint.mkdir()
+    c = PRESETS["llamaseg-b"].siglip
+    sizes = {"hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers,
+             "num_attention_heads": c.vision_heads, "intermediate_size": c.vision_mlp}  # fmt: skip
+    (encoder / "config.json").write_text(json.dumps({
+        "model_type": "siglip", "text_config": {**sizes, "vocab_size": c.vocab_size},
+        "vision_config": {**sizes, "image_size": c.image_size}}))  # fmt: skip
+    save_file(SigLIP(c).state_dict(), encoder / "model.safetensors")
+    content = json.loads((REPO / "tests" / "fixtures" / "gemma_text" / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab |= {f"<spare{i}>": i for i in range(len(vocab), c.vocab_size)}
+    (encoder / "tokenizer.json").write_text(json.dumps(content))
+    torch.save({"model": VQGAN(VQGANConfig()).state_dict()}, folder / "vq_ds16_c2i.pt")
+    model = LlamaSeg(PRESETS["llamaseg-b"], SigLIP.from_pretrained(encoder))
+    model.save_pretrained(checkpoint / "model.safetensors", torch.float16)
+    from tokenizer import TextTokenizer
+
+    (checkpoint / "text.model").write_bytes(TextTokenizer(encoder).model.serialized_model_proto())
+    weights = sum(p.numel() for part in (model.llama, model.head) for p in part.parameters())
+    del model
+
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        out = folder / f"{dtype}.json"
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(REPO / "sample.py"), "--checkpoint", str(checkpoint), "--encoder",
+                        str(encoder), "--mask-tokenizer", str(folder / "vq_ds16_c2i.pt"), "--image",
+                        str(REPO / "assets" / "example.png"), "--prompt", "the red circle", "--dtype", dtype,
+                        "--out", str(folder / "masks"), "--json", str(out)], check=True)  # fmt: skip
+        wall = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest child so far
+        ms = json.loads(out.read_text())[0]["ms"]
+        block = torch.ones(2**28, dtype=torch.float32)
+        bandwidth = block.nbytes / min(seconds([block.sum], 5))
+        floor = 256 * weights * size / bandwidth
+        print(f"{dtype}: {ms / 1000:.1f} s a mask, {wall:.0f} s in all, peak {peak:.1f} GiB; floor of the decoding "
+              f"{floor:.1f} s = 256 x {weights * size / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["siglip", "vqgan", "llamaseg-b"])
+    parser.add_argument("--rounds", type=int, default=10, help="default: 10")
+    args = parser.parse_args()
+    if args.what == "llamaseg-b":
+        with tempfile.TemporaryDirectory() as folder:
+            bench_llamaseg_b(Path(folder))
+    else:
+        {"siglip": bench_siglip, "vqgan": bench_vqgan}[args.what](args.rounds)
