@@ -930,7 +930,7 @@ def receive(session, url, part, bar):
             write_text(tag, etag)
         free = shutil.disk_usage(part.parent).free
         if size and size - have > free:
-            raise OSError(f"{part}: {size - have:,} bytes to come, the disk has {free:,} left: make room, run this again")
+            raise OSError(f"{part}: {size - have:,} bytes to come, the disk has {free:,} left: make room, then go on")
         bar.total, bar.n = size, have
         with open(part, "ab" if have else "wb") as file:
             for chunk in answer.iter_content(1 << 16):

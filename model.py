@@ -480,7 +480,8 @@ class Llama(nn.Module):
         """
         directory = Path(directory)
         hf, path = read_config(directory), directory / "config.json"
-        check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+        check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                                "mlp_bias": False})
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
@@ -820,8 +821,8 @@ def check_source(path, part, frozen, source):
     expected = frozen.get(part)
     if expected and expected["sha256"] != source["sha256"]:
         raise ValueError(f"{path}: was trained with the {part.replace('_', ' ')} {expected['name']} "
-                         f"({expected['sha256'][:12]}), found {source['name']} ({source['sha256'][:12]}): give that one, "
-                         "or --any-weights to take this one")
+                         f"({expected['sha256'][:12]}), found {source['name']} ({source['sha256'][:12]}): "
+                         "give that one, or --any-weights to take this one")
 
 
 def choose(logits, decode, top_k, top_p, temperature, generator):

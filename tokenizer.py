@@ -351,7 +351,8 @@ class VQGAN(nn.Module):
             raise ValueError(f"{path}: {problems[0]}{more}")
         model.source = {"name": Path(path).resolve().stem, "sha256": fingerprint(tensors)}
         # a copy of each: the tensors of a .pt file may share memory, or be windows into the file on disk
-        model.load_state_dict({key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}, assign=True)
+        copies = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
+        model.load_state_dict(copies, assign=True)
         return model.eval()
 
 
@@ -413,7 +414,7 @@ def read_pickle(file):
             content = content[wrapper]
             break
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise ValueError(f"{file}: holds no weights (expected a dict of tensors, or one under ema, model or state_dict)")
+        raise ValueError(f"{file}: holds no weights (expected a dict of tensors, or one in ema, model or state_dict)")
     return content
 
 

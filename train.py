@@ -69,7 +69,7 @@ def parse_args(argv=None):
     group.add_argument("--mask-tokenizer", type=Path, metavar="FILE",
                        help="frozen VQGAN (default: the embedded one for scenes, vq_ds16_c2i for llamaseg-*)")
     group.add_argument("--text-tokenizer", type=Path, metavar="FILE",
-                       help="tokenizer.model or tokenizer.json (default: the embedded one for scenes, else the encoder's)")
+                       help="tokenizer.model or .json (default: the embedded one for scenes, else the encoder's)")
     group.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     group = parser.add_argument_group("optimization")
     group.add_argument("--max-steps", type=int, default=6000, help="optimizer steps of the whole run (default: 6000)")
@@ -84,8 +84,8 @@ def parse_args(argv=None):
                        help="linear warm-up, then cosine to 0 (default: 100; llamaseg-*: 1000)")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices (default: 0.05, the paper's)")
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
-    group.add_argument("--hide", action=argparse.BooleanOptionalAction,
-                       help="hide a random share of the mask tokens from the model's input (default: on; llamaseg-*: off)")
+    group.add_argument("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens "
+                       "from the model's input (default: on; llamaseg-*: off)")
     group.add_argument("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain "
                        "background in the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
@@ -282,7 +282,8 @@ def trim_log(path, step):
 # ----------------------------------------------------------------------------------------------------------
 # what a run would cost
 
-PAPER = """  pre-training          SA-OVRS and the referring sets, 4 epochs; AdamW 2e-4, betas 0.9 / 0.95, weight decay 0.05
+PAPER = """  pre-training          SA-OVRS and the referring sets, 4 epochs; AdamW 2e-4, betas 0.9 / 0.95,
+                        weight decay 0.05
   fine-tuning           ADE20K or COCO-Stuff 10 epochs, referring 20 epochs; AdamW 1e-4, betas 0.9 / 0.99,
                         no weight decay, warm-up 1 %, then cosine
   not stated            batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2"""
@@ -321,7 +322,8 @@ def print_config(args):
     print(f"{args.preset}")
     print(f"  picture               {s.image_size} px, patches of {s.patch_size} px")
     print(f"  SigLIP vision         {s.vision_layers} layers x {s.vision_width}, {s.vision_heads} heads")
-    print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, {s.vocab_size} pieces")
+    print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, "
+          f"{s.vocab_size} pieces")
     print(f"  LLaMA                 {c.layers} layers x {c.width}, {c.heads} heads of {c.head_dim}, MLP {c.mlp}")
     print(f"  mask tokenizer        {config.codebook_size} codes x {vqgan.codebook_dim}, downsample {vqgan.downsample}")
     parts = {"SigLIP vision": model.encoder.vision_model, "SigLIP text": model.encoder.text_model,
@@ -338,7 +340,8 @@ def print_config(args):
         print(f"  {name:22}{counts[True]:14,}{counts[False]:14,}")
     print(f"  {'all':22}{sums[True]:14,}{sums[False]:14,}")
     tokens = sequence(config)
-    print(f"\ntokens of a sample       {' + '.join(f'{name} {n}' for name, n in tokens.items())} = {sum(tokens.values())}")
+    terms = " + ".join(f"{name} {n}" for name, n in tokens.items())
+    print(f"\ntokens of a sample       {terms} = {sum(tokens.values())}")
 
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     micro_batch_size = args.micro_batch_size or args.batch_size // ranks
@@ -355,9 +358,9 @@ def print_config(args):
     print(f"\nmemory of a rank         {ranks} ranks, {micro_batch_size} of {args.batch_size} samples in a micro-batch")
     for name, size in [*memory.items(), ("all", sum(memory.values()))]:
         print(f"  {name:22}{size / 1e9:10.2f} GB")
-    print(f"\nthis run                 {args.optimizer}, lr {args.lr:g}, betas 0.9 / 0.95, weight decay {args.weight_decay:g}, "
-          f"batch {args.batch_size},\n{'':25}warm-up {args.warmup_steps} steps, cosine to 0 at step {args.max_steps}, "
-          f"clip {args.clip:g}")  # fmt: skip
+    print(f"\nthis run                 {args.optimizer}, lr {args.lr:g}, betas 0.9 / 0.95, "
+          f"weight decay {args.weight_decay:g}, batch {args.batch_size},\n{'':25}warm-up {args.warmup_steps} steps, "
+          f"cosine to 0 at step {args.max_steps}, clip {args.clip:g}")  # fmt: skip
     print(f"\nthe paper\n{PAPER}")
 
 

@@ -1,4 +1,4 @@
-"""What the official sizes cost on this machine, with random weights in the official formats. Not a test; LOG.md has runs.
+"""What the official sizes cost here, with random weights in the official formats. Not a test; LOG.md has runs.
 
     python tests/bench_weights.py siglip        # SigLIP2-large vision beside transformers (pip install transformers)
     python tests/bench_weights.py vqgan         # VQ-16 at 256 px against the machine's matrix-product rate
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,9 +52,10 @@ def bench_siglip(rounds):
         ours = SigLIP.from_pretrained(folder, text=False)
     pixels = torch.rand(1, 3, 256, 256) * 2 - 1
     for dtype in (torch.float32, torch.bfloat16):
-        theirs, ours, x = theirs.to(dtype), ours.to(dtype), pixels.to(dtype)
-        difference = (theirs(pixel_values=x).last_hidden_state - ours.encode_image(x)).abs().max().item()
-        a, b = seconds([lambda: theirs(pixel_values=x), lambda: ours.encode_image(x)], rounds)
+        x = pixels.to(dtype)
+        calls = [partial(theirs.to(dtype), pixel_values=x), partial(ours.to(dtype).encode_image, x)]
+        difference = (calls[0]().last_hidden_state - calls[1]()).abs().max().item()
+        a, b = seconds(calls, rounds)
         print(f"{dtype}: transformers {1000 * a:.0f} ms, ours {1000 * b:.0f} ms, ratio {a / b:.2f}, "
               f"largest difference {difference:.1e}")  # fmt: skip
 
@@ -76,7 +78,7 @@ def bench_vqgan(rounds):
 
 
 def bench_llamaseg_b(folder):
-    """python sample.py on a LlamaSeg-B of random weights: seconds a mask, peak memory, and the floor of the decoding."""
+    """python sample.py on a LlamaSeg-B of random weights: seconds a mask, peak memory, the floor of the decoding."""
     encoder, checkpoint = folder / "siglip2-large-patch16-256", folder / "out"
     encoder.mkdir()
     checkpoint.mkdir()
