@@ -4,6 +4,7 @@
 Shakespeare is to nanoGPT. It needs no download and never ends.
 
     python data.py preview scenes          # a contact sheet: picture, phrase, mask
+    python data.py check ade20k --root R   # counts and broken files of a public data set
     python data.py download NAME           # official weights, into weights/NAME
 
 Legend: H W a picture's own height and width, S the side of the square that the model sees, P phrases per
@@ -12,7 +13,9 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 
 import argparse
 import hashlib
+import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -28,6 +31,10 @@ from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------
 # Example: what every data set yields
+
+
+class BadUsage(ValueError):
+    """A name, split or option that does not exist: the command ends with exit code 2, not 1."""
 
 
 @dataclass
@@ -501,7 +508,7 @@ def rle_encode(mask):
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     ends = np.concatenate([[0] if len(flat) and flat[0] else [], changes, [len(flat)]]).astype(np.int64)
     counts = np.diff(ends, prepend=0)
-    return {"size": list(mask.shape), "counts": _pack_counts(counts.tolist())}
+    return {"size": list(mask.shape), "counts": _pack_counts(counts)}
 
 
 def rle_decode(rle):
@@ -511,7 +518,7 @@ def rle_decode(rle):
     """
     height, width = rle["size"]
     counts = rle["counts"]
-    counts = np.asarray(counts if isinstance(counts, list) else _unpack_counts(counts), np.int64)
+    counts = np.asarray(counts, np.int64) if isinstance(counts, list) else _unpack_counts(counts)
     if counts.sum() != height * width or (counts < 0).any():
         raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
     values = np.arange(len(counts)) % 2 == 1
@@ -520,32 +527,89 @@ def rle_decode(rle):
 
 def _pack_counts(counts):
     """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits a character."""
-    out = []
-    for i, count in enumerate(counts):
-        rest = count - counts[i - 2] if i > 2 else count
-        more = True
-        while more:
-            bits, rest = rest & 0x1F, rest >> 5
-            more = rest != (-1 if bits & 0x10 else 0)  # done when the sign bit tells the rest
-            out.append(chr(48 + bits + (0x20 if more else 0)))
-    return "".join(out)
+    values = np.asarray(counts, np.int64).copy()
+    values[3:] -= np.asarray(counts, np.int64)[1:-2]
+    groups = values[:, None] >> np.arange(0, 60, 5)  # (n, 12): the value without its first 0, 5, 10 ... bits
+    # a value needs k characters if the rest after k is the sign that bit 5 of the last one tells
+    fits = (groups[:, 1:] == 0) & (groups[:, :-1] & 0x10 == 0) | (groups[:, 1:] == -1) & (groups[:, :-1] & 0x10 != 0)
+    place, last = np.arange(11), fits.argmax(1)[:, None]
+    codes = 48 + (groups[:, :-1] & 0x1F) + np.where(place < last, 0x20, 0)
+    return codes[place <= last].astype(np.uint8).tobytes().decode()
 
 
 def _unpack_counts(text):
     """The inverse of _pack_counts."""
-    counts, value, shift = [], 0, 0
-    for code in text if isinstance(text, bytes) else text.encode("ascii"):
-        code -= 48
-        value |= (code & 0x1F) << shift
-        shift += 5
-        if not code & 0x20:
-            if code & 0x10:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-    if shift:
+    codes = np.frombuffer(text if isinstance(text, bytes) else text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    if len(codes) == 0:
+        return codes
+    ends = np.flatnonzero(codes & 0x20 == 0)
+    if len(ends) == 0 or ends[-1] != len(codes) - 1:
         raise ValueError("the run-length string ends in the middle of a count")
-    return counts
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if (codes < 0).any() or (codes > 63).any() or lengths.max() > 12:
+        raise ValueError("the run-length string has characters that COCO does not use")
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((codes & 0x1F) << 5 * place, starts)
+    values -= np.where(codes[ends] & 0x10, 1 << 5 * lengths, 0)
+    values[1::2] = values[1::2].cumsum()  # undo the differences to the last but one,
+    values[2::2] = values[2::2].cumsum()  # which begin at the fourth
+    return values
+
+
+def polygons_to_mask(polygons, height, width):
+    """Polygons [[x0, y0, x1, y1, ...], ...] in pixels -> bool (height, width), the union of the parts.
+
+    Each part is filled by even-odd at pixel centres as pycocotools does it (cocoapi, common/maskApi.c): vertices on a
+    grid five times as fine, the outline walked there, its crossings of pixel columns kept.
+    ValueError for a polygon of fewer than three points.
+    """
+    mask = np.zeros((height, width), bool)
+    for polygon in polygons:
+        points = np.asarray(polygon, np.float64).ravel()
+        if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
+            raise ValueError(f"a polygon of {len(points) / 2:g} points: at least three (x, y) are needed")
+        mask |= _fill(points.reshape(-1, 2), height, width)
+    return mask
+
+
+def _fill(points, height, width):
+    corners = np.trunc(5 * points + 0.5).astype(np.int64)
+    xs, ys = [], []
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
+        dx, dy = abs(x1 - x0), abs(y1 - y0)
+        flip = x0 > x1 if dx >= dy else y0 > y1  # walk from the smaller end, so that both ways give the same pixels
+        if flip:
+            x0, y0, x1, y1 = x1, y1, x0, y0
+        steps = np.arange(max(dx, dy) + 1)
+        steps = steps[::-1] if flip else steps
+        if dx >= dy:
+            xs.append(x0 + steps)
+            ys.append(np.trunc(y0 + (y1 - y0) / max(dx, 1) * steps + 0.5).astype(np.int64))
+        else:
+            xs.append(np.trunc(x0 + (x1 - x0) / dy * steps + 0.5).astype(np.int64))
+            ys.append(y0 + steps)
+    x, y = np.concatenate(xs), np.concatenate(ys)
+    turn = np.flatnonzero(x[1:] != x[:-1])  # the outline goes on to another fine column between these and the next
+    left, right = x[turn], x[turn + 1]
+    column = (np.where(right < left, right, right - 1) + 0.5) / 5 - 0.5
+    row = np.ceil(np.clip((np.minimum(y[turn], y[turn + 1]) + 0.5) / 5 - 0.5, 0, height)).astype(np.int64)
+    keep = (column == np.floor(column)) & (column >= 0) & (column <= width - 1)
+    crossings = column[keep].astype(np.int64) * height + row[keep]  # in column-major order
+    inside = np.bincount(crossings, minlength=height * width + 1)[:-1].cumsum() % 2 == 1
+    return inside.reshape((height, width), order="F")
+
+
+def segmentation_to_mask(segmentation, height, width):
+    """A COCO segmentation, polygons, one RLE or a list of RLEs -> bool (height, width), the union of the parts."""
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    mask = np.zeros((height, width), bool)
+    for rle in [part for part in parts if isinstance(part, dict)]:
+        decoded = rle_decode(rle)
+        if decoded.shape != mask.shape:
+            raise ValueError(f"a run-length mask of {decoded.shape}, not {mask.shape}")
+        mask |= decoded
+    return mask | polygons_to_mask([part for part in parts if not isinstance(part, dict)], height, width)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -628,7 +692,7 @@ class Scenes:
 
     def __init__(self, split="train", rich=False, phrases=1):
         if split not in self.SPLITS:
-            raise ValueError(f"scenes has no split {split!r}: choose one of {', '.join(self.SPLITS)}")
+            raise BadUsage(f"scenes has no split {split!r}: choose one of {', '.join(self.SPLITS)}")
         self.split, self.rich, self.phrases = split, rich, phrases
         self._recent = OrderedDict()  # the last few scenes: the P phrases of a picture are asked in a row
 
@@ -678,19 +742,507 @@ def _full_area(shape):
     return share[shape.kind] * shape.radius**2
 
 
+# ----------------------------------------------------------------------------------------------------------
+# public data sets, in the layouts of their official archives. Opening one reads no picture.
+
+LABELS = Path(__file__).parent / "assets" / "labels"
+
+# (data set, split): pictures, or for the referring sets (refs, pictures, sentences) by splitter; None: not published
+PUBLISHED = {
+    ("ade20k", "train"): 20210, ("ade20k", "val"): 2000, ("cocostuff", "train"): 118287, ("cocostuff", "val"): 5000,
+    ("voc20", "train"): 1464, ("voc20", "val"): 1449, ("pc59", "train"): 4998, ("pc59", "val"): 5105,
+    ("pc459", "train"): 4998, ("pc459", "val"): 5105,
+    ("refcoco", "unc", "train"): (42404, 16994, 120624), ("refcoco", "unc", "val"): (3811, 1500, 10834),
+    ("refcoco", "unc", "testA"): (1975, 750, 5657), ("refcoco", "unc", "testB"): (1810, 750, 5095),
+    ("refcoco", "google", "train"): (40000, 19213, None), ("refcoco", "google", "val"): (5000, 4559, None),
+    ("refcoco", "google", "test"): (5000, 4527, None),
+    ("refcoco+", "unc", "train"): (42278, 16992, 120191), ("refcoco+", "unc", "val"): (3805, 1500, 10758),
+    ("refcoco+", "unc", "testA"): (1975, 750, 5726), ("refcoco+", "unc", "testB"): (1798, 750, 4889),
+    ("refcocog", "umd", "train"): (42226, 21899, 80512), ("refcocog", "umd", "val"): (2573, 1300, 4896),
+    ("refcocog", "umd", "test"): (5023, 2600, 9602),
+    ("refcocog", "google", "train"): (44822, 24698, 85474), ("refcocog", "google", "val"): (5000, 4650, 9536),
+    ("refclef", "unc", "train"): (None, 17978, None), ("refclef", "unc", "val"): (None, 2000, 12029),
+    ("refclef", "unc", "testA"): (None, 485, 3449), ("refclef", "unc", "testB"): (None, 490, 3221),
+    ("refclef", "unc", "testC"): (None, 465, 2664),
+    ("refclef", "berkeley", "train"): (None, None, 54127), ("refclef", "berkeley", "val"): (None, None, 5842),
+    ("refclef", "berkeley", "test"): (None, None, 60103),
+}  # fmt: skip
+
+
 def load_dataset(name, split, root=None, **options):
-    """Open a data set: a sequence of Example. DESIGN lists the names; `scenes` takes rich= and phrases=.
+    """Open a data set: a sequence of Example.
 
+    name, with its splits and options:
+        scenes                      train val test novel; rich=, phrases=
+        ade20k cocostuff            train val; classes="present" | "all". cocostuff: labels="raw" | "converted" where
+                                    the label maps do not tell, label_root=FOLDER where there are several
+        voc20 pc59 pc459            train val; classes=
+        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them;
+                                    split_by="unc" | "google" | "umd" | "berkeley"
+        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl
+        jsonl:PATH                  your own data, see JSONLines; the split is not used
     root: the folder in which the official archives were unpacked; `scenes` needs none.
-    Raises ValueError for an unknown name, split or option.
+    FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
     """
-    if name != "scenes":
-        raise ValueError(f"unknown data set {name!r}: choose one of scenes")
-    unknown = set(options) - {"rich", "phrases"}
-    if unknown:
-        raise ValueError(f"scenes has no option {sorted(unknown)[0]!r}: it takes rich and phrases")
-    return Scenes(split, **options)
+    if name.startswith("jsonl:"):
+        return _checked(JSONLines, name, options, (), Path(name.removeprefix("jsonl:")), root)
+    openers = {"scenes": (Scenes, ("rich", "phrases")), "ade20k": (_ade20k, ("classes",)),
+               "cocostuff": (_cocostuff, ("classes", "labels", "label_root")), "voc20": (_voc20, ("classes",)),
+               "pc59": (_pascal_context, ("classes",)), "pc459": (_pascal_context, ("classes",)),
+               "sa-ovrs": (_sa_ovrs, ()),
+               **{refer: (Refer, ("split_by",)) for refer in Refer.SPLITTERS}}  # fmt: skip
+    if name not in openers:
+        raise BadUsage(f"unknown data set {name!r}: choose one of {', '.join(openers)}, jsonl:PATH")
+    opener, known = openers[name]
+    if name == "scenes":
+        return _checked(opener, name, options, known, split)
+    if root is None:
+        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    arguments = (name, Path(root), split) if opener in (Refer, _pascal_context) else (Path(root), split)
+    return _checked(opener, name, options, known, *arguments)
 
+
+def _checked(opener, name, options, known, *arguments):
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
+    return opener(*arguments, **options)
+
+
+def _find(root, *candidates):
+    """The first of some paths below root that exists."""
+    for candidate in candidates:
+        if (root / candidate).exists():
+            return root / candidate
+    raise FileNotFoundError(f"{root}: holds none of {', '.join(map(str, candidates))}")
+
+
+def _choose(split, splits, name):
+    if split not in splits:
+        raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
+    return splits[split] if isinstance(splits, dict) else split
+
+
+def _names(file):
+    return (LABELS / file).read_text().splitlines()
+
+
+# --- label maps: one example for each picture and class
+
+
+class LabelMaps:
+    """Examples of pictures with a map of classes: picture, class name, the pixels of that class.
+
+    items: list of (picture id, picture file, source of the label map); read: source -> integer array (H, W);
+    names: {value in the map: class name}; ignored: values that are not scored; cache: file for the index of the values
+    in each map, which takes long to find out; stamp: what that index depends on. classes: "present" asks for the
+    classes that a picture has; "all" asks for every class, with an empty mask where it is absent.
+    """
+
+    def __init__(self, items, read, names, ignored, cache, stamp, classes="present"):
+        self.items, self.read, self.names, self.ignored = items, read, names, ignored
+        if classes not in ("present", "all"):
+            raise BadUsage(f"classes {classes!r}: choose present or all")
+        self.values = _values_of_maps(items, read, cache, stamp)  # {picture id: values in its map}
+        self.pairs = []
+        for i, (picture_id, _, source) in enumerate(items):
+            unknown = sorted(set(self.values[picture_id]) - set(names) - set(ignored))
+            if unknown:
+                raise ValueError(f"{source}: value {unknown[0]} is none of the {len(names)} classes")
+            present = [value for value in self.values[picture_id] if value in names]
+            self.pairs += [(i, value) for value in (names if classes == "all" and present else present)]
+        self._recent = None, None, None
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        index, value = self.pairs[i]
+        if self._recent[0] != index:  # the classes of one picture are asked in a row
+            _, file, source = self.items[index]
+            image, labels = open_picture(file), self.read(source)
+            if labels.shape != image.size[::-1]:
+                raise ValueError(f"{source}: {labels.shape[1]} x {labels.shape[0]} labels for {file} of "
+                                 f"{image.size[0]} x {image.size[1]} pixels")  # fmt: skip
+            self._recent = index, image, labels
+        _, image, labels = self._recent
+        name, ignore = self.names[value], np.isin(labels, self.ignored)
+        return Example(image, name, labels == value, f"{self.items[index][0]}:{value}", "semantic", name,
+                       ignore if ignore.any() else None)  # fmt: skip
+
+
+def _values_of_maps(items, read, cache, stamp):
+    """{picture id: sorted values in its label map}, from `cache` if that was made of the same files."""
+    digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+    try:
+        content = json.loads(cache.read_text())
+        if content["stamp"] == digest:
+            return content["values"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none there yet, or not ours: make it
+    bar = tqdm(items, desc=f"index {cache.name}", disable=len(items) < 200)
+    values = {picture_id: np.unique(read(source)).tolist() for picture_id, _, source in bar}
+    try:
+        write_text(cache, json.dumps({"stamp": digest, "values": values}))
+    except OSError:
+        pass  # a data set that cannot be written to: found out again next time
+    return values
+
+
+def _stamp(files):
+    """What tells whether files changed: name, size and time of each."""
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def read_label_map(path):
+    """A PNG or TIFF of class numbers -> integer array (H, W): raw indices, never colors."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "I;16", "I"):
+                raise ValueError(f"{path}: a picture of mode {image.mode}, expected a map of class numbers")
+            return np.asarray(image).astype(np.int64)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such label map") from None
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
+        raise ValueError(f"{path}: broken label map ({error})") from None
+
+
+def _map_files(folder, pattern, what):
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {pattern}, expected the label maps of {what}")
+    return files
+
+
+def _ade20k(root, split, classes="present"):
+    """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
+    folder = _choose(split, {"train": "training", "val": "validation"}, "ade20k")
+    if (root / "index_ade20k.pkl").exists() or list(root.glob("ADE20K_20*")):
+        raise ValueError(f"{root}: the full ADE20K; the benchmark of 150 classes is ADEChallengeData2016.zip")
+    base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
+    files = _map_files(base / "annotations" / folder, "*.png", "ADEChallengeData2016")
+    items = [(file.stem, base / "images" / folder / f"{file.stem}.jpg", file) for file in files]
+    names = dict(enumerate(_names("ade20k_150.txt"), 1))
+    cache = base / "annotations" / f"{folder}.index.json"
+    return LabelMaps(items, read_label_map, names, (0,), cache, _stamp(files), classes)
+
+
+def _cocostuff(root, split, classes="present", labels=None, label_root=None):
+    """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
+    folder = _choose(split, {"train": "train2017", "val": "val2017"}, "cocostuff")
+    if list(root.glob("**/COCO_train2014_*.mat")) or (root / "imageLists").exists():
+        raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
+                         "and the pictures of COCO 2017")  # fmt: skip
+    usual = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
+             "stuffthingmaps_detectron2")  # fmt: skip
+    places = [label_root] if label_root else [place for place in usual if (root / place / folder).is_dir()]
+    if len(places) != 1:
+        raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root=" if places
+                         else f"no folder of label maps, as in annotations/{folder}"))  # fmt: skip
+    base = root / places[0]
+    files = _map_files(base / folder, "*.png", "COCO-Stuff")
+    plain = [file for file in files if not file.stem.endswith("_labelTrainIds")]
+    files = plain or files
+    pictures = _find(root, f"images/{folder}", folder)
+    items = [(f"{folder}/{file.stem.removesuffix('_labelTrainIds')}",
+              pictures / f"{file.stem.removesuffix('_labelTrainIds')}.jpg", file) for file in files]  # fmt: skip
+    used = [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
+    names = _names("cocostuff_171.txt")
+    cache = base / f"{folder}.index.json"
+    if labels is None:
+        labels = _cocostuff_kind(_values_of_maps(items, read_label_map, cache, _stamp(files)), base, used)
+    if labels not in ("raw", "converted"):
+        raise BadUsage(f"labels {labels!r}: choose raw or converted")
+    names = dict(zip(used, names)) if labels == "raw" else dict(enumerate(names))
+    return LabelMaps(items, read_label_map, names, (255,), cache, _stamp(files), classes)
+
+
+def _cocostuff_kind(values, base, used):
+    """Raw maps have values above 170, converted ones have values that no raw map has; found in `values` or, if these
+    few maps do not tell, in the other maps below `base`."""
+    never = set(range(182)) - set(used)  # eleven ids without pixels
+
+    def kinds(found):
+        return {"raw" if value > 170 else "converted" for value in found if value != 255 and
+                (value > 170 or value in never)}  # fmt: skip
+
+    found = kinds(value for row in values.values() for value in row)
+    if not found:
+        for file in base.glob("*2017/*.png"):
+            if found := kinds(np.unique(read_label_map(file)).tolist()):
+                break
+    if len(found) != 1:
+        raise ValueError(f"{base}: " + ("its maps have values of the raw 182 ids and of the converted 171" if found else
+                         "its maps do not tell whether they are raw (182 ids) or converted (171)")
+                         + ": say labels='raw' or 'converted'")  # fmt: skip
+    return found.pop()
+
+
+def _ids(file):
+    return file.read_text().split()
+
+
+def _voc20(root, split, classes="present"):
+    """PASCAL VOC 2012, 20 classes: background and void are not scored ("PAS-20")."""
+    _choose(split, ("train", "val"), "voc20")
+    base = _find(root, "VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets").parent
+    items = [(stem, base / "JPEGImages" / f"{stem}.jpg", base / "SegmentationClass" / f"{stem}.png")
+             for stem in _ids(_find(base, f"ImageSets/Segmentation/{split}.txt"))]  # fmt: skip
+    names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
+    cache = base / f"SegmentationClass.{split}.index.json"
+    return LabelMaps(items, read_label_map, names, (0, 255), cache, _stamp_of_sources(items), classes)
+
+
+def _stamp_of_sources(items):
+    for _, _, source in items:
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such label map, though the split's list names it")
+    return _stamp([source for _, _, source in items])
+
+
+def _pascal_context(name, root, split, classes="present"):
+    """PASCAL Context, 59 or all 459 classes, in whichever of its published forms is there.
+
+    The 59 are in rising order of their 459 ids, as mmsegmentation, SAN and CAT-Seg have them; the maps that OVSeg
+    prepares lie in a folder of the same name in another order and cannot be told from these.
+    """
+    _choose(split, ("train", "val"), name)
+    base = _find(root, "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages", "JPEGImages").parent
+    lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt", base / f"pascalcontext_{split}.txt"]
+    stems = next((_ids(file) for file in lists if file.exists()), None)
+    names_459, names_59 = _names("pascal_context_459.txt"), _names("pascal_context_59.txt")
+    ids_59 = [int(value) for value in _names("pascal_context_59_ids.txt")]
+    prepared = base / "annotations_detectron2" / f"{name}_{split}"
+    read, ignored = read_label_map, (255,)
+    if name == "pc59" and (base / "SegmentationClassContext").is_dir() and stems:
+        folder, end, names, ignored = base / "SegmentationClassContext", "png", dict(enumerate(names_59, 1)), (0,)
+    elif prepared.is_dir():
+        folder, end = prepared, "png" if name == "pc59" else "tif"
+        names = dict(enumerate(names_59 if name == "pc59" else names_459))
+        ignored = (255,) if name == "pc59" else (459, 65535)
+        stems = sorted(file.stem for file in folder.glob(f"*.{end}"))
+    elif (base / "trainval").is_dir() and stems:
+        folder, end, read = base / "trainval", "mat", _read_label_mat
+        names = dict(zip(ids_59, names_59)) if name == "pc59" else dict(enumerate(names_459, 1))
+        ignored = tuple(value for value in range(460) if value not in names)
+    elif name == "pc59" and (base / "trainval_merged.json").exists():
+        return _pascal_in_detail(base, split, dict(zip(ids_59, names_59)), classes)
+    else:
+        raise FileNotFoundError(f"{base}: holds none of SegmentationClassContext with ImageSets/SegmentationContext, "
+                                f"{prepared.relative_to(base)}, trainval with a list of {split}, "
+                                "trainval_merged.json (for pc59)")
+    items = [(stem, base / "JPEGImages" / f"{stem}.jpg", folder / f"{stem}.{end}") for stem in stems]
+    cache = base / f"{name}_{split}.{folder.name}.index.json"
+    return LabelMaps(items, read, names, ignored, cache, _stamp_of_sources(items), classes)
+
+
+def _read_label_mat(path):
+    """LabelMap of a .mat of PASCAL Context -> integer array (H, W)."""
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(path, variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
+    except Exception as error:  # scipy raises many kinds for a damaged file
+        raise ValueError(f"{path}: broken label map ({error})") from None
+
+
+def _pascal_in_detail(base, split, names, classes):
+    """trainval_merged.json: run-length masks of the 59 classes by their 459 ids, painted in the order of the file."""
+    file = base / "trainval_merged.json"
+    content = _read_json(file)
+    pictures = {image["image_id"]: image for image in content["images"] if image["phase"] == split}
+    masks = {image_id: [] for image_id in pictures}
+    for annotation in content["annos_segmentation"]:
+        if annotation["image_id"] in masks:
+            masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
+
+    def read(image_id):
+        image = pictures[image_id]
+        labels = np.zeros((image["height"], image["width"]), np.int64)
+        for category, segmentation in masks[image_id]:
+            labels[segmentation_to_mask(segmentation, *labels.shape)] = category
+        return labels
+
+    items = [(Path(image["file_name"]).stem, base / "JPEGImages" / image["file_name"], image_id)
+             for image_id, image in pictures.items()]  # fmt: skip
+    ignored = tuple(value for value in range(460) if value not in names)
+    cache = base / f"pc59_{split}.trainval_merged.index.json"
+    return LabelMaps(items, read, names, ignored, cache, _stamp([file]), classes)
+
+
+def _read_json(file):
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+
+
+# --- referring expressions: one example for each sentence
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings and numbers, as the refs files hold; refuses every name of a class or function."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError(f"it names the object {pid!r}")
+
+
+def read_refs(file):
+    """refs(SPLITTER).p, a Python 2 pickle -> list of dicts; ValueError if anything but plain values is in it."""
+    try:
+        with open(file, "rb") as opened:
+            refs = PlainUnpickler(opened, encoding="latin1").load()
+        if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+            raise ValueError("not a list of refs")
+        return refs
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly every kind
+        raise ValueError(f"{file}: refused, not a refs file of plain values ({error})") from None
+
+
+class Refer:
+    """refCOCO, refCOCO+, refCOCOg, refCLEF (github.com/lichengunc/refer): an example is a sentence and its object.
+
+    The phrase is the cleaned sentence (`sent`), as LISA takes it; the id is "IMAGE_ID:SENT_ID". Splits match as in
+    refer.py: testA, testB and testC where that letter is in the split's name, test where "test" is, else exactly.
+    """
+
+    SPLITTERS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google"),
+                 "refclef": ("unc", "berkeley")}  # fmt: skip
+
+    def __init__(self, name, root, split, split_by=None):
+        split_by = split_by or self.SPLITTERS[name][0]
+        file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
+        if split_by not in self.SPLITTERS[name]:
+            raise BadUsage(f"{name} has no split_by {split_by!r}: choose {' or '.join(self.SPLITTERS[name])}")
+        if not file.exists():
+            found = sorted(path.name for path in (root / name).glob("refs(*).p"))
+            raise FileNotFoundError(f"{file}: no such file" + (f", found {', '.join(found)}" if found else ""))
+        content = _read_json(self.instances)
+        images = {image["id"]: image for image in content["images"]}
+        annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
+        folders = ["images/saiapr_tc-12"] if name == "refclef" else [
+            "images/mscoco/images/train2014", "images/train2014", "train2014"]  # fmt: skip
+        self.pictures, self.refs = _find(root, *folders), 0
+        self.rows, splits = [], set()  # rows: (image, annotation, sentence)
+        for ref in read_refs(file):
+            try:
+                splits.add(ref["split"])
+                if self._in(ref["split"], split):
+                    self.refs += 1
+                    image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
+                    self.rows += [(image, annotation, sentence) for sentence in ref["sentences"]]
+            except KeyError as error:
+                raise ValueError(f"{file}: ref {ref.get('ref_id')}: {error} is missing, there or in "
+                                 f"{self.instances.name}") from None  # fmt: skip
+        usual = ("testA", "testB", "testC", "testAB", "testBC") if name == "refclef" else ("testA", "testB")
+        if not self.rows and split not in ("train", "val", "test", *usual):  # those are empty, as refer.py has it
+            raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of {', '.join(sorted(splits))}")
+
+    @staticmethod
+    def _in(split, asked):
+        if asked in ("testA", "testB", "testC"):
+            return "test" in split and asked[-1] in split.removeprefix("test")
+        return "test" in split if asked == "test" else split == asked
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        image, annotation, sentence = self.rows[i]
+        number = image["id"]
+        flat, foldered = f"{number}.jpg", f"{number // 1000:02d}/images/{number}.jpg"  # refclef's file names vary
+        path = next((self.pictures / file for file in (image["file_name"], foldered, flat)
+                     if (self.pictures / file).exists()), self.pictures / image["file_name"])  # fmt: skip
+        # parts of fewer than three points enclose nothing
+        parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
+        try:
+            mask = segmentation_to_mask(parts, image["height"], image["width"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.instances}: annotation {annotation['id']}: {error}") from None
+        picture = open_picture(path)
+        if picture.size != (image["width"], image["height"]):
+            raise ValueError(f"{path}: {picture.size[0]} x {picture.size[1]} pixels, annotation {annotation['id']} "
+                             f"is of {image['width']} x {image['height']}")  # fmt: skip
+        return Example(picture, sentence["sent"].strip(), mask, f"{number}:{sentence['sent_id']}", "referring")
+
+
+# --- one JSON object a line
+
+
+class JSONLines:
+    """Your own data: a text file with one JSON object a line.
+
+        {"image": "photos/1.jpg", "phrase": "the cup on the left", "mask": "masks/1.png"}
+        {"image": "photos/1.jpg", "phrase": "the table", "mask": {"size": [480, 640], "counts": "..."}}
+        {"image": "photos/2.jpg", "phrase": "dogs", "mask": [[10, 10, 60, 10, 60, 40]], "label": "dog"}
+
+    image: a path, from the folder of the file (or from `root`). mask: a PNG whose pixels above 0 are the object (of
+    two values at most), a COCO run-length mask, or COCO polygons [x0, y0, x1, y1, ...] in pixels.
+    Optional: id (default: the line's number), task (default: referring), label (the class name, for mIoU).
+
+    SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl of such lines with run-length masks, images from ROOT, and
+    besides image_id, annotation_ids and provenance, which are not read here.
+    """
+
+    def __init__(self, path, root=None):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self.path, self.root = path, Path(root) if root else path.parent
+        self.lines = []  # where each line begins: (offset, line number)
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self.lines.append((file.tell() - len(line), number))
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, i):
+        offset, number = self.lines[i]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            line = file.readline()
+        try:
+            record = json.loads(line)
+            image, phrase, mask = record["image"], record["phrase"], record["mask"]
+            picture = open_picture(self.root / image)
+            size = picture.size[::-1]
+            mask = self._png(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
+            if mask.shape != size:
+                raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]}, {image} is {size[1]} x {size[0]}")
+            task = record.get("task", "referring")
+            if not isinstance(phrase, str) or not phrase.strip():
+                raise ValueError(f"phrase {phrase!r}: expected words")
+            if task not in ("semantic", "referring", "reasoning"):
+                raise ValueError(f"task {task!r}: expected semantic, referring or reasoning")
+        except KeyError as error:
+            raise ValueError(f"{self.path}: line {number}: no {error}") from None
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"{self.path}: line {number}: {error}") from None
+        return Example(picture, phrase.strip(), mask, str(record.get("id", number)), task, record.get("label"))
+
+    @staticmethod
+    def _png(path):
+        values = read_label_map(path)
+        if len(np.unique(values)) > 2:
+            raise ValueError(f"{path}: has {len(np.unique(values))} values, a mask has two")
+        return values > 0
+
+
+def _sa_ovrs(root, split):
+    return JSONLines(_find(root, f"{split}.jsonl"), root)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -974,13 +1526,65 @@ def download(args):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# python data.py preview | download
+# python data.py preview | check | download
+
+
+def check(args):
+    """Count a data set's splits against the published counts and open its examples; 1 if any of them is broken.
+
+    A sample spread over each split, or with --all every example. Broken ones are named, one a line.
+    """
+    names = [args.split] if args.split else ["train", "val", "test", "testA", "testB", "testC"]
+    options, broken, opened, found = {"split_by": args.split_by} if args.split_by else {}, 0, 0, 0
+    splitter = (args.split_by or Refer.SPLITTERS[args.name][0],) if args.name in Refer.SPLITTERS else ()
+    for split in names:
+        try:
+            dataset = load_dataset(args.name, split, args.root, **options)
+        except (ValueError, FileNotFoundError) as error:
+            if isinstance(error, BadUsage) and (args.split or "no split" not in str(error)):
+                raise
+            published = (args.name, *splitter, split) in PUBLISHED
+            if args.split or published or args.name.startswith("jsonl:"):  # else the set just has no such split
+                print(f"{args.name}:{split}: {error}")
+                broken += 1
+            continue
+        if len(dataset) == 0:
+            continue
+        found += 1
+        if isinstance(dataset, LabelMaps):
+            have, kinds = (len(dataset.items),), ("pictures",)
+        elif isinstance(dataset, Refer):
+            images = {image["id"] for image, _, _ in dataset.rows}
+            have, kinds = (dataset.refs, len(images), len(dataset)), ("refs", "pictures", "sentences")
+        else:
+            have, kinds = (), ()
+        published = PUBLISHED.get((args.name, *splitter, split), (None,) * len(have))
+        published = published if isinstance(published, tuple) else (published,)
+        counts = [f"{count:,} {kind} (published: {'?' if known is None else f'{known:,}'})"
+                  for count, kind, known in zip(have, kinds, published)]  # fmt: skip
+        print(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}")
+        step = 1 if args.all else max(1, len(dataset) // args.count)
+        for i in tqdm(range(0, len(dataset), step), desc=f"open {split}", disable=len(dataset) // step < 200):
+            opened += 1
+            try:
+                example = dataset[i]
+                if example.mask.shape != example.image.size[::-1]:
+                    raise ValueError(f"{example.id}: a mask of {example.mask.shape} for {example.image.size}")
+            except (ValueError, OSError) as error:
+                tqdm.write(f"broken: {error}")
+                broken += 1
+        if args.name.startswith("jsonl:"):
+            break
+    if not found and not broken:
+        raise ValueError(f"{args.name}: nothing found in {args.root}")
+    print(f"{opened:,} examples opened, {broken} broken")
+    return 1 if broken else 0
 
 
 def preview(args):
     """Write a contact sheet of a data set: picture, phrase, mask."""
     options = {"rich": True} if args.rich else {}
-    dataset = load_dataset(args.name, args.split, **options)
+    dataset = load_dataset(args.name, args.split, args.root, **options)
     if args.first >= len(dataset):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
@@ -993,13 +1597,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("preview", help="write a contact sheet", description=preview.__doc__)
-    p.add_argument("name", choices=["scenes"], help="data set")
-    p.add_argument("--split", default="train", choices=list(Scenes.SPLITS), help="default: train")
+    p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
+    p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
+    p.add_argument("--split", default="train", help="default: train")
     p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="more of everything")
     p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
     p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
     p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
     p.set_defaults(job=preview)
+    p = commands.add_parser("check", help="count a data set, open its files, name the broken ones",
+                            description=check.__doc__)  # fmt: skip
+    p.add_argument("name", help="data set, as for preview")
+    p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
+    p.add_argument("--split", help="default: all that the data set has")
+    p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
+    p.add_argument("--count", type=int, default=100, help="examples to open of each split (default: 100)")
+    p.add_argument("--all", action="store_true", help="open every example")
+    p.set_defaults(job=check)
     p = commands.add_parser("download", help="fetch official weights", description=download.__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("name", choices=DOWNLOADS, metavar="NAME", help=", ".join(DOWNLOADS))
@@ -1008,10 +1622,12 @@ def main(argv=None):
     p.add_argument("--revision", default="main", help="of the repository (default: main)")
     p.set_defaults(job=download)
     args = parser.parse_args(argv)
-    if args.job is preview and (args.first < 0 or args.count < 1):
-        parser.error(f"--first {args.first} must not be negative and --count {args.count} at least 1")
+    if getattr(args, "count", 1) < 1 or getattr(args, "first", 0) < 0:
+        parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     try:
-        args.job(args)
+        return args.job(args) or 0
+    except BadUsage as error:
+        parser.error(str(error))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

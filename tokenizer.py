@@ -614,14 +614,17 @@ def crop_masks(masks, size):
     return torch.stack(crops)
 
 
-def k_means(points, count, rounds=25):
-    """Spherical k-means of unit vectors (n, C) -> (count, C): a codebook without dead rows to begin with."""
+def k_means(points, count, rounds=25, start=None):
+    """Spherical k-means of unit vectors (n, C) -> (count, C): a codebook without dead rows to begin with.
+
+    start: (count, C) to begin with, so that a row keeps its meaning; default: random points.
+    """
     # most latents are plain background: without the unique() most rows would be spent on it
     points = torch.unique((points * 50).round(), dim=0).float()
     points = F.normalize(points, dim=-1)
     if len(points) < count:
         raise ValueError(f"{len(points)} different latents cannot fill a codebook of {count}: train longer first")
-    centers = points[torch.randperm(len(points))[:count]]
+    centers = points[torch.randperm(len(points))[:count]] if start is None else start
     for _ in range(rounds):
         nearest = torch.cat([(chunk @ centers.T).argmax(-1) for chunk in points.split(8192)])
         sums = torch.zeros_like(centers).index_add_(0, nearest, points)
@@ -686,7 +689,8 @@ def train(args):
     for phase, steps in (("free", args.free_steps), ("codes", args.steps), ("decoder", args.decoder_steps)):
         if steps:
             if encoder_moved:
-                codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device)
+                learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
+                codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
                 model.quantize.embedding.weight.data.copy_(codebook)
             train_phase(model, dataset, val_set, phase, steps, args, device)
             encoder_moved = phase != "decoder"
@@ -748,15 +752,17 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
 
 
 @torch.no_grad()
-def fit_codebook(model, dataset, size, count, device):
-    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of `count` masks."""
+def fit_codebook(model, dataset, size, count, device, learned):
+    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of `count` masks, from the
+    codes there are if those are `learned`."""
     rows = []
     for start in range(0, count, 20):
         masks = mask_batch(dataset, size, len(dataset) // 2 + start, 20).to(device)
         rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
-    rows, plain = torch.cat(rows).cpu(), model.quantize.codebook[:2].cpu()
+    rows, codebook = torch.cat(rows).cpu(), model.quantize.codebook.cpu()
+    plain, others = codebook[:2], codebook[2:]
     edges = rows[(rows @ plain.T).max(-1).values < 0.99]
-    return torch.cat([plain, k_means(edges, model.config.codebook_size - 2)])
+    return torch.cat([plain, k_means(edges, len(others), start=others if learned else None)])
 
 
 @torch.no_grad()
