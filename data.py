@@ -1249,6 +1249,41 @@ def _sa_ovrs(root, split):
 # batches
 
 
+class Mixture:
+    """Several data sets; of each sum(weights) training examples weights[k] are of datasets[k], in a fixed pattern.
+
+    Each data set goes through its own epochs: none of its examples comes twice in one of them. As a sequence it is
+    the data sets one after the other.
+    """
+
+    def __init__(self, datasets, weights):
+        self.datasets, self.weights = datasets, weights
+
+    def __len__(self):
+        return sum(map(len, self.datasets))
+
+    def __getitem__(self, i):
+        for dataset in self.datasets:
+            if i < len(dataset):
+                return dataset[i]
+            i -= len(dataset)
+        raise IndexError("beyond the end of the mixture")
+
+
+def load_mixture(text, split, root=None, **options):
+    """"refcoco" or "ade20k:1,refcoco:2", names with weights -> Mixture of one split. `options` are for scenes alone."""
+    datasets, weights = [], []
+    for part in text.split(","):
+        name, weight = re.fullmatch(r"(.*?)(?::(\d+))?", part.strip()).groups()
+        if weight == "0":
+            raise BadUsage(f"{part}: a weight is at least 1")
+        datasets.append(load_dataset(name, split, root, **(options if name == "scenes" else {})))
+        weights.append(int(weight or 1))
+        if len(datasets[-1]) == 0:
+            raise ValueError(f"{name}:{split} has no examples")
+    return Mixture(datasets, weights)
+
+
 class Batches(torch.utils.data.Dataset):
     """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone, so a run can stop
     and go on anywhere, on any number of workers, with no random state to keep.
@@ -1256,36 +1291,46 @@ class Batches(torch.utils.data.Dataset):
     A batch (all ranks, all accumulation) is `batch_size` phrases; P phrases in a row share a picture, and the
     picture comes once. Two ranks never share an example; the union does not depend on how it is split.
 
+    dataset: a Mixture, or any sequence of Example. No picture is flipped: phrases say left and right.
+    mask_tokens: int array (len(dataset), M) of cached mask tokens (tokenizer.py encode), or None.
+
     Items: text_ids (b, L), pixels float (b/P, 3, S, S) in [-1, 1], masks bool (b, m, m), hide bool (b, M), ids list
-    of b strings; b = micro_batch_size, m = mask_size (default: S).
+    of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
     """
 
     def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
-                 rank=0, world_size=1, seed=0, hide=False, mask_size=None):  # fmt: skip
+                 rank=0, world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None):  # fmt: skip
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
             raise ValueError(
                 f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x {world_size} "
                 f"ranks, and the micro-batch size a multiple of {phrases} phrases a picture"
             )
         self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
-        self.mask_size = mask_size or size
+        self.mask_size, self.mask_tokens = mask_size or size, mask_tokens
+        parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
+        self.starts = np.cumsum([0, *map(len, parts.datasets)])  # where each data set begins in the mixture
+        # which data set a group of phrases is from, in turn, and how many groups of that one came before in the turn
+        self.turn = [(k, n) for k, weight in enumerate(parts.weights) for n in range(weight)]
+        self.weights = parts.weights
         self.batch_size, self.micro_batch_size, self.phrases = batch_size, micro_batch_size, phrases
         self.rank, self.world_size, self.seed, self.hide = rank, world_size, seed, hide
         self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches a rank, a step
-        self._order = None, None  # epoch, permutation
+        self._orders = {}  # of each data set: epoch, permutation
 
     def __getitem__(self, k):
         step, micro = divmod(k, self.accumulation)
         first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        text, pictures, masks, hidden, ids = [], [], [], [], []
+        text, pictures, masks, hidden, ids, indices = [], [], [], [], [], []
         for position in range(first, first + self.micro_batch_size):
             rng = np.random.default_rng([self.seed, position])
-            example = self.dataset[self._index(position)]
+            indices.append(self._index(position))
+            example = self.dataset[indices[-1]]
             choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
                 pictures.append(resize_picture(example.image, self.size))
-            masks.append(resize_mask(example.mask, self.mask_size))
+            if self.mask_tokens is None:
+                masks.append(resize_mask(example.mask, self.mask_size))
             # Share of the mask tokens that the model does not get to see as input (LlamaSeg.forward, `hide`):
             # none for a fifth of the examples, all for a fifth, anything between for the rest.
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
@@ -1294,18 +1339,21 @@ class Batches(torch.utils.data.Dataset):
         return {
             "text_ids": self.text_tokenizer(text),
             "pixels": to_pixels(np.stack(pictures)),
-            "masks": torch.from_numpy(np.stack(masks)),
+            **({"masks": torch.from_numpy(np.stack(masks))} if self.mask_tokens is None else
+               {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}),
             "hide": torch.from_numpy(np.stack(hidden)),
             "ids": ids,
         }
 
     def _index(self, position):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
-        groups = len(self.dataset) // self.phrases
-        epoch, group = divmod(position // self.phrases, groups)
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(groups)
-        return int(self._order[1][group]) * self.phrases + position % self.phrases
+        turns, place = divmod(position // self.phrases, len(self.turn))
+        k, before = self.turn[place]
+        groups = int(self.starts[k + 1] - self.starts[k]) // self.phrases
+        epoch, group = divmod(turns * self.weights[k] + before, groups)
+        if self._orders.get(k, (None,))[0] != epoch:
+            self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(groups)
+        return int(self.starts[k]) + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1405,7 +1453,8 @@ def fetch(url, path, token=None, attempts=6, wait=1.0):
 
     path = Path(path)
     part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.sha256")
-    recorded = record.read_text().split()[0] if record.exists() and record.read_text().strip() else None
+    words = record.read_text(errors="replace").split() if record.exists() else []
+    recorded = words[0].lower() if words else None
     if path.exists():
         found = sha256_of(path)
         if recorded and found != recorded:
@@ -1418,13 +1467,15 @@ def fetch(url, path, token=None, attempts=6, wait=1.0):
     with requests.Session() as session, tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
         session.headers["Accept-Encoding"] = "identity"  # sizes and ranges are those of the file itself
         if token:
+            if not (token.isascii() and token.isprintable()):
+                raise ValueError("HF_TOKEN holds characters that no token has: set it again")
             session.headers["Authorization"] = f"Bearer {token}"
         while True:
             try:
                 size, announced = receive(session, url, part, bar)
                 break
             except (TryAgain, requests.RequestException) as error:
-                if isinstance(error, ValueError):  # how requests says that this is no address at all
+                if isinstance(error, (ValueError, requests.TooManyRedirects)):  # ValueError: this is no address at all
                     raise ValueError(f"{url}: {error}") from None
                 reason, pause = str(error).splitlines()[0][:200], getattr(error, "pause", 0)
             came = part.stat().st_size if part.exists() else 0
@@ -1453,12 +1504,12 @@ def receive(session, url, part, bar):
     """One attempt of `fetch`: appends what is missing to `part`; returns (size, SHA-256), None where not announced."""
     tag = part.with_suffix(".etag")  # of the file that `part` belongs to
     have = part.stat().st_size if part.exists() else 0
-    resume = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have and tag.exists() else {}
+    known = tag.read_text().strip() if tag.exists() else ""
+    resume = {"Range": f"bytes={have}-", "If-Range": known} if have and known else {}
     with session.get(url, headers=resume, stream=True, timeout=60) as answer:
         status = f"{answer.status_code} {answer.reason}"
-        if answer.status_code == 429 or answer.status_code >= 500:
-            after = answer.headers.get("Retry-After", "")
-            raise TryAgain(f"the server answers {status}", float(after) if after.isdigit() else 0.0)
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
+            raise TryAgain(f"the server answers {status}", float(_number(answer, "Retry-After") or 0))
         if answer.status_code == 416 and resume:
             if answer.headers.get("Content-Range") == f"bytes */{have}":  # it was all there
                 return have, hub_hash(answer)
@@ -1470,12 +1521,18 @@ def receive(session, url, part, bar):
             raise OSError(f"{url}: the server answers {status}")
         if answer.headers.get("Content-Type", "").startswith("text/html"):
             raise OSError(f"{url}: a web page came instead of the file: is a proxy or a login in between?")
-        have = have if answer.status_code == 206 else 0
-        length, linked = answer.headers.get("Content-Length"), answer.headers.get("X-Linked-Size")
-        size = have + int(length) if length else None
-        for redirect in answer.history:
-            linked = linked or redirect.headers.get("X-Linked-Size")
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise OSError(f"{url}: came as {answer.headers['Content-Encoding']}, not as it is: is a proxy in between?")
         etag = answer.headers.get("ETag", "W/")
+        if answer.status_code == 206:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            if not resume or not span or int(span[1]) != have or etag not in (known, "W/"):
+                part.unlink(missing_ok=True)
+                raise TryAgain("another part of a file came than was asked for, starting again")
+            size = int(span[2])
+        else:
+            have, size = 0, _number(answer, "Content-Length")
+        linked = next((n for one in [answer, *answer.history] if (n := _number(one, "X-Linked-Size"))), None)
         if etag.startswith("W/"):
             tag.unlink(missing_ok=True)  # nothing to tell the file by: no going on later
         else:
@@ -1490,7 +1547,15 @@ def receive(session, url, part, bar):
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-        return int(linked) if linked else size, hub_hash(answer)
+            if file.tell() == 0 or size and file.tell() < size:
+                raise TryAgain(f"{file.tell():,} bytes came, expected {size or 'some'}")
+        return linked or size, hub_hash(answer)
+
+
+def _number(answer, header):
+    """A header that holds a whole number, or None."""
+    value = answer.headers.get(header, "")
+    return int(value) if re.fullmatch("[0-9]+", value) else None
 
 
 def hub_hash(answer):
@@ -1519,7 +1584,7 @@ def download(args):
     HF_ENDPOINT names a mirror of the hub, HF_TOKEN is sent for gated files, HTTPS_PROXY is respected.
     """
     place, files = DOWNLOADS[args.name]
-    token = None if place.startswith("gs://") else os.environ.get("HF_TOKEN")
+    token = None if place.startswith("gs://") else os.environ.get("HF_TOKEN", "").strip()
     for file in files:
         path = args.root / args.name / file
         print(f"{path}: sha256 {fetch(address(place, file, args.revision), path, token)}")

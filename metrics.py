@@ -97,12 +97,35 @@ def average_hausdorff_distance(pred, gt) -> float:
     ValueError as in `iou`.
     """
     pred, gt = _masks(pred=pred, gt=gt)
-    x, y = np.argwhere(boundary(pred)), np.argwhere(boundary(gt))  # (|X|, 2), (|Y|, 2)
+    x, y = _boundary_points(pred), _boundary_points(gt)  # (|X|, 2), (|Y|, 2)
     if len(x) == 0 or len(y) == 0:
         return math.nan
-    x_to_y, _ = cKDTree(y).query(x)
-    y_to_x, _ = cKDTree(x).query(y)
+    x_to_y, y_to_x = _nearest(x, y)
     return float((x_to_y.mean() + y_to_x.mean()) / 2)
+
+
+def _boundary_points(mask):
+    """Rows and columns of the boundary, (n, 2) integers, in raster order; only the object's own box is looked at."""
+    rows = np.flatnonzero(mask.any(1))
+    if len(rows) == 0:
+        return np.empty((0, 2), np.int64)
+    top, bottom = rows[0], rows[-1] + 1
+    columns = np.flatnonzero(mask[top:bottom].any(0))
+    left, right = columns[0], columns[-1] + 1
+    flat = np.flatnonzero(boundary(mask[top:bottom, left:right]))  # beyond its box there is no object
+    return np.stack([flat // (right - left) + top, flat % (right - left) + left], axis=1)
+
+
+def _nearest(x, y):
+    """Distance of each point of x (n, 2) to the nearest of y (m, 2), and the other way round; float64."""
+    if len(x) * len(y) > 4_000_000 or max(x.max(), y.max()) > 2000:
+        return cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
+    # All squared distances by one matrix product: integers below 2^24, which float32 holds exactly.
+    x, y = (points.astype(np.float32) for points in (x, y))
+    ones = [np.ones((len(points), 1), np.float32) for points in (x, y)]
+    squares = [(points**2).sum(1, keepdims=True) for points in (x, y)]
+    table = np.hstack([x, squares[0], ones[0]]) @ np.hstack([-2 * y, ones[1], squares[1]]).T  # (n, m)
+    return tuple(np.sqrt(table.min(axis).astype(np.float64)) for axis in (1, 0))
 
 
 def ahd_256(pred, gt) -> float:
@@ -147,6 +170,7 @@ class SegmentationMetrics:
                 leave I and U; a mask that reaches into them ends at their edge and has boundary there
 
         An example whose masks are both empty (of what is scored) has IoU 1 and adds nothing to cIoU and mIoU.
+        Returns the row that was added: (I, U, label, AHD at 256 pixels or nan).
         ValueError also for wrong masks, as in `iou`; the example is then not added.
         """
         if id is not None and (id, label) in self._seen:
@@ -159,7 +183,14 @@ class SegmentationMetrics:
         intersection, union = _intersection_union(pred, gt)
         # The distance is the slow part, and no threshold asks for it at or below the lowest.
         scored = _ratio(intersection, union) > AHD_THRESHOLDS[0]
-        self.rows.append((intersection, union, label, ahd_256(pred, gt) if scored else math.nan))
+        self.add(intersection, union, ahd_256(pred, gt) if scored else math.nan, label, id)
+        return self.rows[-1]
+
+    def add(self, intersection, union, ahd, label=None, id=None):
+        """Add one example by its numbers: I, U and AHD at 256 pixels (None or nan: none), as `update` counts them."""
+        if id is not None and (id, label) in self._seen:
+            raise ValueError(f"example counted twice: id {id!r}, label {label!r}")
+        self.rows.append((intersection, union, label, math.nan if ahd is None else ahd))
         if id is not None:
             self._seen.add((id, label))
 
@@ -180,6 +211,7 @@ class SegmentationMetrics:
 
         "cIoU", "gIoU", "mIoU"        fractions in [0, 1]; labels whose summed U is 0 are left out of mIoU
         "count"                       number of examples
+        "Pr@0.5", ... "Pr@0.9"        fraction of the examples with IoU >= t
         "mAHD@0.5", ... "mAHD@0.9"    mean AHD, pixels at 256, of the examples with IoU > t (strictly)
         "count@0.5", ... "count@0.9"  how many those are; fewer make mAHD look better, so report both
 
@@ -199,6 +231,8 @@ class SegmentationMetrics:
             "count": len(self.rows),
         }
         for t in AHD_THRESHOLDS:
+            numbers[f"Pr@{t}"] = _mean([float(_ratio(i, u) >= t) for i, u, _, _ in self.rows])
+        for t in AHD_THRESHOLDS:
             chosen = [ahd for i, u, _, ahd in self.rows if _ratio(i, u) > t and not math.isnan(ahd)]
             numbers[f"mAHD@{t}"] = _mean(chosen)
             numbers[f"count@{t}"] = len(chosen)
@@ -213,10 +247,12 @@ def _mean(values):
 # ---- command ---------------------------------------------------------------------------------------
 
 HELP = """\
-Compare a folder of predicted masks with a folder of ground-truth masks.
+Compare a folder of predicted masks with a folder of ground-truth masks, or add up what sample.py wrote.
 
 Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png.
 Every mask must have a counterpart of the same size; files that are not .png are not looked at.
+
+With one argument, the .jsonl that `python sample.py --dataset` writes, its lines are added up again.
 
 How a picture becomes a mask:
   one channel (1 bit, grey of 8 or 16 bits, or a palette, which is first turned to grey);
@@ -229,7 +265,8 @@ HELP_END = """\
 What is printed:
   cIoU      sum of intersections / sum of unions over all pairs, 0 to 1
   gIoU      mean of IoU over the pairs, 0 to 1; two empty masks count as IoU 1
-  mIoU      mean over class names; file names hold none, so it is "-" here (null in JSON)
+  mIoU      mean over class names; file names hold none, so it is "-" for folders (null in JSON)
+  Pr@t      share of the pairs with IoU >= t
   mAHD@t    average Hausdorff distance between the boundaries, in pixels of a 256 x 256
             picture, mean over the pairs with IoU > t; beside it, how many pairs these are
   "-" stands for a number that is not defined, such as mAHD@0.9 when no IoU exceeds 0.9.
@@ -240,6 +277,7 @@ Exit code:
 Examples:
   python metrics.py predictions/ masks/
   python metrics.py predictions/ masks/ --json numbers.json
+  python metrics.py out_masks/refcoco-val.jsonl
 """
 
 
@@ -296,12 +334,48 @@ def _compare_folders(pred_dir, gt_dir):
     return metrics.compute()
 
 
+def read_records(path):
+    """Lines of a .jsonl that sample.py --dataset wrote -> (header, list of records); ValueError names a broken line.
+
+    A last line without its end, as a killed run leaves it, is not counted.
+    """
+    header, records = None, []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    header = record["run"]
+                else:
+                    if "broken" not in record:  # an example that could not be opened has no numbers
+                        record["intersection"], record["union"], record["ahd"], record["label"], record["id"]  # noqa: B018
+                    records.append(record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: line {number} is not what sample.py writes ({error!r})") from None
+    if header is None:
+        raise ValueError(f"{path}: empty, expected what sample.py --dataset writes")
+    return header, records
+
+
+def add_up(records):
+    """Records of read_records -> (SegmentationMetrics of all, {task: SegmentationMetrics})."""
+    total, by_task = SegmentationMetrics(), {}
+    for r in (record for record in records if "broken" not in record):
+        for metrics in (total, by_task.setdefault(r["task"], SegmentationMetrics())):
+            metrics.add(r["intersection"], r["union"], r["ahd"], r["label"], r["id"])
+    return total, by_task
+
+
 def _table(numbers):
     rows = [("metric", "value", "pairs")]
-    for key in ["cIoU", "gIoU", "mIoU"] + [f"mAHD@{t}" for t in AHD_THRESHOLDS]:
+    kinds = [f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS]
+    for key in ["cIoU", "gIoU", "mIoU", *kinds]:
         value = numbers[key]
         pairs = numbers["count" + key[4:]] if key.startswith("mAHD") else numbers["count"]
-        rows.append((key, "-" if value is None else f"{value:.4f}", str(0 if key == "mIoU" else pairs)))
+        pairs = 0 if key == "mIoU" and value is None else pairs
+        rows.append((key, "-" if value is None else f"{value:.4f}", str(pairs)))
     return "\n".join(f"{name:<8} {value:>9} {pairs:>7}" for name, value, pairs in rows)
 
 
@@ -324,15 +398,20 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predicted masks")
-    parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, help="folder of ground-truth masks")
+    parser.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predicted masks, or a .jsonl")
+    parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, nargs="?", help="folder of ground-truth masks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE, unrounded")
     args = parser.parse_args(argv)
+    if args.gt_dir is None and args.pred_dir.suffix != ".jsonl":
+        parser.error("GT_DIR is missing: give two folders, or one .jsonl that sample.py --dataset wrote")
     try:
         # Said before the work, not after it.
         if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
             raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
-        numbers = _compare_folders(args.pred_dir, args.gt_dir)
+        if args.gt_dir is None:
+            numbers = add_up(read_records(args.pred_dir)[1])[0].compute()
+        else:
+            numbers = _compare_folders(args.pred_dir, args.gt_dir)
         if args.json:
             write_json(args.json, numbers)
     except (OSError, ValueError) as error:

@@ -17,8 +17,11 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import time
-from dataclasses import asdict, dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -50,6 +53,22 @@ def attention(q, k, v, causal):
 
 
 # ------------------------------------------------------------------------------
+# shapes
+
+
+def check_numbers(config):
+    """ValueError unless the numbers of a config are what their fields say: positive integers, positive floats."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type in (int, int | None) and (type(value) is not int or not 0 < value < 2**31):
+            raise ValueError(f"{f.name} is {value!r}, expected a positive integer")
+        if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"{f.name} is {value!r}, expected a positive number")
+        if f.name.endswith("layers") and value > 1000:
+            raise ValueError(f"{f.name} is {value}, expected at most 1000")
+
+
+# ------------------------------------------------------------------------------
 # SigLIP: the picture encoder and the phrase encoder
 
 
@@ -72,6 +91,7 @@ class SigLIPConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        check_numbers(self)
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
@@ -253,7 +273,7 @@ class SigLIP(nn.Module):
             if asked[tower] and not any(name.startswith(f"{tower}_model.") for name in weights):
                 raise ValueError(f"{directory}: has no {tower} tower (no tensor {tower}_model.*)")
         model = build_from(lambda: cls(config, vision, text), weights, directory, dtype)
-        model.source = {"name": directory.resolve().name, "sha256": fingerprint(weights)}
+        model.source = {"name": directory.absolute().name, "sha256": fingerprint(weights)}
         return model
 
 
@@ -279,16 +299,18 @@ def siglip_config(directory):
     if kind not in ("siglip", "siglip_vision_model", "siglip_text_model"):
         raise ValueError(f"{path}: model_type is {kind!r}, expected siglip, which SigLIP and fixed-resolution SigLIP 2 "
                          "have (NaFlex is not supported)")
-    towers = {"vision": hf if kind == "siglip_vision_model" else hf.get("vision_config", {}),
-              "text": hf if kind == "siglip_text_model" else hf.get("text_config", {})}
+    towers = {"vision": hf if kind == "siglip_vision_model" else hf.get("vision_config") or {},
+              "text": hf if kind == "siglip_text_model" else hf.get("text_config") or {}}
     fields = {}
     for tower, values in towers.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {tower}_config is {values!r}, expected an object")
         check_config(path, values, {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
         for name, (official, default) in SIGLIP_FIELDS[tower].items():
             fields[name] = values.get(official, default)
     try:
         return SigLIPConfig(**fields)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -311,7 +333,8 @@ class LlamaConfig:
 
     def __post_init__(self):
         self.kv_heads = self.kv_heads or self.heads
-        self.head_dim = self.head_dim or self.width // self.heads
+        self.head_dim = self.head_dim or (self.width // self.heads if self.heads else 0)
+        check_numbers(self)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:
@@ -483,6 +506,8 @@ class Llama(nn.Module):
         check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
                                 "mlp_bias": False})
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{path}: rope_type is {kind!r}, expected 'default'")
@@ -491,10 +516,10 @@ class Llama(nn.Module):
                 width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
                 heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
                 head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
-                rope_theta=float(hf.get("rope_theta", rope.get("rope_theta", 10000.0))),
+                rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)),
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
             )
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
         def wanted(name):
@@ -524,6 +549,9 @@ class LlamaSegConfig:
             self.siglip = SigLIPConfig(**self.siglip)
         if isinstance(self.llama, dict):
             self.llama = LlamaConfig(**self.llama)
+        if not isinstance(self.siglip, SigLIPConfig) or not isinstance(self.llama, LlamaConfig):
+            raise ValueError(f"siglip is {self.siglip!r} and llama is {self.llama!r}, expected a shape of each")
+        check_numbers(self)
 
 
 def _paper(layers, width, heads, image_size):
@@ -788,7 +816,7 @@ class LlamaSeg(nn.Module):
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
                              "copy it again or take another") from None
         if header.get("format") != "llamaseg" or "config" not in header:
@@ -797,6 +825,8 @@ class LlamaSeg(nn.Module):
         try:
             config = LlamaSegConfig(**json.loads(header["config"]))
             frozen = json.loads(header.get("frozen", "{}"))
+            if not isinstance(frozen, dict) or any(set(part) != {"name", "sha256"} for part in frozen.values()):
+                raise ValueError(f"frozen parts {frozen!r}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: its config does not fit this version of model.py ({error})") from None
         siglip = None
@@ -848,18 +878,23 @@ def choose(logits, decode, top_k, top_p, temperature, generator):
 def read_config(directory):
     """config.json of a Hugging Face directory as a dict; FileNotFoundError or ValueError in one line."""
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder; for official weights: "
-                                f"python data.py download {directory.name}")
+        raise FileNotFoundError(f"{directory}: no such folder{download_hint(directory)}")
     path = directory / "config.json"
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face directory") from None
-    except ValueError as error:
+        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face directory"
+                                f"{download_hint(directory)}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content
+
+
+def download_hint(path):
+    """What to add to "no such file" for a path below WEIGHTS."""
+    return f": python data.py download {path.name}" if path.parent == WEIGHTS else ""
 
 
 def check_config(path, values, expected):
@@ -879,6 +914,8 @@ def read_weights(directory, wanted):
             try:
                 places = json.loads((directory / f"{name}.index.json").read_bytes())["weight_map"]
                 files = sorted({file for tensor, file in places.items() if wanted(tensor)})
+                if not all(isinstance(file, str) for file in files):
+                    raise ValueError("a file's name is no text")
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise ValueError(f"{directory / name}.index.json: holds no weight_map") from None
             break
@@ -886,7 +923,8 @@ def read_weights(directory, wanted):
             files = [name]
             break
     else:
-        raise FileNotFoundError(f"{directory}: has neither model.safetensors nor pytorch_model.bin, whole or sharded")
+        raise FileNotFoundError(f"{directory}: has neither model.safetensors nor pytorch_model.bin, whole or sharded"
+                                f"{download_hint(directory)}")
     weights = {}
     for file in (directory / name for name in files):
         if not file.is_file():
@@ -896,8 +934,12 @@ def read_weights(directory, wanted):
                 with safe_open(file, framework="pt") as opened:
                     weights |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
             else:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
                 weights |= {name: tensor for name, tensor in tensors.items() if wanted(name)}
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise ValueError(f"{file}: refused, this pickle holds {found[1] if found else 'no tensors'}; "
+                             "expected tensors only") from None
         except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{file}: damaged or not what its name says ({line}); get it again") from None
@@ -906,6 +948,10 @@ def read_weights(directory, wanted):
 
 def build_from(make, weights, directory, dtype):
     """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
+    for name, w in weights.items():
+        if not isinstance(w, torch.Tensor) or not w.dtype.is_floating_point or w.layout != torch.strided:
+            kind = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+            raise ValueError(f"{directory}: {name} holds {kind}, expected floating-point numbers")
     with torch.device("meta"):
         model = make()
     problems = compare_weights(model.state_dict(), weights)
@@ -921,7 +967,7 @@ def compare_weights(want, have):
     shapes = [f"{n} {tuple(have[n].shape)}, expected {tuple(want[n].shape)}"
               for n in want if n in have and have[n].shape != want[n].shape]
     kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
-             "wrong shape": shapes, "not finite": [n for n in have if not have[n].isfinite().all()]}
+             "wrong shape": shapes, "not finite": [n for n in have if not have[n].float().isfinite().all()]}
     parts = []
     for kind, names in kinds.items():
         if names:

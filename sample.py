@@ -4,6 +4,7 @@
     python sample.py --image x.jpg --prompt "the red circle"     # your own; --prompt can be repeated
     python sample.py --image folder --prompt "everything blue" --json masks.json
     python sample.py --dataset scenes --split test               # score a checkpoint on a data set
+    torchrun --nproc_per_node=8 sample.py --dataset refcoco --split testA --root data --checkpoint out
 
 For each picture and prompt, OUT gets NAME-K-PROMPT-mask.png (white object on black, at the picture's own
 size) and NAME-K-PROMPT-overlay.png. In Python:
@@ -15,6 +16,7 @@ size) and NAME-K-PROMPT-overlay.png. In Python:
 import argparse
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -26,12 +28,24 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Scenes, contact_sheet, load_dataset, open_picture, resize_picture, rle_encode, to_pixels, write_picture
-from metrics import boundary, write_json
+from data import (
+    BadUsage,
+    contact_sheet,
+    load_dataset,
+    open_picture,
+    resize_picture,
+    rle_decode,
+    rle_encode,
+    sha256_of,
+    to_pixels,
+    write_picture,
+)
+from metrics import SegmentationMetrics, add_up, boundary, read_records, write_json
 from model import DECODES, WEIGHTS, LlamaSeg, check_source, compute_dtype, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks
-from train import ASSETS, evaluate, locate
+from train import ASSETS, check_fit, locate, predict, setup_ranks
 
+SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
 EXAMPLE = ASSETS / "example.png"
 EXAMPLE_PROMPTS = ("the red circle", "the blue square", "something to wear on a finger", "a sign of love")
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -39,6 +53,12 @@ PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 class PromptTooLong(ValueError):
     """A prompt of more tokens than the model reads."""
+
+
+def checkpoint_file(checkpoint=None):
+    """The model.safetensors of a checkpoint: a folder, the file itself, or None for the embedded one."""
+    path = Path(checkpoint or ASSETS)
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 class Segmenter:
@@ -60,8 +80,7 @@ class Segmenter:
         names; default: beside it, else where `data.py download` put them. any_weights: take others than those of the
         training. Raises FileNotFoundError or ValueError with one line that names the file.
         """
-        folder = Path(checkpoint or ASSETS)
-        file = folder / "model.safetensors" if folder.is_dir() else folder
+        file = checkpoint_file(checkpoint)
         device = pick_device(device)
         model = LlamaSeg.from_pretrained(file, encoder, compute_dtype(device, dtype)[0], any_weights)
         if mask_tokenizer is None:
@@ -72,11 +91,7 @@ class Segmenter:
         if not any_weights:
             check_source(file, "mask_tokenizer", model.frozen, mask_tokenizer.source)
         text_tokenizer = TextTokenizer(file.with_name("text.model"), model.config.siglip.text_length)
-        sizes = {"codes": (mask_tokenizer.config.codebook_size, model.config.codebook_size),
-                 "text pieces": (text_tokenizer.model.vocab_size(), model.config.siglip.vocab_size)}  # fmt: skip
-        for what, (has, wants) in sizes.items():
-            if has != wants:
-                raise ValueError(f"{file.parent}: {has} {what} beside a model of {wants}: not of one training run")
+        check_fit(model.config, mask_tokenizer, text_tokenizer, file.parent)
         return cls(model, mask_tokenizer, text_tokenizer, device)
 
     def prepare(self, image, prompts):
@@ -171,9 +186,9 @@ def put_json(value, target):
 # the two jobs
 
 
-def load(args):
+def load(args, device):
     """The Segmenter that the flags ask for."""
-    return Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
+    return Segmenter.load(args.checkpoint, str(device), args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
                           args.any_weights)  # fmt: skip
 
 
@@ -183,7 +198,7 @@ def segment(args):
     pictures = find_pictures(args.image or [EXAMPLE])
     prompts = args.prompt or EXAMPLE_PROMPTS
     check_targets(args)
-    segmenter = load(args)
+    segmenter = load(args, args.device)
     records = []
     for name, source in tqdm(pictures, desc="pictures", disable=len(pictures) < 2):
         image = open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)
@@ -207,27 +222,142 @@ def segment(args):
         put_json(records, args.json)
 
 
+SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
+
+
 def score(args):
-    """Metrics of a checkpoint on a data set, in all and by task, and a contact sheet of the first examples."""
-    dataset = load_dataset(args.dataset, args.split)
-    check_targets(args)
-    segmenter = load(args)
+    """Metrics of a checkpoint on a data set, in all and by task. Under torchrun the ranks share the work.
+
+    OUT gets NAME-SPLIT.jsonl (a line for each example), .json (the numbers) and .png (the first examples). A killed
+    run goes on when the same command is typed again.
+    """
+    rank, world_size, device = setup_ranks(args.device)
+    options = {name: value for name, value in (("split_by", args.split_by), ("classes", args.classes)) if value}
+    dataset = load_dataset(args.dataset, args.split, args.root, **options)
     count = min(args.count or len(dataset), len(dataset))
-    total, by_task, cells = evaluate(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, dataset,
-                                     count, device=segmenter.device, decode=args.decode, progress=True)  # fmt: skip
-    tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
-    columns = ("count", "cIoU", "gIoU", "mAHD@0.5", "mAHD@0.7", "mAHD@0.9")
+    if count == 0:
+        raise ValueError(f"{args.dataset}:{args.split} has no examples")
+    check_targets(args)
+    segmenter = load(args, device)
+    name = re.sub(r"[^A-Za-z0-9+-]+", "-", args.dataset)
+    stem = args.out / f"{name}-{args.split}"
+    run = {"dataset": args.dataset, "split": args.split, **options, "count": count, "decode": args.decode,
+           "dtype": args.dtype, "model": sha256_of(checkpoint_file(args.checkpoint)),
+           "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
+
+    done = gather(stem, run)
+    batches = [range(i, min(i + SCORE_BATCH, count)) for i in range(0, count, SCORE_BATCH)]
+    batches = [batch for batch in batches if not all(i in done for i in batch)][rank::world_size]
+    mine = stem.with_name(f"{stem.name}.rank{rank}.jsonl")
+    if batches:
+        write_lines(mine, run, [r for r in done.values() if r["rank"] == rank])  # without a half-written line
+        with open(mine, "a") as file:
+            for batch in tqdm(batches, desc=f"{args.dataset}:{args.split}", unit="batch", disable=rank > 0):
+                lines = score_batch(segmenter, dataset, batch, args, rank)
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
+        for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
+            part.unlink()
+        write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)
+        report(args, run, records, dataset, stem)
+
+
+def score_batch(segmenter, dataset, indices, args, rank):
+    """Predict and compare some examples; a record for each. Broken ones stop the run, or with --skip-broken say why."""
+    examples, records = [], []
+    for i in indices:
+        try:
+            examples.append((i, dataset[i]))
+        except (ValueError, OSError) as error:
+            if not args.skip_broken:
+                raise
+            records.append({"index": i, "rank": rank, "broken": str(error)})
+    masks = predict(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, [e for _, e in examples],
+                    args.decode) if examples else []  # fmt: skip
+    for (i, example), mask in zip(examples, masks):
+        one = SegmentationMetrics()
+        intersection, union, _, ahd = one.update(mask, example.mask, ignore=example.ignore)
+        records.append({"index": i, "rank": rank, "id": example.id, "phrase": example.phrase, "task": example.task,
+                        "label": example.label, "rle": rle_encode(mask), "intersection": intersection, "union": union,
+                        "iou": one.compute()["gIoU"], "ahd": None if math.isnan(ahd) else ahd})  # fmt: skip
+    return records
+
+
+def gather(stem, run):
+    """{index: record} of what OUT already holds of this run, finished or not; ValueError if it is of another run."""
+    done = {}
+    for path in sorted(stem.parent.glob(f"{stem.name}.jsonl")) + sorted(stem.parent.glob(f"{stem.name}.rank*.jsonl")):
+        header, records = read_records(path)
+        if header != run:
+            changed = [key for key in run if header.get(key) != run[key]] if isinstance(header, dict) else ["run"]
+            raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
+        done |= {record["index"]: record for record in records}
+    return done
+
+
+def write_lines(path, run, records):
+    """Write the lines of an evaluation under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *records])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def protocol(args):
+    """What the numbers mean, in words."""
+    asked = ""
+    if args.dataset in SEMANTIC:
+        asked = " of every class" if args.classes == "all" else " of the classes present in each picture"
+    return (f"prompts: the bare phrases{asked}; {args.decode} decoding; masks at the pictures' own sizes, ignored "
+            "pixels left out; mIoU per class over the prompted classes; AHD in pixels at 256 x 256, over pairs with "
+            "IoU > t")  # fmt: skip
+
+
+def report(args, run, records, dataset, stem):
+    """Print the table, write .json and .png; refuses where examples were skipped, unless asked."""
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
-    print(f"{args.dataset}:{args.split}, {args.decode} decoding", file=say)
-    print(f"{'':12}" + "".join(f"{c:>10}" for c in columns), file=say)
-    for name, row in tables.items():
-        values = ("-" if row[c] is None else row[c] if c == "count" else f"{row[c]:.4f}" for c in columns)
-        print(f"{name:12}" + "".join(f"{v:>10}" for v in values), file=say)
-    sheet = args.out / f"{args.dataset}-{args.split}.png"
-    contact_sheet(cells, sheet)
-    print(f"wrote {sheet} (picture, predicted, truth)", file=say)
+    broken = [record for record in records if "broken" in record]
+    records = [record for record in records if "broken" not in record]
+    for record in broken:
+        print(f"broken: {record['broken']}", file=say)
+    if broken and not args.allow_skipped:
+        raise ValueError(f"{len(broken)} of {run['count']} examples are broken: no number without them; "
+                         "--allow-skipped asks for the rest's")  # fmt: skip
+    total, by_task = add_up(records)
+    tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
+    print(f"{args.dataset}:{args.split}: {run['protocol']}", file=say)
+    if broken:
+        print(f"{len(broken)} broken examples are left out", file=say)
+    columns = ("count", "mIoU", "cIoU", "gIoU", *(f"Pr@{t}" for t in (0.5, 0.7, 0.9)))
+    rows = [("", *columns)] + [(name, *(row[c] for c in columns)) for name, row in tables.items()]
+    thresholds = (0.5, 0.6, 0.7, 0.8, 0.9)
+    ahd = [("", *(f"mAHD@{t} (pairs)" for t in thresholds))]
+    ahd += [(name, *(f"{show(row[f'mAHD@{t}'])} ({row[f'count@{t}']})" for t in thresholds))
+            for name, row in tables.items()]  # fmt: skip
+    for table, width in ((rows, 10), (ahd, 18)):
+        for row in table:
+            print(f"{row[0]:12}" + "".join(f"{show(value):>{width}}" for value in row[1:]), file=say)
+    cells = [(r["phrase"], [example.image, rle_decode(r["rle"]), example.mask])
+             for r in records[:24] for example in [dataset[r["index"]]]]  # fmt: skip
+    contact_sheet(cells, stem.with_name(f"{stem.name}.png"))
+    result = {**run, "skipped": len(broken), **tables}
+    write_json(stem.with_name(f"{stem.name}.json"), result)
+    print(f"wrote {stem}.jsonl, .json and .png (picture, predicted, truth)", file=say)
     if args.json:
-        put_json({"dataset": args.dataset, "split": args.split, "decode": args.decode, **tables}, args.json)
+        put_json(result, args.json)
+
+
+def show(value):
+    """A cell of a table."""
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def main(argv=None):
@@ -240,8 +370,15 @@ def main(argv=None):
     group.add_argument("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: out_masks)")
     group.add_argument("--json", metavar="FILE", help="also write JSON with COCO run-length masks; - for stdout")
     group = parser.add_argument_group("scoring a data set")
-    group.add_argument("--dataset", choices=["scenes"], help="data set to score on")
-    group.add_argument("--split", choices=list(Scenes.SPLITS), default="test", help="default: test")
+    group.add_argument("--dataset", metavar="NAME", help="data set to score on: scenes, ade20k, refcoco, jsonl:PATH "
+                       "... (README has the table); can be stopped and typed again, and run under torchrun")
+    group.add_argument("--split", default="test", help="default: test")
+    group.add_argument("--root", type=Path, help="folder in which its official archives were unpacked")
+    group.add_argument("--split-by", help="splitter of a referring set: unc, google, umd, berkeley")
+    group.add_argument("--classes", choices=("present", "all"),
+                       help="classes asked of each picture of a semantic set (default: those that are in it)")
+    group.add_argument("--skip-broken", action="store_true", help="list broken examples instead of stopping")
+    group.add_argument("--allow-skipped", action="store_true", help="report numbers without the skipped examples")
     group.add_argument("--count", type=int, help="first examples only (default: all of the split)")
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", metavar="PATH", help="folder that train.py wrote, or its model.safetensors")
@@ -273,11 +410,16 @@ def main(argv=None):
             score(args)
         else:
             segment(args)
-    except PromptTooLong as error:
+    except (PromptTooLong, BadUsage) as error:
         parser.error(str(error))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if torch.distributed.is_initialized():
+            os._exit(1)  # the other ranks would wait for this one: torchrun ends them
         return 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with a data set where it was", file=sys.stderr)
+        return 130
     return 0
 
 

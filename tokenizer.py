@@ -2,6 +2,7 @@
 
     python tokenizer.py train            # train a mask tokenizer on the masks of a data set
     python tokenizer.py eval             # total IoU, mAHD and codebook use of one on held-out masks
+    python tokenizer.py encode           # cache the mask tokens of a data set, so that training need not encode
     python tokenizer.py text             # make the small text vocabulary of scenes
 
 Legend: B batch, H W picture height and width, h w token grid (H/16, W/16), C channels of a latent,
@@ -61,8 +62,15 @@ class VQGANConfig:
     def __post_init__(self):
         self.channel_mult = tuple(self.channel_mult)  # JSON has lists
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
-        if len(self.decoder_mult) != len(self.channel_mult):
-            raise ValueError(f"channel_mult {self.channel_mult} and decoder_mult {self.decoder_mult} differ in length")
+        if not 0 < len(self.decoder_mult) == len(self.channel_mult) < 10:
+            raise ValueError(f"channel_mult {self.channel_mult} and decoder_mult {self.decoder_mult}: one entry each "
+                             "for at most 9 resolutions")  # fmt: skip
+        numbers = [value for value in asdict(self).values() if not isinstance(value, tuple)]
+        if any(type(n) is not int or n < 1 for n in [*numbers, *self.channel_mult, *self.decoder_mult]):
+            raise ValueError(f"{self}: all of its numbers must be positive integers")
+        for width in {self.channels * m for m in self.channel_mult + self.decoder_mult} | {self.channels}:
+            if width % self.norm_groups:
+                raise ValueError(f"{width} channels do not divide into {self.norm_groups} groups")
 
     @property
     def downsample(self):
@@ -332,6 +340,9 @@ class VQGAN(nn.Module):
         """
         header, tensors = read_checkpoint(path)
         tensors = {key: tensor for key, tensor in tensors.items() if key not in VQGAN_DROPPED}
+        for key, tensor in tensors.items():
+            if not isinstance(key, str) or not tensor.dtype.is_floating_point or tensor.layout != torch.strided:
+                raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected floating-point numbers")
         try:
             config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(tensors)
             config = VQGANConfig(**config)
@@ -345,11 +356,11 @@ class VQGAN(nn.Module):
         problems += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(want[key].shape)}"
                      for key in want if key in tensors and tensors[key].shape != want[key].shape]  # fmt: skip
         problems = problems or [f"{key} has values that are not finite"
-                                for key, tensor in tensors.items() if not tensor.isfinite().all()]  # fmt: skip
+                                for key, tensor in tensors.items() if not tensor.float().isfinite().all()]  # fmt: skip
         if problems:
             more = f", and {len(problems) - 1} more such tensors" if problems[1:] else ""
             raise ValueError(f"{path}: {problems[0]}{more}")
-        model.source = {"name": Path(path).resolve().stem, "sha256": fingerprint(tensors)}
+        model.source = {"name": Path(path).absolute().stem, "sha256": fingerprint(tensors)}
         # a copy of each: the tensors of a .pt file may share memory, or be windows into the file on disk
         copies = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
         model.load_state_dict(copies, assign=True)
@@ -372,9 +383,11 @@ def read_checkpoint(path):
             if files := sorted(path.glob(pattern)):
                 break
         else:
-            raise FileNotFoundError(f"{path}: no *.safetensors, *.bin or *.pt in this folder")
+            raise FileNotFoundError(f"{path}: no *.safetensors, *.bin or *.pt in this folder: for official weights "
+                                    f"python data.py download {path.name}")  # fmt: skip
     elif not path.is_file():
-        raise FileNotFoundError(f"{path}: no such mask tokenizer (python data.py download fetches the official ones)")
+        raise FileNotFoundError(f"{path}: no such mask tokenizer: for official weights "
+                                f"python data.py download {path.name}")  # fmt: skip
     header, tensors = {}, {}
     for file in files:
         if file.suffix == ".safetensors":
@@ -383,12 +396,12 @@ def read_checkpoint(path):
                     header = opened.metadata() or {}
                     tensors |= {key: opened.get_tensor(key) for key in opened.keys()
                                 if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: not a whole safetensors file ({error}): get it again") from None
         else:
             tensors |= read_pickle(file)
-    if any(key.startswith(JANUS) for key in tensors):
-        tensors = {key.removeprefix(JANUS): tensor for key, tensor in tensors.items() if key.startswith(JANUS)}
+    if any(str(key).startswith(JANUS) for key in tensors):
+        tensors = {key.removeprefix(JANUS): w for key, w in tensors.items() if str(key).startswith(JANUS)}
     return header, tensors
 
 
@@ -420,15 +433,17 @@ def read_pickle(file):
 
 def vqgan_widths(tensors):
     """Fields of VQGANConfig, read off the tensors of an official checkpoint; its GroupNorms have 32 groups."""
-    for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"):
+    for key, dims in (("encoder.conv_in.weight", 4), ("encoder.conv_out.weight", 4), ("quantize.embedding.weight", 2)):
         if key not in tensors:
             raise ValueError(f"{key} is missing")
+        if tensors[key].dim() != dims or 0 in tensors[key].shape:
+            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, expected {dims} dimensions")
 
-    def width(key):
-        return tensors[key].shape[0] // channels if key in tensors else 1  # a missing one is reported by its name
+    def width(key):  # a missing or odd one is reported by its name later
+        return max(1, tensors[key].shape[0] // channels) if key in tensors and tensors[key].dim() == 4 else 1
 
     channels = tensors["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("encoder.conv_blocks."))
+    levels = len({key.split(".")[2] for key in tensors if key.startswith("encoder.conv_blocks.")})
     blocks = {key.split(".")[4] for key in tensors if key.startswith("encoder.conv_blocks.0.res.")}
     return {
         "channels": channels,
@@ -481,6 +496,8 @@ class TextTokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.model or tokenizer.json)")
         model = sentencepiece_from_json(path) if path.suffix == ".json" else path.read_bytes()
+        if not model:
+            raise ValueError(f"{path}: empty: get it again")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -526,7 +543,7 @@ def sentencepiece_from_json(path):
         rank = {}
         for i, (left, right) in enumerate(merges):
             rank.setdefault(left + right, i)
-    except (KeyError, TypeError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not Gemma's tokenizer.json ({error!r})") from None
 
     # the wire format of protocol buffers: (field << 3 | kind), then a varint, 4 bytes, or a length and as many bytes
@@ -815,8 +832,60 @@ def report(args):
     print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
 
 
+@torch.no_grad()
+def encode(args):
+    """Cache the mask tokens of a data set: OUT.npy, a uint16 array (examples, tokens), and OUT.json that says of what.
+
+    `python train.py --mask-tokens OUT.npy` then never runs the VQGAN encoder.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from data import load_mixture
+    from metrics import write_json
+
+    model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
+    dataset = load_mixture(args.data, args.split, args.root)
+    if model.config.codebook_size > 65536:
+        raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
+    count, length = min(args.count or len(dataset), len(dataset)), (args.size // model.config.downsample) ** 2
+    path = args.out.with_suffix(".npy")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        table = np.lib.format.open_memmap(temporary, "w+", np.uint16, (count, length))
+        for start in tqdm(range(0, count, args.batch_size), desc="encode", disable=None):
+            masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start))
+            table[start : start + len(masks)] = model.encode(mask_to_image(masks.to(args.device))).cpu().numpy()
+        table.flush()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(path.with_suffix(".json"), {"data": args.data, "split": args.split, "count": count, "size": args.size,
+                                           "mask_tokenizer": model.source})  # fmt: skip
+    print(f"wrote {path}: {count:,} examples x {length} mask tokens, and {path.with_suffix('.json')}")
+
+
+def read_tokens(path, data, source, shape):
+    """The memory-mapped array of `encode`; ValueError unless it is of this data set, mask tokenizer and shape."""
+    import numpy as np
+
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        table = np.load(path, mmap_mode="r")
+        found = (index["data"], index["split"], index["mask_tokenizer"]["sha256"], table.shape)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename}: no such file; python tokenizer.py encode writes it") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path}: not what tokenizer.py encode writes ({error})") from None
+    for what, has, wants in zip(("data", "split", "mask tokenizer", "shape"), found,
+                                (data, "train", source["sha256"], shape)):  # fmt: skip
+        if has != wants:
+            raise ValueError(f"{path}: its {what} is {has}, expected {wants}: encode again")
+    return table
+
+
 def parse_args(argv=None):
-    """The flags of the three sub-commands."""
+    """The flags of the sub-commands."""
     assets = Path(__file__).parent / "assets"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -851,12 +920,23 @@ def parse_args(argv=None):
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer_eval"), help="stem of the .png and .json to write")
 
+    p = commands.add_parser("encode", help="cache the mask tokens of a data set", description=encode.__doc__)
+    p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
+    p.add_argument("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
+    p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
+    p.add_argument("--split", default="train", help="default: train")
+    p.add_argument("--count", type=int, help="first examples only (default: all)")
+    p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
+    p.add_argument("--batch-size", type=int, default=32, help="default: 32")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
+    p.add_argument("--out", type=Path, default=Path("mask_tokens"), help="stem of the .npy and .json to write")
+
     p = commands.add_parser("text", help="train the small SentencePiece vocabulary of the scenes' phrases")
     p.add_argument("--out", type=Path, default=Path("text.model"), help="file to write")
     p.add_argument("--vocab-size", type=int, default=768)
     args = parser.parse_args(argv)
     for name in ("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"):
-        if getattr(args, name, 1) < 1:
+        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, 1) == 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
@@ -871,6 +951,8 @@ def main(argv=None):
             train(args)
         elif args.command == "eval":
             report(args)
+        elif args.command == "encode":
+            encode(args)
         else:
             train_text_tokenizer(text_sentences(), args.out, args.vocab_size)
             print(f"wrote {args.out}: {args.vocab_size} pieces")

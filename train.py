@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Batches, contact_sheet, load_dataset, resize_picture, to_pixels
+from data import BadUsage, Batches, contact_sheet, load_mixture, resize_picture, to_pixels
 from metrics import SegmentationMetrics, write_json
 from model import PRESETS, SIGLIP2, WEIGHTS, LlamaSeg, SigLIP, check_source, compute_dtype, pick_device, siglip_config
-from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, mask_to_image
+from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, mask_to_image, read_tokens
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -59,10 +59,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("model and data")
     group.add_argument("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (model.py)")
-    group.add_argument("--data", default="scenes", help="data set to train on (default: scenes)")
+    group.add_argument("--data", default="scenes", help="data sets with weights, as in ade20k:1,refcoco:2; README has "
+                       "their names (default: scenes); the first one's val split is the validation set")
+    group.add_argument("--root", type=Path, help="folder in which their official archives were unpacked")
+    group.add_argument("--mask-tokens", type=Path, metavar="FILE",
+                       help="cached mask tokens of the training split (tokenizer.py encode): the VQGAN encoder rests")
     group.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False,
                        help="scenes with more of everything")
-    group.add_argument("--phrases", type=int, default=4, help="phrases asked of each picture (default: 4)")
+    group.add_argument("--phrases", type=int, help="phrases asked of each picture of scenes (default: 4)")
     group.add_argument("--encoder", type=Path, metavar="DIR",
                        help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that data.py downloads "
                        "(default: none for scenes, siglip2-large for llamaseg-*)")
@@ -70,6 +74,8 @@ def parse_args(argv=None):
                        help="frozen VQGAN (default: the embedded one for scenes, vq_ds16_c2i for llamaseg-*)")
     group.add_argument("--text-tokenizer", type=Path, metavar="FILE",
                        help="tokenizer.model or .json (default: the embedded one for scenes, else the encoder's)")
+    group.add_argument("--any-weights", action="store_true",
+                       help="with --init-from or --resume: take frozen parts other than those of that training")
     group.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     group = parser.add_argument_group("optimization")
     group.add_argument("--max-steps", type=int, default=6000, help="optimizer steps of the whole run (default: 6000)")
@@ -113,11 +119,17 @@ def parse_args(argv=None):
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
     elif args.encoder:
         parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
+    if args.phrases and args.data != "scenes":
+        parser.error(f"--phrases {args.phrases} is for --data scenes alone")
+    args.phrases = args.phrases or (4 if args.data == "scenes" else 1)
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name, low in (("lr", 0.0), ("weight_decay", -1e-9), ("clip", 0.0), ("background_weight", 0.0)):
+        if not low < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be above {max(low, 0):g} and finite")
     try:
         pick_device(args.device)
     except ValueError as error:
@@ -156,6 +168,15 @@ def mean_over_ranks(value, world_size):
 # the parts of a step
 
 
+def check_fit(config, mask_tokenizer, text_tokenizer, where):
+    """ValueError unless the tokenizers have as many codes and text pieces as the model of `config` was made for."""
+    sizes = {"codes": (mask_tokenizer.config.codebook_size, config.codebook_size),
+             "text pieces": (text_tokenizer.model.vocab_size(), config.siglip.vocab_size)}  # fmt: skip
+    for what, (has, wants) in sizes.items():
+        if has != wants:
+            raise ValueError(f"{where}: {has} {what} beside a model of {wants}: not of one training run")
+
+
 def learning_rate(step, args):
     """Linear warm-up, then cosine to 0; step counts from 0."""
     if step < args.warmup_steps:
@@ -187,23 +208,27 @@ def make_optimizers(model, args):
 
 
 @torch.no_grad()
+def predict(model, mask_tokenizer, text_tokenizer, examples, decode="greedy"):
+    """Masks of a list of examples, asked by their bare phrases: bool arrays at the pictures' own sizes."""
+    device, size = next(model.parameters()).device, model.config.siglip.image_size
+    text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
+    pixels = to_pixels(np.stack([resize_picture(e.image, size) for e in examples]))
+    tokens = model.generate(text_ids, pixels.to(device), decode=decode)
+    return decode_masks(mask_tokenizer, tokens, [e.image.size[::-1] for e in examples])
+
+
 def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, world_size=1, batch_size=32,
-             device=None, decode="greedy", progress=False):  # fmt: skip
+             progress=False):  # fmt: skip
     """Greedy masks of the first `count` examples against the truth, at the pictures' own sizes.
 
     Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
     {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
     """
-    device = device or next(model.parameters()).device
-    size = model.config.siglip.image_size
     total, by_task, cells = SegmentationMetrics(), {}, []
     mine = range(rank, min(count, len(dataset)), world_size)
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
         examples = [dataset[i] for i in mine[start : start + batch_size]]
-        text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
-        pixels = to_pixels(np.stack([resize_picture(e.image, size) for e in examples]))
-        tokens = model.generate(text_ids, pixels.to(device), decode=decode)
-        masks = decode_masks(mask_tokenizer, tokens, [e.mask.shape for e in examples])
+        masks = predict(model, mask_tokenizer, text_tokenizer, examples)
         for example, mask in zip(examples, masks):
             scores = by_task.setdefault(example.task, SegmentationMetrics())
             for metrics in (total, scores):
@@ -247,7 +272,10 @@ def load_checkpoint(path, model, optimizers, args):
     """Put a checkpoint back; returns the number of steps it has done. ValueError if it is not this run's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        run, step, _ = state["run"], state["step"], state["frozen"]
+        run, step, frozen = state["run"], state["step"], state["frozen"]
+        if not (isinstance(run, dict) and set(SAME_RUN) <= set(run) and isinstance(step, int)
+                and isinstance(frozen, dict) and isinstance(state["optimizers"], list)):  # fmt: skip
+            raise ValueError("its contents are not those of a run")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
@@ -258,12 +286,13 @@ def load_checkpoint(path, model, optimizers, args):
     if other:
         raise ValueError(f"{path}: is of another run, made with {'; '.join(other)}")
     for part, source in model.frozen.items():
-        check_source(path, part, state["frozen"], source)
+        if not args.any_weights:
+            check_source(path, part, frozen, source)
     try:
         model.load_trained_state(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({str(error).splitlines()[0]})") from None  # fmt: skip
     return step
@@ -315,7 +344,8 @@ def print_config(args):
     if config.freeze_encoders:
         siglip = SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder)
         config = replace(config, siglip=siglip)
-    vqgan = VQGAN.from_pretrained(args.mask_tokenizer).config if args.mask_tokenizer.exists() else VQGANConfig()
+    official = args.mask_tokenizer.parent == WEIGHTS and not args.mask_tokenizer.exists()
+    vqgan = VQGANConfig() if official else VQGAN.from_pretrained(args.mask_tokenizer).config
     with torch.device("meta"):
         model, mask_tokenizer = LlamaSeg(config), VQGAN(vqgan)
     s, c = config.siglip, config.llama
@@ -345,6 +375,8 @@ def print_config(args):
 
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     micro_batch_size = args.micro_batch_size or args.batch_size // ranks
+    if micro_batch_size < 1 or args.batch_size % (micro_batch_size * ranks):
+        raise ValueError(f"batch size {args.batch_size} must be a multiple of {ranks} ranks x {micro_batch_size}")
     trainable = [p for p in model.parameters() if p.requires_grad]
     memory = {
         "trainable weights": 4 * sums[True],  # float32
@@ -408,18 +440,18 @@ def train(args):
     # --- tokenizers, model
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
     if args.init_from:
-        raw_model = LlamaSeg.from_pretrained(args.init_from, args.encoder)
+        raw_model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
+        if not args.any_weights:
+            check_source(args.init_from, "mask_tokenizer", raw_model.frozen, mask_tokenizer.source)
     else:
         encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
         raw_model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
     raw_model.frozen["mask_tokenizer"] = mask_tokenizer.source
     config = raw_model.config
-    if mask_tokenizer.config.codebook_size != config.codebook_size:
-        raise ValueError(f"{args.mask_tokenizer} has {mask_tokenizer.config.codebook_size} codes, "
-                         f"the model {config.codebook_size}")  # fmt: skip
+    text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
+    check_fit(config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
     if not args.init_from:
         raw_model.init_mask_tokens(mask_tokenizer.quantize.codebook)
-    text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
     raw_model.to(device)
     if config.freeze_encoders:
         raw_model.encoder.to(dtype)
@@ -430,13 +462,15 @@ def train(args):
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # --- data
-    options = {"rich": args.rich} if args.data == "scenes" else {}
-    train_set = load_dataset(args.data, "train", phrases=args.phrases, **options)
-    val_set = load_dataset(args.data, "val", **options)
+    train_set = load_mixture(args.data, "train", args.root, rich=args.rich, phrases=args.phrases)
+    val_set = load_mixture(args.data.split(",")[0], "val", args.root, rich=args.rich)
+    cached = None
+    if args.mask_tokens:
+        cached = read_tokens(args.mask_tokens, args.data, mask_tokenizer.source, (len(train_set), config.mask_grid**2))
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
                       micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide,
-                      config.mask_grid * mask_tokenizer.config.downsample)  # fmt: skip
+                      config.mask_grid * mask_tokenizer.config.downsample, cached)  # fmt: skip
     accumulation = batches.accumulation
     todo = range(first_step * accumulation, args.max_steps * accumulation)
     workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
@@ -456,16 +490,15 @@ def train(args):
         loss, seen = torch.zeros((), device=device), []
         for micro in range(accumulation):
             batch = next(loader)
-            text_ids, pixels, masks, hide = (
-                batch[k].to(device, non_blocking=True) for k in ("text_ids", "pixels", "masks", "hide")
-            )
-            with torch.no_grad():  # in float32: in bfloat16 codes that lie close together would be mixed up
-                mask_tokens = mask_tokenizer.encode(mask_to_image(masks))  # (b, M)
+            batch = {k: v.to(device, non_blocking=True) if k != "ids" else v for k, v in batch.items()}
+            if cached is None:
+                with torch.no_grad():  # in float32: in bfloat16 codes that lie close together would be mixed up
+                    batch["mask_tokens"] = mask_tokenizer.encode(mask_to_image(batch["masks"]))  # (b, M)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if world_size > 1:  # gradients are summed over ranks only once a step
                     model.require_backward_grad_sync = micro == accumulation - 1
-                hide = hide if args.hide else None
-                _, micro_loss = model(text_ids, pixels, mask_tokens, hide, args.background_weight)
+                _, micro_loss = model(batch["text_ids"], batch["pixels"], batch["mask_tokens"],
+                                      batch["hide"] if args.hide else None, args.background_weight)  # fmt: skip
             (micro_loss / accumulation).backward()
             loss += micro_loss.detach() / accumulation
             seen.append((batch["ids"], micro_loss.detach()))
@@ -515,9 +548,10 @@ def main(argv=None):
             train(args)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, BadUsage) else 1
         if dist.is_initialized():
-            os._exit(1)  # the other ranks may wait for this one in a collective: torchrun ends them
-        return 1
+            os._exit(code)  # the other ranks may wait for this one in a collective: torchrun ends them
+        return code
     except KeyboardInterrupt:
         print("stopped: go on with --resume auto", file=sys.stderr)
         return 130

@@ -316,6 +316,51 @@ def test_preview_writes_a_contact_sheet(run, tmp_path):
     assert run("data.py", "preview", "nothing").returncode == 2
 
 
+# --- mixtures
+
+
+class Counted:
+    """A data set of `count` examples whose ids tell where they are from."""
+
+    def __init__(self, name, count):
+        self.name, self.count = name, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        mask = np.zeros((4, 4), bool)
+        return data.Example(Image.new("RGB", (4, 4)), "x", mask, f"{self.name}:{i}", "semantic")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mixture_keeps_its_weights_and_repeats_nothing_in_an_epoch(ranks):
+    mixture = data.Mixture([Counted("a", 10), Counted("b", 40)], [1, 2])
+    assert len(mixture) == 50 and mixture[10].id == "b:0"
+    tokens = np.arange(50 * 3).reshape(50, 3).astype(np.uint16)
+    loaders = [Batches(mixture, lambda texts: torch.zeros(len(texts), 2), 4, 4, 6, 6 // ranks, rank=rank,
+                       world_size=ranks, mask_tokens=tokens) for rank in range(ranks)]  # fmt: skip
+    seen = []
+    for step in range(10):  # 60 examples: 20 of a (two epochs), 40 of b (one)
+        for loader in loaders:
+            batch = loader[step]
+            seen += batch["ids"]
+            rows = [int(id.split(":")[1]) + (10 if id[0] == "b" else 0) for id in batch["ids"]]
+            assert torch.equal(batch["mask_tokens"], torch.from_numpy(tokens[rows].astype(np.int64)))
+    assert sorted(seen) == sorted([f"a:{i}" for i in range(10)] * 2 + [f"b:{i}" for i in range(40)])
+    for start in (0, 30):
+        assert len({id for id in seen[start : start + 30] if id[0] == "a"}) == 10
+
+
+def test_load_mixture_reads_names_and_weights(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    mixture = data.load_mixture(f"scenes:3,jsonl:{tmp_path / 'x.jsonl'}:2", "val", rich=True)
+    assert mixture.weights == [3, 2] and len(mixture) == 2001 and mixture.datasets[0].rich
+    for text in ("nothing", "scenes:0", "scenes,,"):
+        with pytest.raises(data.BadUsage):
+            data.load_mixture(text, "val")
+
+
 # --- pictures as SigLIP2 wants them
 
 
@@ -360,8 +405,15 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = CONTENT[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", server.etag)
+        if misbehaviour == "a piece":  # less than was asked for
+            body = body[: len(body) // 2]
+        span = f"bytes {start}-{start + len(body) - 1}/{len(CONTENT)}"
+        if misbehaviour == "another range":
+            body, span = CONTENT, f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"
+        self.send_response(206 if start or misbehaviour in ("a piece", "another range") else 200)
+        if self.headers.get("Range"):
+            self.send_header("Content-Range", span)
+        self.send_header("ETag", '"changed"' if misbehaviour == "another file" else server.etag)
         self.send_header("Content-Length", str(len(body)))
         for name, value in server.headers.items():
             self.send_header(name, value)
@@ -415,6 +467,16 @@ def test_a_stopped_download_goes_on_in_the_next_run(server, tmp_path):
     assert data.fetch(f"{server.url}/y.bin", tmp_path / "y.bin") == SHA256 and len(server.requests) == 2
 
 
+@pytest.mark.parametrize("misbehaviour", ["a piece", "another range", "another file"])
+def test_a_206_of_something_else_is_not_believed(server, tmp_path, misbehaviour):
+    server.plan = [misbehaviour]
+    (tmp_path / "x.bin.part").write_bytes(CONTENT[:1000])
+    (tmp_path / "x.bin.etag").write_text(server.etag)
+    assert data.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001) == SHA256
+    server.plan = ["a piece"]  # without having been asked for a range
+    assert data.fetch(f"{server.url}/y.bin", tmp_path / "y.bin", wait=0.001) == SHA256
+
+
 @pytest.mark.parametrize("etag,plan", [('"other"', []), ('"one"', ["no ranges"])])
 def test_a_part_of_another_file_is_thrown_away(server, tmp_path, etag, plan):
     server.plan = plan
@@ -428,6 +490,7 @@ def test_a_part_of_another_file_is_thrown_away(server, tmp_path, etag, plan):
     ({"X-Linked-Size": "300001"}, "300,000 bytes came, expected 300,001"),
     ({"X-Linked-Etag": '"' + "0" * 64 + '"'}, f"its SHA-256 is {SHA256}, expected 0000"),
     ({"Content-Type": "text/html; charset=utf-8"}, "a web page came"),
+    ({"Content-Encoding": "gzip"}, "came as gzip"),
 ])  # fmt: skip
 def test_wrong_size_hash_or_kind_leaves_nothing(server, tmp_path, headers, message):
     server.headers = headers
@@ -453,6 +516,12 @@ def test_answers_that_stay_bad(server, tmp_path, status, requests, message):
         data.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001)
     assert len(server.requests) == requests and not (tmp_path / "x.bin").exists()
     assert server.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_token_is_never_printed(server, tmp_path):
+    with pytest.raises(ValueError, match="HF_TOKEN") as caught:
+        data.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", token="hf_SECRET\n")
+    assert "SECRET" not in str(caught.value)
 
 
 def test_a_full_disk_is_said_before_the_work(server, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ STORED = json.loads((FIXTURES / "ahd.json").read_text())
 CASES = STORED["cases"]
 with np.load(FIXTURES / "masks.npz") as archive:
     MASKS = {name: archive[name] for name in archive.files}  # uint8 {0, 1}
-KEYS = {"cIoU", "gIoU", "mIoU", "count"} | {f"{n}@0.{d}" for n in ("mAHD", "count") for d in range(5, 10)}
+KEYS = {"cIoU", "gIoU", "mIoU", "count"} | {f"{n}@0.{d}" for n in ("Pr", "mAHD", "count") for d in range(5, 10)}
 
 
 def draw(text):
@@ -284,6 +284,7 @@ def test_averages_by_hand():
         0,
     )
     assert numbers["mAHD@0.8"] is None
+    assert [numbers[f"Pr@0.{d}"] for d in range(5, 10)] == [0.5, 0.5, 0.5, 0.25, 0]  # 0.8 reaches 0.8
 
 
 def test_empty_masks_in_the_averages():

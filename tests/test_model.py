@@ -295,6 +295,25 @@ def cut(tensors):
     tensors["vision_model.post_layernorm.bias"] = tensors["vision_model.post_layernorm.bias"][:-1].clone()
 
 
+@pytest.mark.parametrize("field,value", [
+    ("hidden_size", "48"), ("num_hidden_layers", None), ("num_attention_heads", -4), ("num_attention_heads", 1.5),
+    ("num_hidden_layers", 10**15), ("intermediate_size", True), ("rms_norm_eps", "x"), ("rope_theta", -1),
+    ("rope_scaling", "linear"), ("head_dim", -2), ("num_key_value_heads", 3), ("hidden_act", "gelu"),
+])  # fmt: skip
+def test_odd_values_in_a_config_end_in_one_line(tmp_path, field, value):
+    with pytest.raises(ValueError, match="config.json: ") as caught:
+        Llama.from_pretrained(edited(tmp_path, "hf_llama", lambda c: c.update({field: value})))
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_of_another_kind_are_refused(tmp_path):
+    def whole_numbers(tensors):
+        tensors["model.norm.weight"] = torch.ones(40, dtype=torch.int64)
+
+    with pytest.raises(ValueError, match="norm.weight holds torch.int64"):
+        Llama.from_pretrained(edited(tmp_path, "hf_llama", weights=whole_numbers))
+
+
 @pytest.mark.parametrize("config,weights,message", [
     (None, rename("text_model.final_layer_norm.bias", "text_model.final_layer_norm.bais"),
      "missing: text_model.final_layer_norm.bias; left over: text_model.final_layer_norm.bais"),
@@ -324,11 +343,11 @@ def test_a_damaged_or_missing_file_ends_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         Llama.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match="data.py download siglip2-x"):
-        SigLIP.from_pretrained(tmp_path / "siglip2-x")
+        SigLIP.from_pretrained(M.WEIGHTS / "siglip2-x")
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text('{"model_type": "llama"}')
     torch.save({"x": Path("p")}, folder / "pytorch_model.bin")  # a pickle with an object in it
-    with pytest.raises(ValueError, match="pytorch_model.bin: damaged or not what") as caught:
+    with pytest.raises(ValueError, match="pytorch_model.bin: refused, this pickle holds pathlib") as caught:
         Llama.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 

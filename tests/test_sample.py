@@ -1,11 +1,17 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from PIL import Image
 
-from data import Scenes, rle_decode
+from data import Scenes, load_dataset, rle_decode
+from metrics import SegmentationMetrics
 from sample import Segmenter, describe, overlay
 
 
@@ -136,6 +142,87 @@ def test_scoring_prints_all_kinds_and_writes_json(sample, tmp_path, tiny_checkpo
     kinds = ("semantic", "referring", "reasoning")
     assert scores["all"]["count"] == 40 == sum(scores[kind]["count"] for kind in kinds)
     assert all(kind.encode() in done.stdout for kind in kinds)
+
+
+def scored(folder):
+    return json.loads((folder / "scenes-novel.json").read_text()), (folder / "scenes-novel.jsonl").read_text()
+
+
+def test_scores_do_not_depend_on_stops_or_ranks(sample, tmp_path, tiny_checkpoint, monkeypatch):
+    import sample as S
+
+    flags = ["--dataset", "scenes", "--split", "novel", "--count", 70, "--checkpoint", tiny_checkpoint]
+    assert sample("sample.py", *flags, "--out", tmp_path / "whole").returncode == 0
+    numbers, lines = scored(tmp_path / "whole")
+
+    real, batches = S.score_batch, []
+
+    def dies(*args):
+        if len(batches) == 1:
+            raise KeyboardInterrupt
+        batches.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(S, "score_batch", dies)
+    assert sample("sample.py", *flags, "--out", tmp_path / "broken").returncode == 130
+    part = tmp_path / "broken" / "scenes-novel.rank0.jsonl"
+    part.write_text(part.read_text() + '{"index": 32, "id": "half a li')
+    monkeypatch.setattr(S, "score_batch", lambda *args: batches.append(args) or real(*args))
+    assert sample("sample.py", *flags, "--out", tmp_path / "broken").returncode == 0
+    assert len(batches) == 3 and scored(tmp_path / "broken")[0] == numbers  # of 32, 32 and 6: none came twice
+    assert sorted(p.suffix for p in (tmp_path / "broken").iterdir()) == [".json", ".jsonl", ".png"]
+    done = sample("sample.py", *flags, "--out", tmp_path / "broken", "--decode", "beam")
+    assert done.returncode == 1 and b"is of another run (other decode, protocol)" in done.stderr
+
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / "sample.py"),
+         *map(str, flags), "--out", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert scored(tmp_path / "two")[0] == numbers
+
+    records = [json.loads(line) for line in lines.splitlines()[1:]]  # the same numbers from the masks themselves
+    total, dataset = SegmentationMetrics(), load_dataset("scenes", "novel")
+    for record in records:
+        example = dataset[record["index"]]
+        total.update(rle_decode(record["rle"]), example.mask, label=example.label, id=example.id)
+    assert total.compute() == numbers["all"]
+    from metrics import main
+
+    assert main([str(tmp_path / "whole" / "scenes-novel.jsonl"), "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == numbers["all"]
+
+
+def test_broken_examples_stop_a_score_or_are_told(sample, tmp_path, tiny_checkpoint):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    line = {"image": "a.png", "phrase": "the square", "mask": [[5, 5, 20, 5, 20, 20, 5, 20]]}
+    lines = [json.dumps(line), json.dumps(line | {"image": "b.png"}), "{"]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    flags = ["--dataset", f"jsonl:{tmp_path / 'mine.jsonl'}", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    assert "mine.jsonl: line 2: " in error_of(sample("sample.py", *flags), 1)
+    done = sample("sample.py", *flags, "--skip-broken")
+    assert "2 of 3 examples are broken: no number" in error_of(done, 1)
+    assert b"line 2: " in done.stdout and b"line 3: " in done.stdout
+    done = sample("sample.py", *flags, "--skip-broken", "--allow-skipped", "--json", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["skipped"] == 2 and scores["all"]["count"] == 1
+
+
+def test_a_public_set_is_scored_per_class(sample, tmp_path, tiny_checkpoint):
+    root = shutil.copytree(REPO / "tests" / "fixtures" / "pascal_voc", tmp_path / "voc")
+    flags = ["--dataset", "voc20", "--split", "val", "--root", root, "--checkpoint", tiny_checkpoint]
+    for classes, count in (("present", 4), ("all", 40)):
+        out = tmp_path / classes
+        done = sample("sample.py", *flags, "--classes", classes, "--out", out)
+        assert done.returncode == 0, done.stderr
+        numbers = json.loads((out / "voc20-val.json").read_text())
+        assert numbers["all"]["count"] == count and numbers["all"]["mIoU"] is not None
+    assert b"of every class" in done.stdout
+    assert "--root" in error_of(sample("sample.py", "--dataset", "voc20"), 2)
+    assert "imagenet" in error_of(sample("sample.py", "--dataset", "imagenet"), 2)
+    assert "no split 'x'" in error_of(sample("sample.py", "--dataset", "scenes", "--split", "x"), 2)
 
 
 def error_of(done, code):

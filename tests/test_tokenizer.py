@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import load_dataset
@@ -322,6 +323,39 @@ def test_eval_reports_the_embedded_tokenizer(run, tmp_path):
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["square"]["cIoU"] > 0.95 and result["own_size"]["cIoU"] > 0.95
     assert result["square"]["count"] == 40 and (tmp_path / "e.png").exists()
+
+
+def test_cached_mask_tokens_are_those_of_the_encoder(tmp_path, tiny_checkpoint, monkeypatch):
+    import tokenizer
+    import train
+
+    model = train.LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors")
+    monkeypatch.setitem(train.PRESETS, "scenes", model.config)
+    vqgan = tiny_checkpoint / "mask_tokenizer.safetensors"
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "phrase": "x", "mask": [[i, 0, 40, i, 20, 30]]} for i in range(7)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    name = f"jsonl:{tmp_path / 'mine.jsonl'}"
+    flags = ["encode", "--data", name, "--size", "64", "--batch-size", "3", "--mask-tokenizer", str(vqgan)]
+    assert tokenizer.main([*flags, "--out", str(tmp_path / "t")]) == 0
+    table = np.load(tmp_path / "t.npy")
+    assert table.dtype == np.uint16
+    masks = tokenizer.mask_batch(load_dataset(name, "train"), 64, 0, 7)
+    tokens = VQGAN.from_pretrained(vqgan).encode(mask_to_image(masks))
+    assert np.array_equal(table, tokens.numpy())
+
+    run = ["--data", name, "--mask-tokenizer", str(vqgan), "--max-steps", "3", "--batch-size", "4", "--device", "cpu",
+           "--eval-count", "2", "--dtype", "float32"]  # fmt: skip
+    assert train.main([*run, "--out-dir", str(tmp_path / "a")]) == 0
+    monkeypatch.setattr(VQGAN, "encode", lambda *_: pytest.fail("the encoder should rest"))
+    assert train.main([*run, "--out-dir", str(tmp_path / "b"), "--mask-tokens", str(tmp_path / "t.npy")]) == 0
+    losses = [[json.loads(line).get("loss") for line in (tmp_path / d / "log.jsonl").read_text().splitlines()]
+              for d in "ab"]  # fmt: skip
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    index = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(index | {"data": "other"}))
+    with pytest.raises(ValueError, match="its data is other"):
+        tokenizer.read_tokens(tmp_path / "t.npy", name, index["mask_tokenizer"], (7, 16))
 
 
 def test_wrong_use_of_the_command():

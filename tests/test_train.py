@@ -224,8 +224,12 @@ def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path,
     assert train.main([*official, "--out-dir", str(out), "--resume", "auto", "--max-steps", "6"]) == 0
     assert max(losses(out)) == 6
     capfdbinary.readouterr()
-    assert train.main([*official, "--out-dir", str(out), "--resume", "auto", "--mask-tokenizer", str(other)]) == 1
-    assert b"trained with the mask tokenizer vq_ds16" in capfdbinary.readouterr().err
+    new = ["--out-dir", tmp_path / "new", "--init-from", out / "model.safetensors"]
+    for old in (["--out-dir", out, "--resume", "auto"], new):
+        again = [*official, *map(str, old), "--mask-tokenizer", str(other), "--max-steps", "7"]
+        assert train.main(again) == 1
+        assert b"trained with the mask tokenizer vq_ds16" in capfdbinary.readouterr().err
+    assert train.main([*again, "--any-weights"]) == 0
 
 
 def test_official_parts_that_are_missing_are_named(capsys):
@@ -236,6 +240,16 @@ def test_official_parts_that_are_missing_are_named(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--encoder", "siglip2-base-patch16-256"])  # scenes trains its own
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("flags,code", [(["--mask-tokenizer", "typo.pt"], 1), (["--lr", "nan"], 2), (["--lr", "0"], 2),
+                                        (["--batch-size", "7", "--micro-batch-size", "3"], 1)])  # fmt: skip
+def test_print_config_of_what_cannot_be(capsys, flags, code):
+    try:
+        assert train.main(["--preset", "llamaseg-b", "--print-config", *flags]) == code
+    except SystemExit as stopped:
+        assert stopped.code == code
+    assert flags[1] in capsys.readouterr().err
 
 
 def test_print_config_counts_without_allocating(capsys):
