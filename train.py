@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import BadUsage, Batches, contact_sheet, load_mixture, resize_picture, to_pixels
+from data import DOWNLOADS, BadUsage, Batches, contact_sheet, load_mixture, resize_picture, to_pixels
 from metrics import SegmentationMetrics, write_json
 from model import PRESETS, SIGLIP2, WEIGHTS, LlamaSeg, SigLIP, check_source, compute_dtype, pick_device, siglip_config
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, mask_to_image, read_tokens
@@ -344,8 +344,8 @@ def print_config(args):
     if config.freeze_encoders:
         siglip = SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder)
         config = replace(config, siglip=siglip)
-    official = args.mask_tokenizer.parent == WEIGHTS and not args.mask_tokenizer.exists()
-    vqgan = VQGANConfig() if official else VQGAN.from_pretrained(args.mask_tokenizer).config
+    to_come = args.mask_tokenizer.name in DOWNLOADS and not args.mask_tokenizer.exists()
+    vqgan = VQGANConfig() if to_come else VQGAN.from_pretrained(args.mask_tokenizer).config
     with torch.device("meta"):
         model, mask_tokenizer = LlamaSeg(config), VQGAN(vqgan)
     s, c = config.siglip, config.llama
