@@ -504,9 +504,13 @@ def pick_phrases(objects, height, width, count, rng, must=None):
 
 def rle_encode(mask):
     """bool (H, W) -> {"size": [H, W], "counts": compressed COCO string}."""
-    flat = np.asarray(mask, bool).ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    ends = np.concatenate([[0] if len(flat) and flat[0] else [], changes, [len(flat)]]).astype(np.int64)
+    mask = np.asarray(mask, bool)
+    height, width = mask.shape
+    # where a pixel differs from the one before it, down the columns; without turning the whole mask
+    rows, columns = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), max(width, 1))
+    across = np.flatnonzero(mask[:1, 1:] != mask[-1:, :-1]) + 1
+    changes = np.sort(np.concatenate([columns * height + rows + 1, across * height]))
+    ends = np.concatenate([[0] if mask[:1, :1].any() else [], changes, [mask.size]]).astype(np.int64)
     counts = np.diff(ends, prepend=0)
     return {"size": list(mask.shape), "counts": _pack_counts(counts)}
 
@@ -529,12 +533,12 @@ def _pack_counts(counts):
     """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits a character."""
     values = np.asarray(counts, np.int64).copy()
     values[3:] -= np.asarray(counts, np.int64)[1:-2]
-    groups = values[:, None] >> np.arange(0, 60, 5)  # (n, 12): the value without its first 0, 5, 10 ... bits
-    # a value needs k characters if the rest after k is the sign that bit 5 of the last one tells
-    fits = (groups[:, 1:] == 0) & (groups[:, :-1] & 0x10 == 0) | (groups[:, 1:] == -1) & (groups[:, :-1] & 0x10 != 0)
-    place, last = np.arange(11), fits.argmax(1)[:, None]
-    codes = 48 + (groups[:, :-1] & 0x1F) + np.where(place < last, 0x20, 0)
-    return codes[place <= last].astype(np.uint8).tobytes().decode()
+    # k characters hold 5 k bits with the sign: -16 .. 15, -512 .. 511 ...
+    size = np.maximum(values, ~values)  # how far from 0, as two's complement counts it
+    last = sum((size >= 16 << 5 * k).astype(np.int64) for k in range(int(size.max(initial=0)).bit_length() // 5 + 1))
+    place = np.arange(last.max(initial=0) + 1)
+    codes = 48 + (values[:, None] >> 5 * place & 0x1F) + np.where(place < last[:, None], 0x20, 0)  # (n, characters)
+    return codes[place <= last[:, None]].astype(np.uint8).tobytes().decode()
 
 
 def _unpack_counts(text):
@@ -603,13 +607,14 @@ def _fill(points, height, width):
 def segmentation_to_mask(segmentation, height, width):
     """A COCO segmentation, polygons, one RLE or a list of RLEs -> bool (height, width), the union of the parts."""
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    mask = np.zeros((height, width), bool)
-    for rle in [part for part in parts if isinstance(part, dict)]:
-        decoded = rle_decode(rle)
-        if decoded.shape != mask.shape:
-            raise ValueError(f"a run-length mask of {decoded.shape}, not {mask.shape}")
-        mask |= decoded
-    return mask | polygons_to_mask([part for part in parts if not isinstance(part, dict)], height, width)
+    masks = [rle_decode(part) for part in parts if isinstance(part, dict)]
+    polygons = [part for part in parts if not isinstance(part, dict)]
+    if polygons or not masks:
+        masks.append(polygons_to_mask(polygons, height, width))
+    for mask in masks:
+        if mask.shape != (height, width):
+            raise ValueError(f"a run-length mask of {mask.shape}, not {(height, width)}")
+    return masks[0] if len(masks) == 1 else np.logical_or.reduce(masks)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -673,8 +678,9 @@ def resize_mask(mask, size):
 
 
 def to_pixels(pictures):
-    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [-1, 1]."""
-    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+    """uint8 (B, S, S, 3), array or tensor on any device -> float32 (B, 3, S, S) in [-1, 1] there."""
+    planes = torch.as_tensor(pictures).permute(0, 3, 1, 2).contiguous()  # while it is a quarter of the size
+    return planes.float().div_(127.5).sub_(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1294,7 +1300,7 @@ class Batches(torch.utils.data.Dataset):
     dataset: a Mixture, or any sequence of Example. No picture is flipped: phrases say left and right.
     mask_tokens: int array (len(dataset), M) of cached mask tokens (tokenizer.py encode), or None.
 
-    Items: text_ids (b, L), pixels float (b/P, 3, S, S) in [-1, 1], masks bool (b, m, m), hide bool (b, M), ids list
+    Items: text_ids (b, L), pictures uint8 (b/P, S, S, 3) for `to_pixels`, masks bool (b, m, m), hide bool (b, M), ids list
     of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
     """
 
@@ -1338,7 +1344,7 @@ class Batches(torch.utils.data.Dataset):
             ids.append(example.id)
         return {
             "text_ids": self.text_tokenizer(text),
-            "pixels": to_pixels(np.stack(pictures)),
+            "pictures": torch.from_numpy(np.stack(pictures)),
             **({"masks": torch.from_numpy(np.stack(masks))} if self.mask_tokens is None else
                {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}),
             "hide": torch.from_numpy(np.stack(hidden)),

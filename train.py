@@ -497,7 +497,7 @@ def train(args):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if world_size > 1:  # gradients are summed over ranks only once a step
                     model.require_backward_grad_sync = micro == accumulation - 1
-                _, micro_loss = model(batch["text_ids"], batch["pixels"], batch["mask_tokens"],
+                _, micro_loss = model(batch["text_ids"], to_pixels(batch["pictures"]), batch["mask_tokens"],
                                       batch["hide"] if args.hide else None, args.background_weight)  # fmt: skip
             (micro_loss / accumulation).backward()
             loss += micro_loss.detach() / accumulation

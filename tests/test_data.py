@@ -216,11 +216,12 @@ def test_a_batch_does_not_depend_on_how_it_is_split():
         want = whole[step]
         parts = [ranks[r][step * 2 + micro] for micro in range(2) for r in range(2)]
         assert want["ids"] == [i for p in parts for i in p["ids"]]
-        for key in ("text_ids", "pixels", "masks", "hide"):
+        for key in ("text_ids", "pictures", "masks", "hide"):
             assert torch.equal(want[key], torch.cat([p[key] for p in parts])), key
         assert len(set(want["ids"])) == 16
-    assert whole[0]["pixels"].shape == (4, 3, 32, 32) and whole[0]["masks"].shape == (16, 32, 32)
-    assert -1 <= whole[0]["pixels"].min() and whole[0]["pixels"].max() <= 1
+    assert whole[0]["pictures"].shape == (4, 32, 32, 3) and whole[0]["masks"].shape == (16, 32, 32)
+    pixels = data.to_pixels(whole[0]["pictures"])
+    assert pixels.shape == (4, 3, 32, 32) and -1 <= pixels.min() and pixels.max() <= 1
 
 
 def test_an_epoch_shows_each_picture_once_and_in_another_order():
