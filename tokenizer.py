@@ -608,8 +608,8 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
 # python tokenizer.py train | eval | text
 
 # The default's mask tokenizer: 128 px, 64 mask tokens. LOG.md has what it cost and reached.
-SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), res_blocks=1, latent_channels=32,
-                     codebook_size=4096, codebook_dim=8, norm_groups=8)  # fmt: skip
+SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), decoder_mult=(1, 1, 2, 6, 6), res_blocks=1,
+                     latent_channels=32, codebook_size=4096, codebook_dim=8, norm_groups=8)  # fmt: skip
 
 
 def mask_batch(dataset, size, start, count):
