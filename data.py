@@ -1300,8 +1300,8 @@ class Batches(torch.utils.data.Dataset):
     dataset: a Mixture, or any sequence of Example. No picture is flipped: phrases say left and right.
     mask_tokens: int array (len(dataset), M) of cached mask tokens (tokenizer.py encode), or None.
 
-    Items: text_ids (b, L), pictures uint8 (b/P, S, S, 3) for `to_pixels`, masks bool (b, m, m), hide bool (b, M), ids list
-    of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
+    Items: text_ids (b, L), pictures uint8 (b/P, S, S, 3) for `to_pixels`, masks bool (b, m, m), hide bool (b, M), ids
+    list of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
     """
 
     def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
