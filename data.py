@@ -842,22 +842,21 @@ class LabelMaps:
     """Examples of pictures with a map of classes: picture, class name, the pixels of that class.
 
     items: list of (picture id, picture file, source of the label map); read: source -> integer array (H, W);
-    names: {value in the map: class name}; ignored: values that are not scored; cache: file for the index of the values
-    in each map, which takes long to find out; stamp: what that index depends on. classes: "present" asks for the
-    classes that a picture has; "all" asks for every class, with an empty mask where it is absent.
+    names: {value in the map: class name}; ignored: values that are not scored; values: {picture id: values in its
+    map}, see _values_of_maps. classes: "present" asks for the classes that a picture has; "all" asks for every class,
+    with an empty mask where it is absent.
     """
 
-    def __init__(self, items, read, names, ignored, cache, stamp, classes="present"):
+    def __init__(self, items, read, names, ignored, values, classes="present"):
         self.items, self.read, self.names, self.ignored = items, read, names, ignored
         if classes not in ("present", "all"):
             raise BadUsage(f"classes {classes!r}: choose present or all")
-        self.values = _values_of_maps(items, read, cache, stamp)  # {picture id: values in its map}
         self.pairs = []
         for i, (picture_id, _, source) in enumerate(items):
-            unknown = sorted(set(self.values[picture_id]) - set(names) - set(ignored))
+            unknown = sorted(set(values[picture_id]) - set(names) - set(ignored))
             if unknown:
                 raise ValueError(f"{source}: value {unknown[0]} is none of the {len(names)} classes")
-            present = [value for value in self.values[picture_id] if value in names]
+            present = [value for value in values[picture_id] if value in names]
             self.pairs += [(i, value) for value in (names if classes == "all" and present else present)]
         self._recent = None, None, None
 
@@ -880,7 +879,8 @@ class LabelMaps:
 
 
 def _values_of_maps(items, read, cache, stamp):
-    """{picture id: sorted values in its label map}, from `cache` if that was made of the same files."""
+    """{picture id: sorted values in its label map}: slow to find out, so kept in the file `cache`, and taken from it
+    while the `stamp` of the maps is the same."""
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     try:
         content = json.loads(cache.read_text())
@@ -935,7 +935,8 @@ def _ade20k(root, split, classes="present"):
     items = [(file.stem, base / "images" / folder / f"{file.stem}.jpg", file) for file in files]
     names = dict(enumerate(_names("ade20k_150.txt"), 1))
     cache = base / "annotations" / f"{folder}.index.json"
-    return LabelMaps(items, read_label_map, names, (0,), cache, _stamp(files), classes)
+    values = _values_of_maps(items, read_label_map, cache, _stamp(files))
+    return LabelMaps(items, read_label_map, names, (0,), values, classes)
 
 
 def _cocostuff(root, split, classes="present", labels=None, label_root=None):
@@ -960,12 +961,13 @@ def _cocostuff(root, split, classes="present", labels=None, label_root=None):
     used = [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
     names = _names("cocostuff_171.txt")
     cache = base / f"{folder}.index.json"
+    values = _values_of_maps(items, read_label_map, cache, _stamp(files))
     if labels is None:
-        labels = _cocostuff_kind(_values_of_maps(items, read_label_map, cache, _stamp(files)), base, used)
+        labels = _cocostuff_kind(values, base, used)
     if labels not in ("raw", "converted"):
         raise BadUsage(f"labels {labels!r}: choose raw or converted")
     names = dict(zip(used, names)) if labels == "raw" else dict(enumerate(names))
-    return LabelMaps(items, read_label_map, names, (255,), cache, _stamp(files), classes)
+    return LabelMaps(items, read_label_map, names, (255,), values, classes)
 
 
 def _cocostuff_kind(values, base, used):
@@ -1001,7 +1003,8 @@ def _voc20(root, split, classes="present"):
              for stem in _ids(_find(base, f"ImageSets/Segmentation/{split}.txt"))]  # fmt: skip
     names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
     cache = base / f"SegmentationClass.{split}.index.json"
-    return LabelMaps(items, read_label_map, names, (0, 255), cache, _stamp_of_sources(items), classes)
+    values = _values_of_maps(items, read_label_map, cache, _stamp_of_sources(items))
+    return LabelMaps(items, read_label_map, names, (0, 255), values, classes)
 
 
 def _stamp_of_sources(items):
@@ -1044,7 +1047,8 @@ def _pascal_context(name, root, split, classes="present"):
                                 "trainval_merged.json (for pc59)")
     items = [(stem, base / "JPEGImages" / f"{stem}.jpg", folder / f"{stem}.{end}") for stem in stems]
     cache = base / f"{name}_{split}.{folder.name}.index.json"
-    return LabelMaps(items, read, names, ignored, cache, _stamp_of_sources(items), classes)
+    values = _values_of_maps(items, read, cache, _stamp_of_sources(items))
+    return LabelMaps(items, read, names, ignored, values, classes)
 
 
 def _read_label_mat(path):
@@ -1078,7 +1082,8 @@ def _pascal_in_detail(base, split, names, classes):
              for image_id, image in pictures.items()]  # fmt: skip
     ignored = tuple(value for value in range(460) if value not in names)
     cache = base / f"pc59_{split}.trainval_merged.index.json"
-    return LabelMaps(items, read, names, ignored, cache, _stamp([file]), classes)
+    values = _values_of_maps(items, read, cache, _stamp([file]))
+    return LabelMaps(items, read, names, ignored, values, classes)
 
 
 def _read_json(file):

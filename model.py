@@ -779,7 +779,7 @@ class LlamaSeg(nn.Module):
         problems = compare_weights(self.trained_state(), weights)
         if problems:
             raise ValueError(f"weights do not fit the model: {problems}")
-        self.load_state_dict(weights, strict=False)
+        self.load_state_dict(weights, strict=False)  # checked above: only a frozen encoder's names are absent
 
     def save_pretrained(self, path, dtype=None):
         """Write one .safetensors whose header holds the config: a temporary name first, then renamed.

@@ -246,8 +246,11 @@ def score(args):
            "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
 
     done = gather(stem, run)
+    if world_size > 1:
+        torch.distributed.barrier()  # all ranks share out the same rest: nobody writes before everybody has read
+    whole = {i for i, record in done.items() if "broken" not in record}  # what was broken is tried again
     batches = [range(i, min(i + SCORE_BATCH, count)) for i in range(0, count, SCORE_BATCH)]
-    batches = [batch for batch in batches if not all(i in done for i in batch)][rank::world_size]
+    batches = [batch for batch in batches if not whole.issuperset(batch)][rank::world_size]
     mine = stem.with_name(f"{stem.name}.rank{rank}.jsonl")
     if batches:
         write_lines(mine, run, [r for r in done.values() if r["rank"] == rank])  # without a half-written line
@@ -261,6 +264,8 @@ def score(args):
         torch.distributed.destroy_process_group()
     if rank == 0:
         records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
+        if len(records) != count:
+            raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
         for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
             part.unlink()
         write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)

@@ -936,7 +936,7 @@ def parse_args(argv=None):
     p.add_argument("--vocab-size", type=int, default=768)
     args = parser.parse_args(argv)
     for name in ("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"):
-        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, 1) == 0:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")

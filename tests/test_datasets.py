@@ -24,7 +24,7 @@ def expected(name):
     return json.loads((FIXTURES / name / "expected.json").read_text()), np.load(FIXTURES / name / "masks.npz")
 
 
-def check_label_maps(dataset, images, masks, ignored_keys=("ignored_pixels",), classes_key="classes"):
+def assert_label_maps(dataset, images, masks, ignored_keys=("ignored_pixels",), classes_key="classes"):
     """Every class of every picture, in any order, and nothing else; pixels that are not scored add up."""
     found = {example.id: example for example in (dataset[i] for i in range(len(dataset)))}
     wanted = {(image["id"], c["label"]): (image, c) for image in images for c in image[classes_key]}
@@ -48,14 +48,14 @@ def test_ade20k(tree, split, folder):
     images = [image for image in content["images"] if image["split"] == folder]
     root = tree("ade20k")
     for _ in range(2):  # the second time from the cached index
-        check_label_maps(load_dataset("ade20k", split, root), images, masks)
+        assert_label_maps(load_dataset("ade20k", split, root), images, masks)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_cocostuff(tree, split):
     content, masks = expected("cocostuff")
     images = [image for image in content["images"] if image["split"] == f"{split}2017"]
-    check_label_maps(load_dataset("cocostuff", split, tree("cocostuff")), images, masks)
+    assert_label_maps(load_dataset("cocostuff", split, tree("cocostuff")), images, masks)
 
 
 def to_converted(root):
@@ -73,7 +73,7 @@ def test_converted_cocostuff_gives_the_same_examples(tree, split):
     to_converted(root)
     content, masks = expected("cocostuff")
     images = [image for image in content["images"] if image["split"] == f"{split}2017"]
-    check_label_maps(load_dataset("cocostuff", split, root), images, masks)
+    assert_label_maps(load_dataset("cocostuff", split, root), images, masks)
 
 
 def test_cocostuff_is_never_guessed(tree):
@@ -97,7 +97,7 @@ def test_voc20(tree, split):
     content, masks = expected("pascal_voc")
     images = [image for image in content["images"] if image["split"] == split]
     dataset = load_dataset("voc20", split, tree("pascal_voc"))
-    check_label_maps(dataset, images, masks, ("background_pixels", "void_pixels"))
+    assert_label_maps(dataset, images, masks, ("background_pixels", "void_pixels"))
 
 
 FORMS = {"context": ["SegmentationClassContext", "ImageSets"], "prepared": ["annotations_detectron2"],
@@ -118,7 +118,7 @@ def test_pascal_context_in_each_of_its_forms(tree, name, form):
             continue  # only the evaluation part is published so
         images = [image for image in content["images"] if image["split"] == split]
         ignored = ("unlabelled_for_59",) if name == "pc59" else ()
-        check_label_maps(load_dataset(name, split, root), images, masks, ignored, name.replace("pc", "classes_"))
+        assert_label_maps(load_dataset(name, split, root), images, masks, ignored, name.replace("pc", "classes_"))
 
 
 def test_all_classes_asks_for_the_absent_ones_too(tree):

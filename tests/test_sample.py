@@ -311,3 +311,14 @@ def test_overlay_changes_the_object_and_keeps_the_size():
 def test_standard_input_that_is_no_picture(sample):
     done = sample("sample.py", "--image", "-", "--prompt", "x", stdin=b"zzz")
     assert "standard input" in error_of(done, 1)
+
+
+def test_what_was_broken_is_tried_again(sample, tmp_path, tiny_checkpoint):
+    line = {"image": "a.png", "phrase": "the square", "mask": [[5, 5, 20, 5, 20, 20, 5, 20]]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    flags = ["--dataset", f"jsonl:{tmp_path / 'mine.jsonl'}", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    assert "1 of 1 examples are broken" in error_of(sample("sample.py", *flags, "--skip-broken"), 1)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    done = sample("sample.py", *flags, "--json", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["all"]["count"] == 1
