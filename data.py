@@ -629,9 +629,9 @@ def open_picture(source):
     """
     name = source if isinstance(source, (str, Path)) else "standard input"
     try:
-        with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with Image.open(source) as image:
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture") from None
     except IsADirectoryError:
@@ -1331,17 +1331,20 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, k):
         step, micro = divmod(k, self.accumulation)
         first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        text, pictures, masks, hidden, ids, indices = [], [], [], [], [], []
-        for position in range(first, first + self.micro_batch_size):
+        b, S, m = self.micro_batch_size, self.size, self.mask_size
+        pictures = np.empty((b // self.phrases, S, S, 3), np.uint8)
+        masks = np.empty((b if self.mask_tokens is None else 0, m, m), bool)
+        text, hidden, ids, indices = [], [], [], []
+        for row, position in enumerate(range(first, first + b)):
             rng = np.random.default_rng([self.seed, position])
             indices.append(self._index(position))
             example = self.dataset[indices[-1]]
             choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
-                pictures.append(resize_picture(example.image, self.size))
+                pictures[row // self.phrases] = resize_picture(example.image, S)
             if self.mask_tokens is None:
-                masks.append(resize_mask(example.mask, self.mask_size))
+                masks[row] = resize_mask(example.mask, m)
             # Share of the mask tokens that the model does not get to see as input (LlamaSeg.forward, `hide`):
             # none for a fifth of the examples, all for a fifth, anything between for the rest.
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
@@ -1349,8 +1352,8 @@ class Batches(torch.utils.data.Dataset):
             ids.append(example.id)
         return {
             "text_ids": self.text_tokenizer(text),
-            "pictures": torch.from_numpy(np.stack(pictures)),
-            **({"masks": torch.from_numpy(np.stack(masks))} if self.mask_tokens is None else
+            "pictures": torch.from_numpy(pictures),
+            **({"masks": torch.from_numpy(masks)} if self.mask_tokens is None else
                {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}),
             "hide": torch.from_numpy(np.stack(hidden)),
             "ids": ids,

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 WEIGHTS = Path(__file__).parent / "weights"  # where `python data.py download NAME` puts the official weights
 
@@ -467,11 +468,16 @@ class LlamaBlock(nn.Module):
 
 class Llama(nn.Module):
     """The transformer of LLaMA (Touvron et al. 2023) from embeddings to the final norm, with the parameter
-    names that Hugging Face has below `model.`. Token embedding and output head belong to the caller."""
+    names that Hugging Face has below `model.`. Token embedding and output head belong to the caller.
+
+    recompute: in training keep only the input of each layer and run the layer again in the backward pass
+    (activation checkpointing, Chen et al. 2016): a third more arithmetic, a fraction of the memory.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.recompute = False
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -489,7 +495,10 @@ class Llama(nn.Module):
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         x = embeddings
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, i, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, i, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, i, cache)
         if cache is not None:
             cache.position += T
         return self.norm(x)
@@ -583,6 +592,8 @@ PRESETS: dict[str, LlamaSegConfig] = {
     "llamaseg-l-384": _paper(layers=22, width=2304, heads=32, image_size=384),
 }
 
+HEAD_PART = 1024  # mask tokens whose logits are in memory at once, with llama.recompute
+
 DECODES = ("greedy", "beam", "top-k", "top-p", "random")
 
 
@@ -648,10 +659,11 @@ class LlamaSeg(nn.Module):
         self.mask_embedding.weight.copy_(rows * 0.02)
         self.head.weight.copy_(rows * self.head_std)
 
-    def prefix(self, text_ids, pixels):
+    def prefix(self, text_ids, pixels, text=None):
         """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
 
-        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once.
+        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text: what
+        encoder.encode_text(text_ids) gives, for a caller that has it already.
         """
         B, b = text_ids.shape[0], pixels.shape[0]
         if b == 0 or B % b:
@@ -659,18 +671,20 @@ class LlamaSeg(nn.Module):
                              "the number of phrases must be a multiple of the number of pictures")
         # no gradient, even if a caller turned requires_grad on again
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
-            text, image = self.encoder.encode_text(text_ids), self.encoder.encode_image(pixels)
+            text = self.encoder.encode_text(text_ids) if text is None else text
+            image = self.encoder.encode_image(pixels)
         text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
         text = self.text_adaptor(text)  # (B,L,D)
         image = self.image_adaptor(image).repeat_interleave(B // b, dim=0)  # (B,N,D)
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
-    def forward(self, text_ids, pixels, mask_tokens, hide=None, background_weight=1.0):
+    def forward(self, text_ids, pixels, mask_tokens, hide=None, background_weight=1.0, text=None):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
 
-        logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32.
-        pixels may have fewer rows than text_ids, see `prefix`.
+        logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32. In training with
+        llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
+        pixels may have fewer rows than text_ids, and text saves the text encoder, see `prefix`.
         hide: bool (B,) or (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase
         alone must tell the tokens after them (word dropout, Bowman et al. 2016, "Generating Sentences from
         a Continuous Space"). Paper: does not do this; train.py does it for the small preset.
@@ -685,18 +699,28 @@ class LlamaSeg(nn.Module):
         if hide is not None and hide.shape not in ((B,), (B, M)):
             raise ValueError(f"hide has shape {tuple(hide.shape)}, want ({B},) or ({B}, {M})")
         check_indices("mask_tokens", mask_tokens, K)
-        prefix = self.prefix(text_ids, pixels)
+        prefix = self.prefix(text_ids, pixels, text)
         inputs = self.mask_embedding(mask_tokens[:, :-1])  # (B,M-1,D): the last token predicts nothing
         if hide is not None:
             hide = hide[:, None] if hide.dim() == 1 else hide[:, :-1]
             inputs = inputs.masked_fill(hide[:, :, None], 0.0)
         hidden = self.llama(torch.cat([prefix, inputs], dim=1))  # (B,T-1,D)
-        logits = self.head(hidden[:, prefix.shape[1] - 1:])  # (B,M,K): from <BOM> on
-        targets = mask_tokens.flatten()
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")  # (B*M,)
+        hidden, targets = hidden[:, prefix.shape[1] - 1:], mask_tokens.flatten()  # (B,M,D) from <BOM> on, (B*M,)
+        if self.llama.recompute and torch.is_grad_enabled():
+            parts = zip(hidden.flatten(0, 1).split(HEAD_PART), targets.split(HEAD_PART))
+            losses = torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
+            logits = None
+        else:
+            logits, losses = self.losses(hidden.flatten(0, 1), targets)
+            logits = logits.view(B, M, K)
         if background_weight != 1.0:
             losses = losses * torch.where(targets == 0, background_weight, 1.0)
         return logits, losses.mean()
+
+    def losses(self, hidden, targets):
+        """hidden (n,D), targets (n,) -> logits (n,K), cross-entropy of each (n,) in float32."""
+        logits = self.head(hidden)
+        return logits, F.cross_entropy(logits.float(), targets, reduction="none")
 
     @torch.no_grad()
     def generate_naive(self, text_ids, pixels):

@@ -2,50 +2,76 @@
 
     python train.py                                   # the `scenes` preset on this machine
     torchrun --nproc_per_node=2 train.py              # the same run on two processes (gloo on CPU, NCCL on GPU)
-    python train.py --out-dir out --resume auto       # go on where out/ stopped
+    python train.py --out-dir out --resume auto       # go on where out/ stopped; Ctrl-C and SIGTERM save first
+    python train.py --plot out                        # out/curves.png from the log
     python train.py --preset llamaseg-b --print-config    # sizes, memory, hyper-parameters; trains nothing
-    torchrun --nproc_per_node=8 train.py --preset llamaseg-b    # the paper's model, on official frozen parts
+    torchrun --nproc_per_node=8 train.py --preset llamaseg-b --stage pretrain --root data   # the paper, first stage
 
-OUT_DIR gets log.jsonl (one object a step), grid-STEP.png at each evaluation (picture, phrase, predicted, truth),
-checkpoint.pt (weights, optimizer, step: resumable), and the three files that sample.py --checkpoint OUT_DIR
-reads: model.safetensors, mask_tokenizer.safetensors, text.model. Frozen parts from official files are not copied:
-model.safetensors has their names and hashes, and `python data.py download NAME` fetches them.
+OUT_DIR gets log.jsonl (one object a step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
+truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU),
+and the three files that sample.py --checkpoint OUT_DIR reads: model.safetensors, mask_tokenizer.safetensors,
+text.model. Frozen parts from official files are not copied: model.safetensors has their names and hashes, and
+`python data.py download NAME` fetches them.
 """
 
 import argparse
 import json
 import math
 import os
-import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DOWNLOADS, BadUsage, Batches, contact_sheet, load_mixture, resize_picture, to_pixels
 from metrics import SegmentationMetrics, write_json
-from model import PRESETS, SIGLIP2, WEIGHTS, LlamaSeg, SigLIP, check_source, compute_dtype, pick_device, siglip_config
+from model import (
+    HEAD_PART,
+    PRESETS,
+    SIGLIP2,
+    WEIGHTS,
+    LlamaSeg,
+    SigLIP,
+    check_source,
+    clock,
+    compute_dtype,
+    pick_device,
+    siglip_config,
+)
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, mask_to_image, read_tokens
 
 ASSETS = Path(__file__).parent / "assets"
 
-# What a preset means where a flag is left out. All else has one default for all presets, see --help.
+# What a preset means where a flag is left out, and below what a stage says instead. --help has the flags.
 SCENES_RECIPE = {
     "mask_tokenizer": ASSETS / "mask_tokenizer.safetensors", "text_tokenizer": ASSETS / "text.model",
-    "optimizer": "muon", "lr": 3e-3, "batch_size": 64, "warmup_steps": 100, "hide": True, "background_weight": 0.4,
+    "optimizer": "muon", "lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.05, "batch_size": 64,
+    "warmup_steps": 100, "hide": True, "background_weight": 0.4, "data": "scenes",
 }  # fmt: skip
-# The paper's pre-training stage. Paper: batch size, warm-up, gradient clipping and which tokenizer of LlamaGen (c2i or
-# t2i) are not stated; we use LlamaGen's batch of 256, 1000 steps, 1.0 and c2i.
+# Paper: batch size, warm-up of pre-training, gradient clipping and which tokenizer of LlamaGen (c2i or t2i) are not
+# stated; we use LlamaGen's batch of 256 (32 phrases on each of 8 GPUs), 1000 steps, 1.0 and c2i.
 PAPER_RECIPE = {
     "mask_tokenizer": WEIGHTS / "vq_ds16_c2i",
-    "optimizer": "adamw", "lr": 2e-4, "batch_size": 256, "warmup_steps": 1000, "hide": False, "background_weight": 1.0,
+    "optimizer": "adamw", "lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "batch_size": 256,
+    "warmup_steps": 1000, "hide": False, "background_weight": 1.0, "data": "scenes",
+}  # fmt: skip
+FINE_TUNING = {"optimizer": "adamw", "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "warmup_steps": 0.01}
+STAGES = {
+    # Paper: how the sets are mixed is not stated; we use about their sizes, 2M masks to 4 x 0.1M phrases.
+    "pretrain": {"optimizer": "adamw", "lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "epochs": 4,
+                 "data": "sa-ovrs:16,refcoco:1,refcoco+:1,refcocog:1,refclef:1"},
+    "finetune-semantic": {**FINE_TUNING, "epochs": 10, "data": "ade20k"},  # or --data cocostuff
+    "finetune-referring": {**FINE_TUNING, "epochs": 20, "data": "refcoco,refcoco+,refcocog"},
 }  # fmt: skip
 
 
@@ -59,7 +85,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("model and data")
     group.add_argument("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (model.py)")
-    group.add_argument("--data", default="scenes", help="data sets with weights, as in ade20k:1,refcoco:2; README has "
+    group.add_argument("--stage", choices=sorted(STAGES), help="the paper's: sets data, epochs, learning rate, betas, "
+                       "weight decay and warm-up; a flag of your own still wins (default: none)")
+    group.add_argument("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has "
                        "their names (default: scenes); the first one's val split is the validation set")
     group.add_argument("--root", type=Path, help="folder in which their official archives were unpacked")
     group.add_argument("--mask-tokens", type=Path, metavar="FILE",
@@ -78,7 +106,8 @@ def parse_args(argv=None):
                        help="with --init-from or --resume: take frozen parts other than those of that training")
     group.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     group = parser.add_argument_group("optimization")
-    group.add_argument("--max-steps", type=int, default=6000, help="optimizer steps of the whole run (default: 6000)")
+    group.add_argument("--max-steps", type=int, help="optimizer steps of the whole run (default: 6000)")
+    group.add_argument("--epochs", type=float, help="instead: times that the run goes through the data")
     group.add_argument("--batch-size", type=int,
                        help="phrases in a step: all ranks, all micro-batches (default: 64; llamaseg-*: 256)")
     group.add_argument("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank "
@@ -86,9 +115,10 @@ def parse_args(argv=None):
     group.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices, AdamW for "
                        "the rest; adamw: the paper's (default: muon; llamaseg-*: adamw)")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 3e-3; llamaseg-*: 2e-4, the paper's)")
-    group.add_argument("--warmup-steps", type=int,
-                       help="linear warm-up, then cosine to 0 (default: 100; llamaseg-*: 1000)")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices (default: 0.05, the paper's)")
+    group.add_argument("--betas", type=float, nargs=2, help="of AdamW (default: 0.9 0.95; fine-tuning: 0.9 0.99)")
+    group.add_argument("--warmup-steps", type=float, help="linear warm-up, then cosine to 0; below 1: a share of all "
+                       "steps (default: 100; llamaseg-*: 1000; fine-tuning: 0.01)")
+    group.add_argument("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
     group.add_argument("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens "
                        "from the model's input (default: on; llamaseg-*: off)")
@@ -100,6 +130,8 @@ def parse_args(argv=None):
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="of autocast; auto: bfloat16 where the device multiplies it fast (default: auto)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    group.add_argument("--activation-checkpointing", action="store_true", help="keep only the layers' inputs and run "
+                       "each layer again in the backward pass: a third more arithmetic, a fraction of the memory")
     group.add_argument("--workers", type=int, default=-1,
                        help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
     group = parser.add_argument_group("what is kept")
@@ -107,14 +139,23 @@ def parse_args(argv=None):
     group.add_argument("--eval-every", type=int, default=500, help="steps between evaluations (default: 500)")
     group.add_argument("--eval-count", type=int, default=200, help="validation examples (default: 200)")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
-    group.add_argument("--resume", metavar="{auto,PATH}", help="go on from a checkpoint.pt; auto: OUT_DIR's, if any")
-    parser.add_argument("--print-config", action="store_true",
-                        help="print sizes, parameters, memory and hyper-parameters, then stop; allocates no model")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest (default: 2)")
+    group.add_argument("--resume", metavar="{auto,PATH}", help="go on from a checkpoint-STEP.pt; auto: from OUT_DIR's "
+                       "newest whole one, if any")
+    group.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases, if the package is there")
+    group = parser.add_argument_group("instead of training")
+    group.add_argument("--print-config", action="store_true",
+                       help="print sizes, parameters, memory and hyper-parameters; allocates no model")
+    group.add_argument("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
     args = parser.parse_args(argv)
+    if args.max_steps and args.epochs:
+        parser.error(f"--max-steps {args.max_steps} and --epochs {args.epochs:g} both say how long: drop one")
     recipe = SCENES_RECIPE if args.preset == "scenes" else PAPER_RECIPE
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
+    for name, value in {**recipe, **STAGES.get(args.stage, {})}.items():
+        if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
             setattr(args, name, value)
+    if not args.epochs and args.max_steps is None:
+        args.max_steps = 6000
     if PRESETS[args.preset].freeze_encoders:
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
     elif args.encoder:
@@ -124,12 +165,16 @@ def parse_args(argv=None):
     args.phrases = args.phrases or (4 if args.data == "scenes" else 1)
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
-    for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every"):
+    for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every",
+                 "keep"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name, low in (("lr", 0.0), ("weight_decay", -1e-9), ("clip", 0.0), ("background_weight", 0.0)):
-        if not low < getattr(args, name) < math.inf:
+    for name, low in (("lr", 0.0), ("weight_decay", -1e-9), ("clip", 0.0), ("background_weight", 0.0),
+                      ("warmup_steps", -1e-9), ("epochs", 0.0)):  # fmt: skip
+        if getattr(args, name, None) is not None and not low < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be above {max(low, 0):g} and finite")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        parser.error(f"--betas {args.betas[0]:g} {args.betas[1]:g} must be in [0, 1)")
     try:
         pick_device(args.device)
     except ValueError as error:
@@ -153,12 +198,13 @@ def setup_ranks(device_name):
                              "lower --nproc_per_node")  # fmt: skip
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # a rank that waits for another longer than this gives up: only a hung machine takes so long
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def mean_over_ranks(value, world_size):
-    """Mean of a 0-d tensor over all ranks."""
+    """Mean of a tensor over all ranks."""
     if world_size > 1:
         dist.all_reduce(value)
     return value / world_size
@@ -179,14 +225,15 @@ def check_fit(config, mask_tokenizer, text_tokenizer, where):
 
 def learning_rate(step, args):
     """Linear warm-up, then cosine to 0; step counts from 0."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    warmup = args.warmup_steps if args.warmup_steps >= 1 else round(args.warmup_steps * args.max_steps)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.max_steps - warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizers(model, args):
-    """AdamW (paper: betas 0.9 / 0.95, weight decay 0.05), or Muon (Jordan et al. 2024) for the matrices.
+    """AdamW (paper: see STAGES), or Muon (Jordan et al. 2024) for the matrices.
 
     Embeddings, the head, vectors and the patch embedding stay with AdamW, as Muon's authors advise.
     """
@@ -199,7 +246,8 @@ def make_optimizers(model, args):
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
     groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    fused = tables[0].device.type in ("cpu", "cuda")  # one pass over the memory instead of a dozen
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=fused)]
     if matrices:
         # match_rms_adamw: one learning rate serves both (Liu et al. 2025, "Muon is scalable")
         optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
@@ -246,41 +294,58 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
     return total, by_task, cells
 
 
-# What makes the batches and the optimizer what they are; steps and learning rate may change at a resume.
+# What makes the batches and the optimizer what they are; steps, learning rate and ranks may change at a resume.
 SAME_RUN = ("preset", "data", "rich", "phrases", "hide", "batch_size", "seed", "optimizer")
 
 
-def save_checkpoint(path, model, optimizers, step, args):
-    """Weights, optimizers and step under a temporary name, then renamed.
+def saved_steps(out_dir):
+    """Paths of the checkpoints in OUT_DIR, newest first."""
+    return sorted(out_dir.glob("checkpoint-*.pt"), reverse=True)
 
+
+def save_checkpoint(out_dir, model, optimizers, step, best, args):
+    """Weights, optimizers, step and the best cIoU so far; then the newest `--keep` checkpoints stay.
+
+    A temporary name first, on the disk before it is renamed: a machine that dies at any moment leaves whole files.
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
     """
+    path = out_dir / f"checkpoint-{step:07d}.pt"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}  # fmt: skip
+             "best": best, "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}  # fmt: skip
     try:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # what torch.save makes of a full disk
         raise OSError(f"{path}: cannot write ({str(error).splitlines()[0]})") from None
     finally:
         temporary.unlink(missing_ok=True)
-    model.save_pretrained(path.with_name("model.safetensors"), dtype=torch.float16)
+    model.save_pretrained(out_dir / "model.safetensors", dtype=torch.float16)
+    for old in saved_steps(out_dir)[args.keep:]:
+        old.unlink()
+
+
+class Damaged(ValueError):
+    """A checkpoint that is cut off or is none."""
 
 
 def load_checkpoint(path, model, optimizers, args):
-    """Put a checkpoint back; returns the number of steps it has done. ValueError if it is not this run's."""
+    """Put a checkpoint back; returns the steps it has done and its best cIoU. Damaged if it is not whole, ValueError
+    if it is not this run's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        run, step, frozen = state["run"], state["step"], state["frozen"]
+        run, step, best, frozen = state["run"], state["step"], state["best"], state["frozen"]
         if not (isinstance(run, dict) and set(SAME_RUN) <= set(run) and isinstance(step, int)
-                and isinstance(frozen, dict) and isinstance(state["optimizers"], list)):  # fmt: skip
+                and isinstance(best, float) and isinstance(frozen, dict) and isinstance(state["optimizers"], list)):
             raise ValueError("its contents are not those of a run")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({line})") from None
+        raise Damaged(f"{path}: not a whole checkpoint of train.py ({line})") from None
     other = [f"--{name.replace('_', '-')} {run[name]}, not {getattr(args, name)}" for name in SAME_RUN
              if run[name] != getattr(args, name)]  # fmt: skip
     if other:
@@ -295,7 +360,7 @@ def load_checkpoint(path, model, optimizers, args):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({str(error).splitlines()[0]})") from None  # fmt: skip
-    return step
+    return step, best
 
 
 def trim_log(path, step):
@@ -303,9 +368,14 @@ def trim_log(path, step):
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, path)
+        write_whole(path, "".join(lines).encode())
+
+
+def write_whole(path, content):
+    """Write bytes under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -318,18 +388,66 @@ PAPER = """  pre-training          SA-OVRS and the referring sets, 4 epochs; Ada
   not stated            batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2"""
 
 
-def activation_bytes(config):
-    """Bytes that one sample keeps for the backward pass under bfloat16 autocast with fused attention.
+def activation_bytes(config, samples, recompute=False):
+    """Bytes that `samples` phrases keep for the backward pass under bfloat16 autocast with fused attention.
 
     Each LLaMA layer, a token: two norms keep their float32 input (8 D) and give five bfloat16 copies to the matrices
     (10 D); attention keeps q, k, v and its output (4 H + 4 Hkv); the MLP keeps four hidden states (8 F). After the
-    layers: logits in bfloat16 and float32 and their log-softmax (10 K a mask token). Frozen encoders keep nothing;
-    scenes' small ones are left out.
+    layers: logits in bfloat16 and float32 and their log-softmax (10 K a mask token). With activation checkpointing:
+    each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
+    encoders keep nothing; scenes' small ones are left out.
     """
-    c, tokens = config.llama, sum(sequence(config).values()) - 1  # the last mask token is only predicted
+    c, tokens = config.llama, samples * (sum(sequence(config).values()) - 1)  # the last mask token is only predicted
     H, Hkv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer = 18 * c.width + 4 * H + 4 * Hkv + 8 * c.mlp
-    return tokens * c.layers * layer + config.mask_grid**2 * config.codebook_size * 10
+    logits = samples * config.mask_grid**2
+    if recompute:
+        kept = tokens * (c.layers * 4 * c.width + layer)
+        return kept + min(logits, HEAD_PART) * config.codebook_size * 10
+    return tokens * c.layers * layer + logits * config.codebook_size * 10
+
+
+def training_flops(config, phrases=1):
+    """FLOP that one phrase costs in training, of `phrases` that share a picture; two per multiply-add.
+
+    A trained matrix of n weights costs 6 n a token, a frozen one 2 n, and attention 12 T width a token and layer
+    (4 if frozen), as in PaLM's appendix B. Elementwise work, the mask tokenizer and recomputation do not count.
+    """
+    s, c = config.siglip, config.llama
+    tokens, N, M = sum(sequence(config).values()) - 1, s.image_tokens, config.mask_grid**2
+    D, H, Hkv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+    def tower(tokens, layers, width, mlp):  # the forward pass of one of SigLIP's towers
+        return tokens * layers * (2 * (4 * width * width + 2 * width * mlp) + 4 * tokens * width)
+
+    image = tower(N, s.vision_layers, s.vision_width, s.vision_mlp) + N * 2 * 3 * s.patch_size**2 * s.vision_width
+    text = tower(s.text_length, s.text_layers, s.text_width, s.text_mlp)
+    adaptors = s.text_length * 2 * D * (s.text_width + D) + N / phrases * 2 * D * (s.vision_width + D)
+    llama = tokens * c.layers * (2 * D * (2 * H + 2 * Hkv + 3 * c.mlp) + 4 * tokens * H)
+    encoders = image / phrases + text
+    return 3 * (adaptors + llama + M * 2 * D * config.codebook_size) + encoders * (1 if config.freeze_encoders else 3)
+
+
+@torch.no_grad()
+def matmul_rate(device, dtype):
+    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = clock(device)
+        a @ a
+        seconds.append(clock(device) - start)
+    return 2 * n**3 / min(seconds)
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, as PyTorch's allocator counts them; on a CPU the most that the process has had at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def sequence(config):
@@ -385,15 +503,24 @@ def print_config(args):
         "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
         "gradients": 4 * sums[True],
         "optimizer": optimizer_bytes(model, args),
-        "activations": micro_batch_size * activation_bytes(config),
+        "activations": activation_bytes(config, micro_batch_size, args.activation_checkpointing),
     }
     print(f"\nmemory of a rank         {ranks} ranks, {micro_batch_size} of {args.batch_size} samples in a micro-batch")
     for name, size in [*memory.items(), ("all", sum(memory.values()))]:
         print(f"  {name:22}{size / 1e9:10.2f} GB")
-    print(f"\nthis run                 {args.optimizer}, lr {args.lr:g}, betas 0.9 / 0.95, "
-          f"weight decay {args.weight_decay:g}, batch {args.batch_size},\n{'':25}warm-up {args.warmup_steps} steps, "
-          f"cosine to 0 at step {args.max_steps}, clip {args.clip:g}")  # fmt: skip
+    gflop, count = training_flops(config, args.phrases) / 1e9, 6 * sums[True] * sum(tokens.values()) / 1e9
+    print(f"\narithmetic               {gflop:,.0f} GFLOP to train on a sample (6 x trainable x tokens: {count:,.0f})")
+    print(f"\nthis run                 {describe(args)}")
     print(f"\nthe paper\n{PAPER}")
+
+
+def describe(args):
+    """The resolved hyper-parameters in words."""
+    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{100 * args.warmup_steps:g} % of the steps"
+    length = f"{args.epochs:g} epochs" if args.max_steps is None else f"{args.max_steps} steps"
+    betas = f"{args.betas[0]:g} / {args.betas[1]:g}"
+    return (f"{args.data}, {length} of {args.batch_size} phrases; {args.optimizer}, lr {args.lr:g}, betas {betas}, "
+            f"weight decay {args.weight_decay:g}, warm-up {warmup}, cosine to 0, clip {args.clip:g}")  # fmt: skip
 
 
 def optimizer_bytes(model, args):
@@ -404,31 +531,186 @@ def optimizer_bytes(model, args):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# what people see
+
+
+class Log:
+    """log.jsonl, the progress bar, the pictures and, if asked for, Weights & Biases; on the master alone."""
+
+    def __init__(self, args):
+        self.out_dir = args.out_dir
+        self.file = open(args.out_dir / "log.jsonl", "a", buffering=1)
+        self.wandb = None
+        if args.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ImportError(f"--wandb {args.wandb}: pip install wandb first, or leave it out") from None
+            self.wandb = wandb.init(project=args.wandb, config={k: str(v) for k, v in vars(args).items()})
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+
+    def step(self, bar, step, loss, lr, samples_per_s, mask_tokens_per_s, mfu, peak_bytes):
+        """mfu: model FLOP utilisation, training_flops a second over the rate of one large matrix product."""
+        bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {samples_per_s:.0f} samples/s mfu {100 * mfu:.0f} %",
+                            refresh=False)  # fmt: skip
+        self.write({"step": step, "loss": loss, "lr": lr, "samples_per_s": samples_per_s,
+                    "mask_tokens_per_s": mask_tokens_per_s, "mfu": mfu,
+                    "peak_memory_gb": peak_bytes / 1e9})  # fmt: skip
+
+    def evaluation(self, step, scores, by_task, cells):
+        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+        self.write({"step": step, **scores, "tasks": tasks})
+        contact_sheet(cells, self.out_dir / f"grid-{step:06d}.png")
+        ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
+        tqdm.write(f"step {step}: cIoU {scores['cIoU']:.4f} gIoU {scores['gIoU']:.4f} mAHD@0.5 {ahd} px")
+
+
+def plot(out_dir):
+    """Draw loss and cIoU over the steps of OUT_DIR/log.jsonl into curves.png; returns its path.
+
+    FileNotFoundError without a log, ValueError for one without steps.
+    """
+    path = out_dir / "log.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such log")
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    scores = [(r["step"], r["cIoU"]) for r in records if r.get("cIoU") is not None]
+    if not losses:
+        raise ValueError(f"{path}: holds no step")
+    width, height, margin = 960, 320, 48
+    picture = Image.new("RGB", (width, 2 * height), "white")
+    draw = ImageDraw.Draw(picture)
+    last = max(step for step, _ in losses)
+    smooth, mean = [], losses[0][1]  # a running mean, that people see the trend
+    for step, loss in losses:
+        mean += 0.05 * (loss - mean)
+        smooth.append((step, mean))
+    rows = [("loss", max(loss for _, loss in losses), [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
+            ("cIoU, validation", 1.0, [(scores, "#c03020")])]  # fmt: skip
+    for row, (name, top, curves) in enumerate(rows):
+        base = (row + 1) * height - margin
+
+        def place(step, value, base=base, top=top):
+            return margin + step / last * (width - 2 * margin), base - value / top * (height - 2 * margin)
+
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            (x, y), (far, _) = place(0, share * top), place(last, share * top)
+            draw.line([x, y, far, y], fill="#e0e0e0")
+            draw.text((8, y - 6), f"{share * top:.2f}", fill="black")
+            draw.text((place(share * last, 0)[0] - 12, base + 8), f"{share * last:.0f}", fill="black")
+        draw.text((margin, base - height + 2 * margin - 24), f"{name} over steps", fill="black")
+        for points, color in curves:
+            spots = [place(*point) for point in points]
+            draw.line(spots, fill=color, width=2)
+            if len(spots) < 100:
+                for x, y in spots:
+                    draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
+    temporary = out_dir / f".curves.{os.getpid()}.tmp"
+    picture.save(temporary, "PNG")
+    os.replace(temporary, out_dir / "curves.png")
+    return out_dir / "curves.png"
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the run
 
 
-def open_run(args, model, optimizers, text_tokenizer, master):
-    """Make OUT_DIR what sample.py and --resume need; returns the number of steps that are already done."""
+def open_run(args, model, optimizers, text_tokenizer, master, say):
+    """Make OUT_DIR what sample.py and --resume need; returns the steps already done and the best cIoU so far."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = args.out_dir / "checkpoint.pt", args.out_dir / "log.jsonl"
+    log = args.out_dir / "log.jsonl"
     if master and args.resume is None and log.exists():
         raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
-    if args.resume == "auto":
-        done = load_checkpoint(checkpoint, model, optimizers, args) if checkpoint.exists() else 0
-    else:
-        done = load_checkpoint(args.resume, model, optimizers, args) if args.resume else 0
+    done, best = 0, -1.0
+    paths = saved_steps(args.out_dir) if args.resume == "auto" else [Path(args.resume)] if args.resume else []
+    for path in paths:
+        try:
+            done, best = load_checkpoint(path, model, optimizers, args)
+            break
+        except Damaged as error:
+            if path == paths[-1]:
+                raise
+            say(f"{error}: taking the one before")
+    if dist.is_initialized():  # without a common file system the ranks may have found different ones
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, done)
+        if len(set(steps)) > 1:
+            raise ValueError(f"{args.out_dir}: the ranks found checkpoints of steps {steps}: give all the same files")
     if master:
         trim_log(log, done)
-        mine = args.out_dir / "mask_tokenizer.safetensors"  # one of this repository's own goes along
-        if args.mask_tokenizer.suffix == ".safetensors" and args.mask_tokenizer.resolve() != mine.resolve():
-            shutil.copyfile(args.mask_tokenizer, mine)
-        (args.out_dir / "text.model").write_bytes(text_tokenizer.model.serialized_model_proto())
+        for path in args.out_dir.glob(".*.tmp"):  # of a run that was killed while it saved
+            path.unlink()
+        if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
+            write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
+        write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
         write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    return done
+    return done, best
 
 
-def train(args):
-    """The whole run; returns the last evaluation's metrics."""
+class TextFeatures:
+    """A frozen text encoder that is asked once for each phrase: text_ids (B,L) on the CPU -> (B,L,D) on its device.
+
+    Semantic sets have a few thousand different phrases in all. Where there are more than `room`, it starts over.
+    """
+
+    def __init__(self, encoder, device, room=2048):
+        self.encoder, self.device, self.room, self.known = encoder, device, room, {}
+
+    def __call__(self, text_ids):
+        rows = {row.numpy().tobytes(): row for row in text_ids}  # each phrase once
+        new = [key for key in rows if key not in self.known]
+        if len(self.known) + len(new) > self.room:
+            self.known, new = {}, list(rows)
+        if new:
+            features = self.encoder.encode_text(torch.stack([rows[key] for key in new]).to(self.device))
+            self.known |= {key: row.clone() for key, row in zip(new, features)}
+        return torch.stack([self.known[row.numpy().tobytes()] for row in text_ids])
+
+
+@torch.no_grad()
+def next_batch(loader, device, dtype, mask_tokenizer, text_features):
+    """What the model is asked next, on the device, text encoder and VQGAN already asked; None at the end."""
+    batch = next(loader, None)
+    if batch is None:
+        return None
+    text_ids = batch["text_ids"]
+    batch = {k: v.to(device, non_blocking=True) if k != "ids" else v for k, v in batch.items()}
+    batch["text"] = text_features(text_ids) if text_features else None  # (b,L,D)
+    batch["pixels"] = to_pixels(batch["pictures"])  # (b/P,3,S,S)
+    if "mask_tokens" not in batch:  # in float32: in bfloat16 codes that lie close together would be mixed up
+        batch["mask_tokens"] = mask_tokenizer.encode(mask_to_image(batch["masks"]))  # (b,M)
+    return batch
+
+
+def load_parts(args, device, dtype):
+    """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
+    mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
+    if args.init_from:
+        model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
+        if not args.any_weights:
+            check_source(args.init_from, "mask_tokenizer", model.frozen, mask_tokenizer.source)
+    else:
+        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
+        model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
+    model.frozen["mask_tokenizer"] = mask_tokenizer.source
+    text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
+    check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
+    if not args.init_from:
+        model.init_mask_tokens(mask_tokenizer.quantize.codebook)
+    model.to(device)
+    if model.config.freeze_encoders:
+        model.encoder.to(dtype)
+    model.llama.recompute = args.activation_checkpointing
+    return model, mask_tokenizer, text_tokenizer
+
+
+def train(args, stop):
+    """The whole run; returns the last evaluation's metrics. `stop`: a list, no longer empty once the run shall end."""
     # --- device, ranks
     rank, world_size, device = setup_ranks(args.device)
     master = rank == 0
@@ -437,76 +719,60 @@ def train(args):
     torch.manual_seed(args.seed)  # the initial weights
     torch.set_float32_matmul_precision("high")
 
-    # --- tokenizers, model
-    mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
-    if args.init_from:
-        raw_model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
-        if not args.any_weights:
-            check_source(args.init_from, "mask_tokenizer", raw_model.frozen, mask_tokenizer.source)
-    else:
-        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
-        raw_model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
-    raw_model.frozen["mask_tokenizer"] = mask_tokenizer.source
+    # --- model, data, what an earlier run left
+    raw_model, mask_tokenizer, text_tokenizer = load_parts(args, device, dtype)
     config = raw_model.config
-    text_tokenizer = TextTokenizer(args.text_tokenizer, config.siglip.text_length)
-    check_fit(config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
-    if not args.init_from:
-        raw_model.init_mask_tokens(mask_tokenizer.quantize.codebook)
-    raw_model.to(device)
-    if config.freeze_encoders:
-        raw_model.encoder.to(dtype)
-    optimizers = make_optimizers(raw_model, args)
-    first_step = open_run(args, raw_model, optimizers, text_tokenizer, master)
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
-    # --- data
     train_set = load_mixture(args.data, "train", args.root, rich=args.rich, phrases=args.phrases)
     val_set = load_mixture(args.data.split(",")[0], "val", args.root, rich=args.rich)
     cached = None
     if args.mask_tokens:
         cached = read_tokens(args.mask_tokens, args.data, mask_tokenizer.source, (len(train_set), config.mask_grid**2))
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(train_set) / args.batch_size)
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
                       micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide,
                       config.mask_grid * mask_tokenizer.config.downsample, cached)  # fmt: skip
     accumulation = batches.accumulation
+    optimizers = make_optimizers(raw_model, args)
+    first_step, best = open_run(args, raw_model, optimizers, text_tokenizer, master, say)
     todo = range(first_step * accumulation, args.max_steps * accumulation)
     workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
                                               pin_memory=device.type == "cuda"))  # fmt: skip
+    text_features = TextFeatures(raw_model.encoder, device) if config.freeze_encoders else None
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world_size > 1:  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True)  # fmt: skip
+
+    # --- the bill
+    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(config, args.phrases)
     count = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable parameters")
-    say(f"{world_size} x {device}, {dtype} ({reason})")
+    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable, {step_flops / 1e12:.2f} TFLOP a step")
+    say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {accumulation} micro-batches x {micro_batch_size}")
+    say(describe(args))
 
     # --- loop
-    log = open(args.out_dir / "log.jsonl", "a", buffering=1) if master else None
+    log = Log(args) if master else None
     bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps, disable=not master,
                smoothing=0.02, desc="train")  # fmt: skip
     scores, started = {}, time.perf_counter()
+    batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)
     for step in bar:
-        loss, seen = torch.zeros((), device=device), []
+        loss, seen = torch.zeros(2, device=device), []  # the mean loss; the share of ranks that were asked to stop
         for micro in range(accumulation):
-            batch = next(loader)
-            batch = {k: v.to(device, non_blocking=True) if k != "ids" else v for k, v in batch.items()}
-            if cached is None:
-                with torch.no_grad():  # in float32: in bfloat16 codes that lie close together would be mixed up
-                    batch["mask_tokens"] = mask_tokenizer.encode(mask_to_image(batch["masks"]))  # (b, M)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if world_size > 1:  # gradients are summed over ranks only once a step
                     model.require_backward_grad_sync = micro == accumulation - 1
-                _, micro_loss = model(batch["text_ids"], to_pixels(batch["pictures"]), batch["mask_tokens"],
-                                      batch["hide"] if args.hide else None, args.background_weight)  # fmt: skip
+                micro_loss = model(batch["text_ids"], batch["pixels"], batch["mask_tokens"],
+                                   batch["hide"] if args.hide else None, args.background_weight, batch["text"])[1]
             (micro_loss / accumulation).backward()
-            loss += micro_loss.detach() / accumulation
+            loss[0] += micro_loss.detach() / accumulation
             seen.append((batch["ids"], micro_loss.detach()))
-        loss = mean_over_ranks(loss, world_size).item()
-        if not math.isfinite(loss):
-            ids = [id for ids, value in seen if not math.isfinite(value.item()) for id in ids]
-            raise ArithmeticError(f"loss is {loss} at step {step + 1}, on rank {rank} in the micro-batches of "
-                                  f"{' '.join(ids) or 'no example'}: lower --lr, or look at them")  # fmt: skip
+            batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)  # a GPU is still at the last one
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
         lr = learning_rate(step, args)
         for optimizer in optimizers:
@@ -514,48 +780,74 @@ def train(args):
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        loss[1] = len(stop)
+        loss, stopping = mean_over_ranks(loss, world_size).tolist()  # here the host waits for the GPU, once a step
+        if not math.isfinite(loss):
+            ids = [id for ids, value in seen if not math.isfinite(value.item()) for id in ids]
+            raise ArithmeticError(f"loss is {loss} at step {step + 1}, on rank {rank} in the micro-batches of "
+                                  f"{' '.join(ids) or 'no example'}: lower --lr, or look at them")  # fmt: skip
 
-        done = step + 1
-        speed = args.batch_size / (time.perf_counter() - started)
-        bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {speed:.0f} samples/s", refresh=False)
+        done, seconds = step + 1, time.perf_counter() - started
         if master:
-            log.write(json.dumps({"step": done, "loss": loss, "lr": lr, "samples_per_s": speed}) + "\n")
+            log.step(bar, done, loss, lr, args.batch_size / seconds, args.batch_size * config.mask_grid**2 / seconds,
+                     step_flops / seconds / world_size / peak_flops, peak_memory(device))  # fmt: skip
         if done % args.eval_every == 0 or done == args.max_steps:
             total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
                                              world_size, progress=master)  # fmt: skip
             scores = total.compute()
             if master:
-                tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
-                log.write(json.dumps({"step": done, **scores, "tasks": tasks}) + "\n")
-                contact_sheet(cells, args.out_dir / f"grid-{done:06d}.png")
-                ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
-                say(f"step {done}: cIoU {scores['cIoU']:.4f} gIoU {scores['gIoU']:.4f} mAHD@0.5 {ahd} px")
-        if master and (done % args.save_every == 0 or done == args.max_steps):
-            save_checkpoint(args.out_dir / "checkpoint.pt", raw_model, optimizers, done, args)
+                log.evaluation(done, scores, by_task, cells)
+                if (scores["cIoU"] or 0.0) > best:
+                    raw_model.save_pretrained(args.out_dir / "best.safetensors", dtype=torch.float16)
+            best = max(best, scores["cIoU"] or 0.0)
+        if master and (done % args.save_every == 0 or done == args.max_steps or stopping):
+            save_checkpoint(args.out_dir, raw_model, optimizers, done, best, args)
+        if stopping:
+            say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
+            break
         started = time.perf_counter()
+    if master:
+        plot(args.out_dir)
     if world_size > 1:
         dist.destroy_process_group()
     return scores
 
 
 def main(argv=None):
-    """Run; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
+    """Run; returns the exit code: 0, also when a signal stopped it after a step; 1 for bad data, 2 for bad usage."""
     args = parse_args(argv)
+    stop, handlers = [], {}
     try:
         if args.print_config:
             print_config(args)
+        elif args.plot:
+            print(f"wrote {plot(args.plot)}")
         else:
-            train(args)
-    except (ValueError, OSError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, BadUsage) else 1
-        if dist.is_initialized():
-            os._exit(code)  # the other ranks may wait for this one in a collective: torchrun ends them
-        return code
-    except KeyboardInterrupt:
-        print("stopped: go on with --resume auto", file=sys.stderr)
-        return 130
+            handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
+                        for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+            train(args, stop)
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+        return fail(str(error), 2 if isinstance(error, BadUsage) else 1)
+    except torch.OutOfMemoryError as error:
+        return fail(f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size, or "
+                    "--activation-checkpointing")  # fmt: skip
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        return fail(f"rank {dist.get_rank()} cannot go on: another rank ended, or this one failed "
+                    f"({str(error).splitlines()[0]})")  # fmt: skip
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
+
+
+def fail(message, code=1):
+    """Say why, and return the exit code; as a rank end at once: others may wait for it, and torchrun ends them."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -41,12 +44,15 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     assert train.main(small(tmp_path)) == 0
     steps = [r for r in records(tmp_path) if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss", "lr", "samples_per_s"} <= set(r) for r in steps)
+    assert all({"loss", "lr", "samples_per_s", "mask_tokens_per_s", "mfu", "peak_memory_gb"} <= set(r) for r in steps)
+    tokens = train.PRESETS["scenes"].mask_grid ** 2
+    assert all(r["mask_tokens_per_s"] == pytest.approx(tokens * r["samples_per_s"]) for r in steps)
     (scores,) = [r for r in records(tmp_path) if "cIoU" in r]
     assert scores["count"] == 4 and {"gIoU", "mAHD@0.5"} <= set(scores)
     assert Image.open(tmp_path / "grid-000006.png").size[0] > 300
     names = {p.name for p in tmp_path.iterdir()}
-    assert {"checkpoint.pt", "model.safetensors", "mask_tokenizer.safetensors", "text.model"} <= names
+    assert {"checkpoint-0000003.pt", "checkpoint-0000006.pt", "best.safetensors", "curves.png", "args.json",
+            "model.safetensors", "mask_tokenizer.safetensors", "text.model"} <= names  # fmt: skip
     assert not any(name.endswith(".tmp") for name in names)
 
 
@@ -57,16 +63,16 @@ def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, opt
 
     call(tmp_path / "whole")
     # Stopped after step 3: the schedule must be the whole run's, so the stop is a kill, not a smaller --max-steps.
-    real, saved = train.save_checkpoint, []
+    real = train.save_checkpoint
 
     def save_and_die(*args):
         real(*args)
-        saved.append(args)
         raise KeyboardInterrupt
 
     train.save_checkpoint = save_and_die
     try:
-        assert train.main(small(tmp_path / "broken", "--optimizer", optimizer)) == 130
+        with pytest.raises(KeyboardInterrupt):
+            train.main(small(tmp_path / "broken", "--optimizer", optimizer))
     finally:
         train.save_checkpoint = real
     assert max(losses(tmp_path / "broken")) == 3
@@ -75,7 +81,8 @@ def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, opt
     call(tmp_path / "broken", "--resume", "auto")
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert [r["step"] for r in records(tmp_path / "broken") if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("whole", "broken"))
+    a, b = (torch.load(tmp_path / d / "checkpoint-0000006.pt", weights_only=True)["model"]
+            for d in ("whole", "broken"))  # fmt: skip
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -93,33 +100,136 @@ def test_accumulation_gives_the_same_losses(small, tmp_path):
 
 
 LAUNCH = """
-import sys, train
+import os, signal, sys, train
 from model import LlamaSeg
 train.PRESETS["scenes"] = LlamaSeg.from_pretrained(sys.argv.pop(1)).config
+rank, step, number = map(int, os.environ.get("SIGNAL", "-1 0 0").split())  # sent to itself by that rank in that step
+rate = train.learning_rate
+def learning_rate(at, args):
+    if rank == int(os.environ["RANK"]) and step == at + 1:
+        os.kill(os.getpid(), number)
+    return rate(at, args)
+train.learning_rate = learning_rate
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_two_processes_give_the_losses_of_one(small, tiny_checkpoint, tmp_path):
+@pytest.fixture
+def torchrun(tiny_checkpoint, tmp_path):
+    """torchrun(flags, signal): train.py in two processes on the tiny model."""
     (tmp_path / "launch.py").write_text(LAUNCH)
-    flags = ["--max-steps", "20", "--eval-every", "20"]
+
+    def run(flags, sent="-1 0 0"):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             str(tmp_path / "launch.py"), str(tiny_checkpoint / "model.safetensors"), *flags],
+            env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "SIGNAL": sent},
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    return run
+
+
+def same_losses(a, b):
+    one, two = losses(a), losses(b)
+    return one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-4
+
+
+def test_two_processes_give_the_losses_of_one(small, torchrun, tmp_path):
+    flags = ["--max-steps", "30", "--eval-every", "30"]
     assert train.main(small(tmp_path / "one", *flags)) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "launch.py"), str(tiny_checkpoint / "model.safetensors"), *small(tmp_path / "two", *flags)],
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = torchrun(small(tmp_path / "two", *flags))
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20 and max(abs(one[s] - two[s]) for s in one) < 1e-4
+    assert len(losses(tmp_path / "one")) == 30 and same_losses(tmp_path / "one", tmp_path / "two")
     scores = [[r for r in records(tmp_path / d) if "cIoU" in r][-1] for d in ("one", "two")]
     assert scores[0]["count"] == scores[1]["count"] == 4  # each example once, on whichever rank
 
 
+def test_a_signal_to_one_rank_saves_and_one_process_goes_on(small, torchrun, tmp_path):
+    """Two processes that accumulate, stopped by SIGTERM, and one process that does not: the losses of one run."""
+    flags = ["--max-steps", "30", "--eval-every", "30", "--phrases", "2"]
+    assert train.main(small(tmp_path / "one", *flags)) == 0
+    flags = small(tmp_path / "two", *flags, "--save-every", "100")
+    done = torchrun([*flags, "--micro-batch-size", "2"], f"1 11 {int(signal.SIGTERM)}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [p.name for p in train.saved_steps(tmp_path / "two")] == ["checkpoint-0000011.pt"]
+    assert train.main([*flags, "--resume", "auto"]) == 0
+    assert len(losses(tmp_path / "two")) == 30 and same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_killed_rank_ends_the_job(small, torchrun, tmp_path):
+    start = time.monotonic()
+    done = torchrun(small(tmp_path / "out", "--max-steps", "3000"), f"1 5 {int(signal.SIGKILL)}")
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert "another rank ended" in done.stderr or "SIGKILL" in done.stderr
+    assert max(losses(tmp_path / "out")) <= 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(small, tmp_path, monkeypatch, number):
+    assert train.main(small(tmp_path / "whole")) == 0
+    rate = train.learning_rate
+
+    def signalled(step, args):
+        if step == 1:
+            signal.raise_signal(number)
+        return rate(step, args)
+
+    monkeypatch.setattr(train, "learning_rate", signalled)
+    assert train.main(small(tmp_path / "broken")) == 0
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert max(losses(tmp_path / "broken")) == 2
+    assert train.main(small(tmp_path / "broken", "--resume", "auto")) == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
+    assert train.main(small(tmp_path)) == 0
+    before = losses(tmp_path)
+    newest, older = train.saved_steps(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-1000])  # half a copy
+    (tmp_path / ".checkpoint-0000007.pt.1.tmp").write_bytes(b"half a save")
+    assert train.main(small(tmp_path, "--resume", "auto")) == 0
+    assert "checkpoint-0000006.pt: not a whole checkpoint" in capsys.readouterr().out
+    assert losses(tmp_path) == before and not list(tmp_path.glob(".*"))
+    for path in (newest, older):
+        path.write_bytes(b"nothing")
+    assert train.main(small(tmp_path, "--resume", "auto")) == 1
+    assert "not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_only_the_newest_checkpoints_stay(small, tmp_path):
+    assert train.main(small(tmp_path, "--save-every", "1", "--keep", "3")) == 0
+    assert [int(p.stem[-7:]) for p in train.saved_steps(tmp_path)] == [6, 5, 4]
+
+
+def test_the_best_weights_are_those_of_the_best_evaluation(small, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    real, scores = train.evaluate, iter([0.2, 0.5, 0.4])
+
+    def evaluate(*args, **more):
+        total, by_task, cells = real(*args, **more)
+        value = next(scores)
+        monkeypatch.setattr(total, "compute", lambda: {"cIoU": value, "gIoU": value, "mAHD@0.5": None})
+        return total, by_task, cells
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert train.main(small(tmp_path, "--eval-every", "2", "--save-every", "2", "--keep", "3")) == 0
+    _, second, _ = train.saved_steps(tmp_path)
+    expected = torch.load(second, weights_only=True)["model"]
+    best = load_file(tmp_path / "best.safetensors")
+    assert all(torch.equal(best[name], expected[name].half()) for name in expected)
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    args = train.parse_args(["--max-steps", "1000", "--warmup-steps", "100", "--lr", "0.5"])
-    rates = [train.learning_rate(s, args) for s in range(1001)]
+    for warmup in ("100", "0.1"):  # steps, or a share of them
+        args = train.parse_args(["--max-steps", "1000", "--warmup-steps", warmup, "--lr", "0.5"])
+        rates = [train.learning_rate(s, args) for s in range(1001)]
+        check_rates(rates)
+
+
+def check_rates(rates):
     assert rates[0] == pytest.approx(0.005) and rates[99] == rates[100] == 0.5 and rates[1000] == pytest.approx(0)
     assert rates[550] == pytest.approx(0.25) and all(a >= b for a, b in zip(rates[99:], rates[100:]))
 
@@ -137,8 +247,8 @@ def test_each_parameter_has_exactly_one_optimizer(tiny_checkpoint):
 def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, capsys):
     real = train.LlamaSeg.forward
 
-    def broken(self, *args):
-        logits, loss = real(self, *args)
+    def broken(self, *args, **more):
+        logits, loss = real(self, *args, **more)
         return logits, loss * float("nan")
 
     monkeypatch.setattr(train.LlamaSeg, "forward", broken)
@@ -157,7 +267,7 @@ def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
     assert "--phrases 4, not 2" in capsys.readouterr().err
     assert train.main(small(tmp_path / "x", "--micro-batch-size", "6")) == 1
     assert "8" in capsys.readouterr().err
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    whole = (tmp_path / "checkpoint-0000006.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     assert train.main(small(tmp_path / "new", "--resume", str(tmp_path / "cut.pt"))) == 1
     assert "cut.pt" in capsys.readouterr().err
@@ -206,7 +316,7 @@ def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path,
         assert not any(name.startswith("encoder.") for name in file.keys())
         frozen = json.loads(file.metadata()["frozen"])
     assert (frozen["encoder"]["name"], frozen["mask_tokenizer"]["name"]) == ("siglip-tiny", "vq_ds16")
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state = torch.load(out / "checkpoint-0000004.pt", weights_only=True)
     assert not any(name.startswith("encoder.") for name in state["model"])
 
     picture, (_, _, _, encoder, _, vqgan, *_) = REPO / "assets" / "example.png", official
@@ -304,4 +414,100 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(monkeypatch, kv_head
     weight_shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     kept = [x for x in kept.values() if tuple(x.shape) not in weight_shapes]  # autocast's copies are counted apart
     bytes = sum(x.untyped_storage().nbytes() for x in kept)
-    assert abs(train.activation_bytes(config) * batch / bytes - 1) < 0.05
+    assert abs(train.activation_bytes(config, batch) / bytes - 1) < 0.05
+
+
+# --- the paper's stages, and what a run costs
+
+
+def test_stages_are_the_papers_and_flags_win():
+    args = train.parse_args(["--preset", "llamaseg-b", "--stage", "pretrain"])
+    assert (args.lr, args.betas, args.weight_decay, args.epochs, args.max_steps) == (2e-4, (0.9, 0.95), 0.05, 4, None)
+    assert args.data.startswith("sa-ovrs") and args.optimizer == "adamw"
+    for stage, epochs, data in (("finetune-semantic", 10, "ade20k"), ("finetune-referring", 20, "refcoco")):
+        args = train.parse_args(["--preset", "llamaseg-l", "--stage", stage])
+        assert (args.lr, args.betas, args.weight_decay, args.epochs) == (1e-4, (0.9, 0.99), 0.0, epochs)
+        assert args.data.startswith(data) and args.warmup_steps == 0.01
+    args = train.parse_args(["--stage", "finetune-semantic", "--lr", "3e-4", "--data", "cocostuff", "--max-steps", "7",
+                             "--betas", "0.8", "0.9"])  # fmt: skip
+    assert (args.lr, args.data, args.max_steps, args.epochs, args.betas) == (3e-4, "cocostuff", 7, None, [0.8, 0.9])
+    with pytest.raises(SystemExit):
+        train.parse_args(["--epochs", "2", "--max-steps", "7"])
+
+
+def test_epochs_become_steps(small, tmp_path):
+    one = {"image": str(REPO / "assets" / "example.png"), "mask": [[1, 1, 9, 1, 9, 9]]}
+    lines = [json.dumps({**one, "phrase": f"thing {i}"}) for i in range(10)]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    flags = [f for f in small(tmp_path / "out", "--data", "sa-ovrs", "--root", str(tmp_path), "--epochs", "3")]
+    at = flags.index("--max-steps")
+    assert train.main(flags[:at] + flags[at + 2:]) == 0
+    assert max(losses(tmp_path / "out")) == 4  # 3 x 10 phrases in batches of 8
+
+
+@pytest.mark.parametrize("freeze,phrases", [(True, 1), (False, 2)])
+def test_training_flops_are_those_that_pytorch_counts(monkeypatch, freeze, phrases):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import model as M
+    from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig
+
+    config = LlamaSegConfig(
+        siglip=SigLIPConfig(image_size=128, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=96,
+                            vocab_size=50, text_width=32, text_layers=3, text_heads=2, text_mlp=48),
+        llama=LlamaConfig(width=128, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=352), codebook_size=600,
+        mask_grid=8, freeze_encoders=freeze,
+    )  # fmt: skip
+    # in matrix products, which PyTorch counts on every device
+    monkeypatch.setattr(M, "attention", lambda q, k, v, causal: (
+        q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    ).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1))  # fmt: skip
+    model, batch = LlamaSeg(config), 2
+    with FlopCounterMode(display=False) as counter:
+        _, loss = model(torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch // phrases, 3, 128, 128),
+                        torch.zeros(batch, 64, dtype=torch.long))  # fmt: skip
+        loss.backward()
+    # PyTorch leaves out the gradient of inputs that need none (pixels; frozen features)
+    assert counter.get_total_flops() / batch == pytest.approx(train.training_flops(config, phrases), rel=0.02)
+
+
+def test_activation_checkpointing_changes_no_loss(small, tmp_path):
+    assert train.main(small(tmp_path / "a")) == 0
+    assert train.main(small(tmp_path / "b", "--activation-checkpointing")) == 0
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert all(a[step] == pytest.approx(b[step], abs=1e-5) for step in a)
+    whole, parts = (train.activation_bytes(train.PRESETS["llamaseg-b"], 32, recompute) for recompute in (False, True))
+    assert parts < whole / 4
+
+
+def test_a_phrase_goes_through_the_frozen_text_encoder_once():
+    from model import SigLIP, SigLIPConfig
+
+    encoder = SigLIP(SigLIPConfig(vision_layers=1, vision_width=16, vision_heads=1, vision_mlp=16, vocab_size=40,
+                                  text_width=32, text_layers=2, text_heads=2, text_mlp=32), vision=False)  # fmt: skip
+    asked, real = [], encoder.encode_text
+    encoder.encode_text = lambda ids: asked.append(len(ids)) or real(ids)
+    features = train.TextFeatures(encoder, "cpu", room=5)
+    ids = torch.randint(0, 40, (4, 64))
+    with torch.no_grad():
+        for rows in ([0, 1, 0, 1], [1, 2, 2, 0], [0, 1, 2, 2]):
+            assert torch.allclose(features(ids[rows]), real(ids[rows]), atol=1e-6)
+        assert asked == [2, 1]
+        more = torch.randint(0, 40, (5, 64))  # too many for the room
+        assert torch.allclose(features(more), real(more), atol=1e-6) and asked == [2, 1, 5]
+
+
+def test_curves_are_drawn_and_wandb_is_told(small, tmp_path, monkeypatch, capsys):
+    told = []
+    fake = types.SimpleNamespace(init=lambda **more: types.SimpleNamespace(log=lambda *a, **b: told.append(a[0])))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert train.main(small(tmp_path / "a", "--wandb", "x")) == 0
+    assert told == records(tmp_path / "a")
+    (tmp_path / "a" / "curves.png").unlink()
+    assert train.main(["--plot", str(tmp_path / "a")]) == 0
+    colors = {color for _, color in Image.open(tmp_path / "a" / "curves.png").getcolors(1 << 16)}
+    assert {(32, 80, 192), (192, 48, 32)} <= colors  # the loss, the cIoU
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train.main(small(tmp_path / "b", "--wandb", "x")) == 1 and "pip install wandb" in capsys.readouterr().err
+    assert train.main(["--plot", str(tmp_path / "none")]) == 1
