@@ -495,23 +495,35 @@ def print_config(args):
     micro_batch_size = args.micro_batch_size or args.batch_size // ranks
     if micro_batch_size < 1 or args.batch_size % (micro_batch_size * ranks):
         raise ValueError(f"batch size {args.batch_size} must be a multiple of {ranks} ranks x {micro_batch_size}")
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    memory = {
-        "trainable weights": 4 * sums[True],  # float32
-        "frozen weights": 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),  # encoder bfloat16, mask tokenizer float32
-        "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
-        "gradients": 4 * sums[True],
-        "optimizer": optimizer_bytes(model, args),
-        "activations": activation_bytes(config, micro_batch_size, args.activation_checkpointing),
-    }
+    memory = memory_of_a_rank(model, mask_tokenizer, config, args, micro_batch_size)
     print(f"\nmemory of a rank         {ranks} ranks, {micro_batch_size} of {args.batch_size} samples in a micro-batch")
-    for name, size in [*memory.items(), ("all", sum(memory.values()))]:
+    alone = ranks == 1 and args.batch_size == micro_batch_size
+    for name, size in [*memory.items(), ("peak", peak_of(memory, alone))]:
         print(f"  {name:22}{size / 1e9:10.2f} GB")
     gflop, count = training_flops(config, args.phrases) / 1e9, 6 * sums[True] * sum(tokens.values()) / 1e9
     print(f"\narithmetic               {gflop:,.0f} GFLOP to train on a sample (6 x trainable x tokens: {count:,.0f})")
     print(f"\nthis run                 {describe(args)}")
     print(f"\nthe paper\n{PAPER}")
+
+
+def memory_of_a_rank(model, mask_tokenizer, config, args, micro_batch_size):
+    """{what: bytes} of one rank in training; the modules may be on the meta device."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "trainable weights": 4 * sum(p.numel() for p in trainable),  # float32
+        "frozen weights": 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),  # encoder bfloat16, mask tokenizer float32
+        "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
+        "gradients": 4 * sum(p.numel() for p in trainable),
+        "optimizer": optimizer_bytes(model, args),
+        "activations": activation_bytes(config, micro_batch_size, args.activation_checkpointing),
+    }
+
+
+def peak_of(memory, alone):
+    """Bytes that are there at once. Gradients stay from step to step under DDP and from one micro-batch to the next;
+    a rank `alone` without accumulation makes them while the activations go."""
+    return sum(memory.values()) - (min(memory["gradients"], memory["activations"]) if alone else 0)
 
 
 def describe(args):
