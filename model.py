@@ -347,13 +347,14 @@ class KVCache:
 
     It is allocated once for `length` tokens and written in place. `position`, the number of tokens seen, is
     a Python int: each pass adds a length that the host knows from a shape, so no `.item()`, which would make
-    the host wait for the device, is ever needed.
+    the host wait for the device, is ever needed. To take tokens back, lower it: they are overwritten.
     """
 
     def __init__(self, config: LlamaConfig, batch, length, device=None, dtype=torch.float32):
         shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rope = rope_tables(torch.arange(length, device=device), config.head_dim, config.rope_theta)
         self.position = 0
         self.config = config
 
@@ -363,6 +364,20 @@ class KVCache:
         self.keys[layer, :, :, self.position:end] = k
         self.values[layer, :, :, self.position:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def update_rows(self, layer, k, v, positions):
+        """Write k, v (B,nkv,T,hd), B the first rows, at positions (B,T), each row's own; return what there is before
+        the position, (B,nkv,position,hd): the caller has put that behind all of them."""
+        B, end = len(positions), self.position
+        rows = torch.arange(B, device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.keys[layer, :B, :, :end], self.values[layer, :B, :, :end]
+
+    def move(self, source, target):
+        """Copy one row over another."""
+        for x in (self.keys, self.values):
+            x[:, target, :, :self.position] = x[:, source, :, :self.position]
 
     def repeat(self, n):
         """A new cache in which every row stands n times in a row (the beams of one example)."""
@@ -405,6 +420,17 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).type_as(x)
 
 
+@dataclass
+class Place:
+    """Where the tokens of a pass stand, worked out once for all layers."""
+
+    cos: torch.Tensor  # (T,hd) or (B,1,T,hd)
+    sin: torch.Tensor
+    cache: KVCache | None = None
+    positions: torch.Tensor | None = None  # (B,T), where each row has its own
+    visible: torch.Tensor | None = None  # bool, broadcast to (B,nh,T,all tokens); None: causal, or all
+
+
 class LlamaAttention(nn.Module):
     """Causal self-attention with rotary positions, with or without a KV cache."""
 
@@ -416,25 +442,23 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x, cos, sin, layer, cache=None):
+    def forward(self, x, layer, place):
         B, T, _ = x.shape
-        c = self.config
+        c, cache = self.config, place.cache
         q = self.q_proj(x).view(B, T, c.heads, c.head_dim).transpose(1, 2)  # (B,nh,T,hd)
         k = self.k_proj(x).view(B, T, c.kv_heads, c.head_dim).transpose(1, 2)  # (B,nkv,T,hd)
         v = self.v_proj(x).view(B, T, c.kv_heads, c.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        grouped = c.kv_heads != c.heads
+        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
         if cache is None or cache.position == 0:
             if cache is not None:
                 cache.update(layer, k, v)
             y = attention(q, k, v, causal=True)
         else:
-            k, v = cache.update(layer, k, v)
-            # One new token sees all that is valid. Of several, token i sees the cache and the new up to i.
-            visible = None
-            if T > 1:
-                visible = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.position)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+            if place.positions is None:
+                k, v = cache.update(layer, k, v)
+            else:
+                k, v = cache.update_rows(layer, k, v, place.positions)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.visible, enable_gqa=c.kv_heads != c.heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -461,8 +485,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin, layer, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache)
+    def forward(self, x, layer, place):
+        x = x + self.self_attn(self.input_layernorm(x), layer, place)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -481,27 +505,41 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, embeddings, cache=None):
+    def forward(self, embeddings, cache=None, positions=None):
         """embeddings (B,T,D) -> hidden states (B,T,D) after the final norm; each sees itself and all before.
 
-        With a cache the T embeddings continue the `cache.position` tokens it holds, and join them.
-        ValueError if they do not fit.
+        With a cache the T embeddings continue the `cache.position` tokens it holds, and join them. With positions
+        (B,T) as well, each row continues at its own, in the first B rows of the cache, which the caller has told to
+        look at more than all of them (`cache.position`). ValueError if they do not fit.
         """
-        T = embeddings.shape[1]
-        start = 0 if cache is None else cache.position
-        if cache is not None and start + T > cache.keys.shape[3]:
-            raise ValueError(f"{start} + {T} tokens do not fit a KV cache of {cache.keys.shape[3]}")
-        positions = torch.arange(start, start + T, device=embeddings.device)
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        place = self.place(embeddings, cache, positions)
         x = embeddings
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, i, use_reentrant=False)
+                x = checkpoint(layer, x, i, place, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, i, cache)
-        if cache is not None:
-            cache.position += T
+                x = layer(x, i, place)
+        if cache is not None and positions is None:
+            cache.position += embeddings.shape[1]
         return self.norm(x)
+
+    def place(self, embeddings, cache, positions):
+        """The Place of a pass."""
+        T, device = embeddings.shape[1], embeddings.device
+        if cache is None:
+            tables = rope_tables(torch.arange(T, device=device), self.config.head_dim, self.config.rope_theta)
+            return Place(*tables)
+        start, (cos, sin) = cache.position, cache.rope
+        if positions is not None:
+            tokens = torch.arange(start, device=device)
+            visible = tokens <= positions[:, None, :, None]  # (B,1,T,position)
+            return Place(cos[positions][:, None], sin[positions][:, None], cache, positions, visible)
+        if start + T > cache.keys.shape[3]:
+            raise ValueError(f"{start} + {T} tokens do not fit a KV cache of {cache.keys.shape[3]}")
+        visible = None  # one new token sees all that is there; of several, token i sees the cache and the new up to i
+        if start and T > 1:
+            visible = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+        return Place(cos[start:start + T], sin[start:start + T], cache, visible=visible)
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
@@ -552,6 +590,7 @@ class LlamaSegConfig:
     codebook_size: int = 16384  # K, rows of the mask tokenizer's codebook
     mask_grid: int = 16  # h = w tokens, so M = mask_grid**2
     freeze_encoders: bool = True  # no gradient for SigLIP
+    hide: bool = False  # trained with hidden mask tokens (LlamaSeg.forward), so it can guess them all at once
 
     def __post_init__(self):
         if isinstance(self.siglip, dict):
@@ -595,6 +634,7 @@ PRESETS: dict[str, LlamaSegConfig] = {
 HEAD_PART = 1024  # mask tokens whose logits are in memory at once, with llama.recompute
 
 DECODES = ("greedy", "beam", "top-k", "top-p", "random")
+DRAFTS = ("auto", "none", "row", "jacobi", "hidden")
 
 
 class LlamaSeg(nn.Module):
@@ -734,43 +774,163 @@ class LlamaSeg(nn.Module):
 
     @torch.no_grad()
     def generate(self, text_ids, pixels, decode="greedy", beams=3, top_k=3, top_p=0.9, temperature=1.0,
-                 seed=0, stats=None):
+                 seed=0, draft="auto", window=None, stats=None):
         """text_ids (B,L), pixels (b,3,S,S) -> mask tokens (B,M) int64, one after the other with a KV cache.
 
         decode: "greedy"; "beam", the best of `beams` sequences kept by summed log-probability; or a draw at
         `temperature` from the `top_k` likeliest tokens ("top-k"), from the fewest that together reach
         probability `top_p` ("top-p"), or from all ("random"). The same `seed` draws the same tokens.
-        stats: a dict to fill: "passes", transformer passes after the prefill; "prefill_ms", encoders
-        included; "decode_ms". ValueError for an unknown decode or a value out of range.
+        draft: how greedy decoding guesses tokens to verify several in a pass, see `greedy`: "row", "jacobi", "hidden",
+        "none" (or None) for one a pass, "auto" for the fastest. The mask is the same. window: tokens in a pass.
+        stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
+        that it took part in; "prefill_ms", encoders included; "decode_ms".
+        ValueError for an unknown decode or draft or a value out of range.
         """
         K, M, device = self.config.codebook_size, self.config.mask_grid**2, text_ids.device
-        if decode not in DECODES:
-            raise ValueError(f"unknown decode {decode!r}, choose from {', '.join(DECODES)}")
+        draft = draft or "none"
+        for what, value, known in (("decode", decode, DECODES), ("draft", draft, DRAFTS)):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}, choose from {', '.join(known)}")
+        if decode != "greedy" and draft not in ("auto", "none"):
+            raise ValueError(f"draft {draft!r} is for greedy decoding, not for {decode!r}")
         if not (1 <= beams <= K and 1 <= top_k <= K):
             raise ValueError(f"beams {beams} and top_k {top_k} must be in 1 .. {K}, the codebook size")
         if not (0 < top_p <= 1 and temperature > 0):
             raise ValueError(f"top_p {top_p} must be in (0, 1], temperature {temperature} above 0")
+        if window is not None and window < 1:
+            raise ValueError(f"window {window} must be at least 1")
         start = clock(device)
         prefix = self.prefix(text_ids, pixels)
+        B, P = prefix.shape[:2]
+        if draft == "auto":
+            draft, window = self.best_draft(B, window, device)
+        window = min(M, window or 16) if decode == "greedy" and draft != "none" else 1
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.boi.dtype
-        cache = KVCache(self.config.llama, len(prefix), prefix.shape[1] + M - 1, device, dtype)
-        logits = self.next_logits(prefix, cache)  # (B,K)
+        cache = KVCache(self.config.llama, B, P + M - 1 + window, device, dtype)
+        guesses = None
+        if draft == "hidden" and window > 1:  # every mask token hidden: its guess for all of them, in the prefill pass
+            hidden = self.llama(torch.cat([prefix, prefix.new_zeros(B, M - 1, prefix.shape[2])], dim=1), cache)
+            guesses = self.head(hidden[:, P - 1:]).argmax(-1)  # (B,M)
+            logits = self.head(hidden[:, P - 1]).float()
+            cache.position = P
+        else:
+            logits = self.next_logits(prefix, cache)  # (B,K)
         prefilled = clock(device)
+        mask_passes = [M - 1] * B
         if decode == "beam":
             tokens = self.beam_search(logits, cache, beams)
+        elif window > 1:
+            tokens, mask_passes = self.greedy(logits, cache, draft, window, guesses)
         else:
             generator = torch.Generator(device).manual_seed(seed)
-            tokens = torch.empty(len(prefix), M, dtype=torch.long, device=device)
+            tokens = torch.empty(B, M, dtype=torch.long, device=device)
             for t in range(M):
                 if t > 0:
                     logits = self.next_logits(self.mask_embedding(tokens[:, t - 1:t]), cache)
                 tokens[:, t] = choose(logits, decode, top_k, top_p, temperature, generator)
         if stats is not None:
-            stats["passes"] = M - 1
+            stats["passes"], stats["mask_passes"] = max(mask_passes), mask_passes
             stats["prefill_ms"] = 1000 * (prefilled - start)
             stats["decode_ms"] = 1000 * (clock(device) - prefilled)
         return tokens
+
+    def best_draft(self, batch, window, device):
+        """(draft, window) for "auto": measured, see LOG.md. A pass is paid by its tokens once the device is full."""
+        return "hidden" if self.config.hide else "jacobi", window or 16
+
+    def greedy(self, logits, cache, draft, window, guesses):
+        """Greedy decoding that verifies up to `window` tokens a pass -> mask tokens (B,M), passes of each mask.
+
+        A pass reads the last sure token and guesses after it. Its own choices are right as long as the guesses before
+        them were, and one more: those are sure now, and the others are guesses of the next pass. (Stern et al. 2018,
+        "Blockwise Parallel Decoding"; Santilli et al. 2023, Jacobi decoding.) Where there is no guess yet, a mask
+        resembles its row above: the token there, or the last sure one in the first row.
+            row     copies the row above and throws the pass's own later choices away
+            jacobi  keeps them
+            hidden  starts from `guesses` (B,M), the choices when all mask tokens are hidden
+        logits (B,K) of mask token 0; the cache holds the prefix. Each mask is at its own place; done ones leave.
+        """
+        B, grid, P, device = len(logits), self.config.mask_grid, cache.position, logits.device
+        M = grid**2
+        tokens = torch.zeros(B, M + window, dtype=torch.long, device=device)  # sure ones, then guesses
+        if guesses is not None:
+            tokens[:, :M] = guesses
+        tokens[:, 0] = logits.argmax(-1)
+        sure = torch.ones(B, 1, dtype=torch.long, device=device)  # how many tokens of each mask are sure
+        guessed = torch.full_like(sure, M if draft == "hidden" else 1)  # and how many are at least guessed
+        places, steps = torch.arange(M + window, device=device), torch.arange(window, device=device)
+        masks, passes = list(range(B)), [0] * B  # the mask in each row of the cache
+        result = torch.empty(B, M, dtype=torch.long, device=device)
+        counts, least, most = [1] * B, 1, 1
+        wanted = window
+        while masks:
+            width = min(wanted, M - least)
+            if draft != "hidden":
+                self.copy_rows_above(tokens, guessed, places, least, most + width)
+            before = sum(counts)
+            at = sure + steps[:width]  # (B,width): the places that this pass chooses for
+            cache.position = P + most - 1 + width
+            hidden = self.llama(self.mask_embedding(tokens.gather(1, at - 1)), cache, P - 1 + at)
+            chosen = self.head(hidden).float().argmax(-1)  # (B,width)
+            right = (tokens.gather(1, at[:, :-1]) == chosen[:, :-1]).cumprod(1).sum(1, keepdim=True)
+            tokens.scatter_(1, at, chosen)
+            if draft != "hidden":
+                guessed = torch.maximum(guessed, sure + width) if draft == "jacobi" else sure + right + 1
+            sure = sure + right + 1
+            counts = sure.flatten().tolist()  # the host waits here, once a pass
+            gained = (sum(counts) - before) / len(counts)
+            wanted = min(window, math.ceil(2 * gained) + 2)  # twice what was right this time
+            for row in reversed(range(len(masks))):
+                passes[masks[row]] += 1
+                if counts[row] >= M:  # the last row takes the place of a mask that is done
+                    result[masks[row]] = tokens[row, :M]
+                    last = len(masks) - 1
+                    if row < last:
+                        cache.move(last, row)
+                        tokens[row], sure[row], guessed[row] = tokens[last], sure[last], guessed[last]
+                        masks[row], counts[row] = masks[last], counts[last]
+                    masks.pop()
+                    counts.pop()
+            tokens, sure, guessed = (x[:len(masks)] for x in (tokens, sure, guessed))
+            least, most = (min(counts), max(counts)) if masks else (M, M)
+        return result, passes
+
+    def copy_rows_above(self, tokens, guessed, places, start, end):
+        """Guess the places from `guessed` (B,1) on, of those between start and end: the token of the row above."""
+        grid = self.config.mask_grid
+        for row in range(start // grid, (end - 1) // grid + 1):
+            here = places[row * grid:(row + 1) * grid]
+            above = tokens.gather(1, guessed - 1) if row == 0 else tokens[:, here - grid]
+            tokens[:, here] = torch.where(here >= guessed, above, tokens[:, here])
+
+    @torch.no_grad()
+    def confidence(self, text_ids, pixels, tokens):
+        """The probability that the model gives each of the mask tokens (B,M), given those before it: (B,M) float32."""
+        logits, _ = self(text_ids, pixels, tokens)
+        return logits.float().softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
+
+    @torch.no_grad()
+    def mask_attention(self, text_ids, pixels, tokens):
+        """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
+        (B,M-1,M-1), for the last mask token is chosen but never read. What a row leaves to 1 went to text and picture.
+        The paper's Figure 5.
+        """
+        prefix = self.prefix(text_ids, pixels)
+        x = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1)
+        place = self.llama.place(x, None, None)
+        for i, layer in enumerate(self.llama.layers[:-1]):
+            x = layer(x, i, place)
+        last, c = self.llama.layers[-1], self.config.llama
+        x = last.input_layernorm(x)
+        B, T, _ = x.shape
+        q = rotate(last.self_attn.q_proj(x).view(B, T, c.heads, c.head_dim).transpose(1, 2), place.cos, place.sin)
+        k = rotate(last.self_attn.k_proj(x).view(B, T, c.kv_heads, c.head_dim).transpose(1, 2), place.cos, place.sin)
+        k = k.repeat_interleave(c.heads // c.kv_heads, dim=1)
+        scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
+        return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def next_logits(self, embeddings, cache):
         """Feed embeddings (B,T,D) and return the logits (B,K) of the token after them, in float32."""

@@ -3,6 +3,8 @@
     python sample.py                                             # embedded picture, embedded checkpoint
     python sample.py --image x.jpg --prompt "the red circle"     # your own; --prompt can be repeated
     python sample.py --image folder --prompt "everything blue" --json masks.json
+    python sample.py --image x.jpg --prompt "the red circle" --confidence sure.png --attention looks.png
+    python sample.py --bench                                     # where the time goes, drafted and plain
     python sample.py --dataset scenes --split test               # score a checkpoint on a data set
     torchrun --nproc_per_node=8 sample.py --dataset refcoco --split testA --root data --checkpoint out
 
@@ -41,9 +43,20 @@ from data import (
     write_picture,
 )
 from metrics import SegmentationMetrics, add_up, boundary, read_records, write_json
-from model import DECODES, WEIGHTS, LlamaSeg, check_source, compute_dtype, pick_device
-from tokenizer import VQGAN, TextTokenizer, decode_masks
-from train import ASSETS, check_fit, locate, predict, setup_ranks
+from model import (
+    DECODES,
+    DRAFTS,
+    PRESETS,
+    WEIGHTS,
+    KVCache,
+    LlamaSeg,
+    check_source,
+    clock,
+    compute_dtype,
+    pick_device,
+)
+from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks
+from train import ASSETS, check_fit, locate, peak_memory, predict, setup_ranks
 
 SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
 EXAMPLE = ASSETS / "example.png"
@@ -110,17 +123,30 @@ class Segmenter:
         return self.text_tokenizer(list(prompts)).to(self.device), pixels.to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, image, prompts, decode="greedy"):
+    def __call__(self, image, prompts, decode="greedy", draft="auto"):
         """PIL picture (any mode and size) and a list of n prompts -> n bool arrays (H, W), at its own size.
 
-        The picture is encoded once. Raises ValueError as `prepare` does.
+        decode, draft: see LlamaSeg.generate. The picture is encoded once. Raises ValueError as `prepare` does.
+        """
+        return self.many([image], prompts, decode, draft)[0]
+
+    @torch.inference_mode()
+    def many(self, images, prompts, decode="greedy", draft="auto", inside=None):
+        """The same for b pictures together, each asked all n prompts: b lists of n bool arrays.
+
+        inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M).
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            return []
-        text_ids, pixels = self.prepare(image, prompts)
-        tokens = self.model.generate(text_ids, pixels, decode=decode)
-        return decode_masks(self.mask_tokenizer, tokens, [image.size[::-1]] * len(prompts))
+        if not prompts or not images:
+            return [[] for _ in images]
+        prepared = [self.prepare(image, prompts) for image in images]
+        text_ids, pixels = (torch.cat(rows) for rows in zip(*prepared))  # (b*n,L), (b,3,S,S)
+        tokens = self.model.generate(text_ids, pixels, decode=decode, draft=draft)
+        if inside is not None:
+            inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens)
+        sizes = [image.size[::-1] for image in images for _ in prompts]
+        masks = decode_masks(self.mask_tokenizer, tokens, sizes)
+        return [masks[i:i + len(prompts)] for i in range(0, len(masks), len(prompts))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,10 +191,31 @@ def describe(mask):
     return int(mask.sum()), box
 
 
+def confidence_picture(probabilities, size):
+    """Probabilities (M,) of a mask's tokens -> grey PIL picture of `size` (W, H): white is 1."""
+    grid = math.isqrt(len(probabilities))
+    values = np.asarray(probabilities, np.float32).reshape(grid, grid)
+    large = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+    return Image.fromarray((np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def attention_picture(weights, side=768):
+    """Attention (M-1,M-1) of mask tokens on mask tokens -> PIL picture in log scale, black 1e-4 and less, yellow 1."""
+    share = (np.log10(np.maximum(weights, 1e-4)) + 4) / 4  # 0 to 1
+    colors = np.array([[0, 0, 0], [70, 10, 110], [190, 50, 90], [250, 150, 40], [255, 250, 170]], np.float32)
+    place = share * (len(colors) - 1)
+    low = np.minimum(place.astype(int), len(colors) - 2)
+    mix = (place - low)[..., None]
+    pixels = colors[low] * (1 - mix) + colors[low + 1] * mix
+    image = Image.fromarray(pixels.round().astype(np.uint8))
+    return image.resize((side, side), Image.Resampling.NEAREST)
+
+
 def check_targets(args):
     """Make the --out folder, and say before the work, not after it, where nothing can be written."""
     args.out.mkdir(parents=True, exist_ok=True)
-    folders = [args.out] + ([Path(args.json).parent] if args.json and args.json != "-" else [])
+    files = [args.json if args.json != "-" else None, args.attention, args.confidence]
+    folders = [args.out] + [Path(file).parent for file in files if file]
     for folder in folders:
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{folder}: cannot write here")
@@ -197,29 +244,43 @@ def segment(args):
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
     pictures = find_pictures(args.image or [EXAMPLE])
     prompts = args.prompt or EXAMPLE_PROMPTS
+    if (args.confidence or args.attention) and len(pictures) > 1:
+        raise BadUsage(f"--confidence and --attention are for one picture, {args.image[0]} has {len(pictures)}")
     check_targets(args)
     segmenter = load(args, args.device)
-    records = []
-    for name, source in tqdm(pictures, desc="pictures", disable=len(pictures) < 2):
-        image = open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)
-        start = time.perf_counter()
-        masks = segmenter(image, prompts, decode=args.decode)
-        ms = 1000 * (time.perf_counter() - start) / len(prompts)
-        for k, (prompt, mask) in enumerate(zip(prompts, masks)):
-            slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-            stem = f"{name}-{k}-{slug}" if slug else f"{name}-{k}"
-            files = {kind: args.out / f"{stem}-{kind}.png" for kind in ("mask", "overlay")}
-            write_picture(Image.fromarray(mask.astype(np.uint8) * 255), files["mask"])
-            write_picture(overlay(image, mask), files["overlay"])
-            area, box = describe(mask)
-            where = "nothing found" if box is None else f"box {box[0]},{box[1]} {box[2]}x{box[3]}"
-            tqdm.write(f"{name}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
-                       f"{files['overlay']}", file=say)  # fmt: skip
-            records.append({"image": str(source), "prompt": prompt, "area": area,
-                            "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(files["mask"]),
-                            "overlay": str(files["overlay"])})  # fmt: skip
+    records, together = [], max(1, SCORE_BATCH // len(prompts))
+    for i in tqdm(range(0, len(pictures), together), desc="pictures", disable=len(pictures) <= together):
+        part = pictures[i:i + together]
+        images = [open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source) for _, source in part]
+        start, inside = time.perf_counter(), {}
+        masks = segmenter.many(images, prompts, args.decode, args.draft, inside)
+        ms = 1000 * (time.perf_counter() - start) / (len(images) * len(prompts))
+        for (name, source), image, of_image in zip(part, images, masks):
+            for k, (prompt, mask) in enumerate(zip(prompts, of_image)):
+                records.append(keep(args, name, source, image, k, prompt, mask, ms, say))
+    if args.confidence:
+        write_picture(confidence_picture(segmenter.model.confidence(**inside)[0].tolist(), images[0].size),
+                      Path(args.confidence))  # fmt: skip
+    if args.attention:
+        weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
+        write_picture(attention_picture(weights), Path(args.attention))
     if args.json:
         put_json(records, args.json)
+
+
+def keep(args, name, source, image, k, prompt, mask, ms, say):
+    """Write mask and overlay of a picture's k-th prompt, print a line, return the record for --json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+    stem = f"{name}-{k}-{slug}" if slug else f"{name}-{k}"
+    files = {kind: args.out / f"{stem}-{kind}.png" for kind in ("mask", "overlay")}
+    write_picture(Image.fromarray(mask.astype(np.uint8) * 255), files["mask"])
+    write_picture(overlay(image, mask), files["overlay"])
+    area, box = describe(mask)
+    where = "nothing found" if box is None else f"box {box[0]},{box[1]} {box[2]}x{box[3]}"
+    tqdm.write(f"{name}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
+               f"{files['overlay']}", file=say)  # fmt: skip
+    return {"image": str(source), "prompt": prompt, "area": area, "box": box, "rle": rle_encode(mask),
+            "ms": round(ms, 1), "mask": str(files["mask"]), "overlay": str(files["overlay"])}  # fmt: skip
 
 
 SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
@@ -283,7 +344,7 @@ def score_batch(segmenter, dataset, indices, args, rank):
                 raise
             records.append({"index": i, "rank": rank, "broken": str(error)})
     masks = predict(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, [e for _, e in examples],
-                    args.decode) if examples else []  # fmt: skip
+                    args.decode, args.draft) if examples else []  # fmt: skip
     for (i, example), mask in zip(examples, masks):
         one = SegmentationMetrics()
         intersection, union, _, ahd = one.update(mask, example.mask, ignore=example.ignore)
@@ -360,6 +421,120 @@ def report(args, run, records, dataset, stem):
         put_json(result, args.json)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# where the time goes
+
+
+@torch.inference_mode()
+def bench(args):
+    """Medians of decoding, plain and drafted, beside what reading the weights alone would take; a table and JSON.
+
+    The embedded default segments test scenes. LlamaSeg-B and -L have random weights, whose masks no draft can guess:
+    they make as many passes for a token as the default does.
+    """
+    device = pick_device(args.device)
+    checkpoint = Segmenter.load(args.checkpoint, str(device), args.dtype)
+    model, mask_tokenizer = checkpoint.model, checkpoint.mask_tokenizer
+    dataset = load_dataset("scenes", "test")
+    examples = [dataset[i] for i in range(32)]
+    text_ids = checkpoint.text_tokenizer([e.phrase for e in examples]).to(device)
+    size = model.config.siglip.image_size
+    pixels = to_pixels(np.stack([resize_picture(e.image, size) for e in examples])).to(device)
+    large = args.bench != "default"
+    if large:
+        guessed = {}
+        for draft in ("jacobi", "hidden"):
+            model.generate(text_ids, pixels, draft=draft, window=16, stats=guessed.setdefault(draft, {}))
+        accepted = {draft: (model.config.mask_grid**2 - 1) / np.mean(stats["mask_passes"])
+                    for draft, stats in guessed.items()} | {"none": 1.0}  # fmt: skip
+        dtype = next(model.parameters()).dtype
+        with torch.device(device):
+            model, mask_tokenizer = LlamaSeg(PRESETS[args.bench]).to(dtype), VQGAN(VQGANConfig())
+        siglip = model.config.siglip
+        text_ids = torch.zeros(32, siglip.text_length, dtype=torch.long, device=device)
+        pixels = torch.zeros(32, 3, siglip.image_size, siglip.image_size, device=device)
+    weights = [p for part in (model.llama, model.head) for p in part.parameters()]
+    weight_bytes, dtype = sum(p.nbytes for p in weights), weights[0].dtype
+    M, bandwidth = model.config.mask_grid**2, matvec_bandwidth(device, dtype)
+    runs = [(batch, draft) for batch in (1, 8, 32) for draft in ("none", "jacobi", "hidden")]
+    if large and device.type == "cpu":
+        runs = runs[:3]
+    rows = []
+    for batch, draft in tqdm(runs, desc="bench"):
+        rounds = []
+        for start in [0, *range(0, 32, batch)][:2 if large else 9]:  # the first one warms up
+            ids, stats = slice(start, start + batch), {}
+            if large:
+                stats = replay(model, text_ids[ids], pixels[ids], draft, accepted[draft])
+                tokens = torch.zeros(batch, M, dtype=torch.long, device=device)
+            else:
+                tokens = model.generate(text_ids[ids], pixels[ids], draft=draft, stats=stats)
+            begun = clock(device)
+            mask_tokenizer.decode(tokens)
+            stats["vqgan_ms"] = 1000 * (clock(device) - begun)
+            rounds.append(stats)
+        rounds = rounds[1:] if len(rounds) > 1 else rounds
+        middle = {key: float(np.median([np.mean(r[key]) for r in rounds])) for key in rounds[0]}
+        ms = middle["prefill_ms"] + middle["decode_ms"] + middle["vqgan_ms"]
+        a_pass = middle["decode_ms"] / middle["passes"]
+        rows.append({
+            "batch": batch, "draft": draft, "prefill_ms": middle["prefill_ms"], "ms_per_pass": a_pass,
+            "passes_per_mask": middle["mask_passes"], "tokens_per_pass": (M - 1) / middle["mask_passes"],
+            "decode_ms": middle["decode_ms"], "vqgan_ms": middle["vqgan_ms"], "masks_per_s": 1000 * batch / ms,
+            "bandwidth_share": weight_bytes / bandwidth / a_pass * 1000, "peak_gb": peak_memory(device) / 1e9,
+        })  # fmt: skip
+    say = sys.stderr if args.json == "-" else sys.stdout
+    print(f"{args.bench} on {device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads: "
+          f"{weight_bytes / 1e9:.3f} GB of weights a pass, matrix-vector products read {bandwidth / 1e9:.1f} GB/s: "
+          f"{1000 * weight_bytes / bandwidth:.2f} ms", file=say)  # fmt: skip
+    print("".join(f"{name.replace('_', ' '):>17}" for name in rows[0]), file=say)
+    for row in rows:
+        print("".join(f"{value:>17.2f}" if isinstance(value, float) else f"{value:>17}" for value in row.values()),
+              file=say)  # fmt: skip
+    result = {"model": args.bench, "device": str(device), "dtype": str(dtype), "weight_bytes": weight_bytes,
+              "bandwidth": bandwidth, "rows": rows}  # fmt: skip
+    print(json.dumps(result), file=say)
+    if args.json:
+        put_json(result, args.json)
+
+
+def replay(model, text_ids, pixels, draft, accepted):
+    """The passes that a mask takes where each is right about `accepted` tokens; the stats that generate gives."""
+    device, M = text_ids.device, model.config.mask_grid**2
+    begun = clock(device)
+    prefix = model.prefix(text_ids, pixels)
+    B, P, D = prefix.shape
+    width = 1 if draft == "none" else model.best_draft(B, None, device)[1]
+    cache = KVCache(model.config.llama, B, P + 2 * M, device, prefix.dtype)
+    extra = prefix.new_zeros(B, M - 1 if draft == "hidden" else 0, D)
+    model.next_logits(torch.cat([prefix, extra], dim=1), cache)
+    prefilled = clock(device)
+    passes = math.ceil((M - 1) / accepted)
+    for k in range(passes):
+        place = P + int(k * accepted)
+        embeddings = prefix.new_zeros(B, width, D)
+        if draft == "none":
+            cache.position = place
+            model.next_logits(embeddings, cache).argmax(-1)
+        else:
+            cache.position = place + width
+            positions = torch.arange(place, place + width, device=device).expand(B, width)
+            model.head(model.llama(embeddings, cache, positions)).float().argmax(-1).tolist()
+    return {"prefill_ms": 1000 * (prefilled - begun), "decode_ms": 1000 * (clock(device) - prefilled),
+            "passes": passes, "mask_passes": passes}  # fmt: skip
+
+
+def matvec_bandwidth(device, dtype):
+    """Bytes/s at which products of a large matrix and a vector read the matrix: the limit of decoding one mask."""
+    matrices = [torch.randn(8192, 8192, device=device).to(dtype) for _ in range(4)]  # more than any cache holds
+    x, seconds = torch.randn(1, 8192, device=device).to(dtype), []
+    for k in range(20):
+        start = clock(device)
+        torch.nn.functional.linear(x, matrices[k % 4])
+        seconds.append(clock(device) - start)
+    return matrices[0].nbytes / float(np.median(seconds[4:]))
+
+
 def show(value):
     """A cell of a table."""
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -374,6 +549,12 @@ def main(argv=None):
     group.add_argument("--prompt", action="append", help="what to look for; repeat for more masks of the picture")
     group.add_argument("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: out_masks)")
     group.add_argument("--json", metavar="FILE", help="also write JSON with COCO run-length masks; - for stdout")
+    group.add_argument("--confidence", metavar="FILE", help="write a picture of how sure each place of the mask is, "
+                       "from the tokens' probabilities; for one picture and prompt")
+    group.add_argument("--attention", metavar="FILE", help="write a picture of what mask tokens look at among mask "
+                       "tokens, last layer, log scale; for one picture and prompt")
+    group.add_argument("--bench", nargs="?", const="default", choices=("default", "llamaseg-b", "llamaseg-l"),
+                       help="measure instead: the embedded checkpoint, or random weights of the paper's shapes")
     group = parser.add_argument_group("scoring a data set")
     group.add_argument("--dataset", metavar="NAME", help="data set to score on: scenes, ade20k, refcoco, jsonl:PATH "
                        "... (README has the table); can be stopped and typed again, and run under torchrun")
@@ -394,6 +575,8 @@ def main(argv=None):
     group.add_argument("--any-weights", action="store_true",
                        help="take frozen parts other than those of the training")
     group.add_argument("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
+    group.add_argument("--draft", choices=DRAFTS, default="auto", help="how greedy decoding guesses tokens to verify "
+                       "several in a pass; the mask is the same (default: auto, the fastest)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                        help="of the weights; auto: bfloat16 where the device multiplies it fast (default: float32)")
@@ -406,12 +589,18 @@ def main(argv=None):
         parser.error("empty --prompt: say what to segment, as in 'the red circle'")
     if args.count is not None and args.count < 1:
         parser.error(f"--count {args.count} must be at least 1")
+    if (args.confidence or args.attention) and (len(args.prompt or ()) != 1 or len(args.image or ()) != 1):
+        parser.error("--confidence and --attention are for one --image and one --prompt")
+    if args.decode != "greedy" and args.draft not in ("auto", "none"):
+        parser.error(f"--draft {args.draft} is for --decode greedy, not for {args.decode}")
     try:
         pick_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
     try:
-        if args.dataset:
+        if args.bench:
+            bench(args)
+        elif args.dataset:
             score(args)
         else:
             segment(args)

@@ -256,12 +256,12 @@ def make_optimizers(model, args):
 
 
 @torch.no_grad()
-def predict(model, mask_tokenizer, text_tokenizer, examples, decode="greedy"):
+def predict(model, mask_tokenizer, text_tokenizer, examples, decode="greedy", draft="auto"):
     """Masks of a list of examples, asked by their bare phrases: bool arrays at the pictures' own sizes."""
     device, size = next(model.parameters()).device, model.config.siglip.image_size
     text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
     pixels = to_pixels(np.stack([resize_picture(e.image, size) for e in examples]))
-    tokens = model.generate(text_ids, pixels.to(device), decode=decode)
+    tokens = model.generate(text_ids, pixels.to(device), decode=decode, draft=draft)
     return decode_masks(mask_tokenizer, tokens, [e.image.size[::-1] for e in examples])
 
 
@@ -709,7 +709,7 @@ def load_parts(args, device, dtype):
     else:
         encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
         model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
-    model.frozen["mask_tokenizer"] = mask_tokenizer.source
+    model.frozen["mask_tokenizer"], model.config.hide = mask_tokenizer.source, args.hide
     text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
     check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
     if not args.init_from:

@@ -644,11 +644,95 @@ def test_cached_greedy_equals_the_naive_one():
     model = tiny_model()
     text_ids, pixels, _ = tiny_batch(rows=4, pictures=2)
     stats = {}
-    tokens = model.generate(text_ids, pixels, stats=stats)
+    tokens = model.generate(text_ids, pixels, draft="none", stats=stats)
     assert tokens.dtype == torch.long and tokens.shape == (4, 16)
     assert len(tokens.unique()) > 4  # not all the same, or the test would show nothing
     assert torch.equal(tokens, model.generate_naive(text_ids, pixels))
     assert stats["passes"] == 15 and stats["prefill_ms"] > 0 and stats["decode_ms"] > 0
+    assert stats["mask_passes"] == [15] * 4
+
+
+@pytest.mark.parametrize("draft", ["row", "jacobi", "hidden", "auto"])
+@pytest.mark.parametrize("window", [2, 3, 7, 16, 50])
+def test_drafts_change_the_passes_and_not_the_tokens(draft, window):
+    """Weights of several sizes: from masks that are one run of a code to such that no guess is right."""
+    for scale in (0.2, 0.5, 1.0):
+        model = tiny_model(replace(TINY, hide=True))
+        with torch.no_grad():
+            for weight in model.llama.parameters():
+                weight.mul_(scale if weight.dim() > 1 else 1.0)
+        for rows in (1, 3, 8):
+            text_ids, pixels, _ = tiny_batch(rows=rows, pictures=1, seed=rows)
+            stats = {}
+            tokens = model.generate(text_ids, pixels, draft=draft, window=window, stats=stats)
+            assert torch.equal(tokens, model.generate(text_ids, pixels, draft="none"))
+            assert len(stats["mask_passes"]) == rows and max(stats["mask_passes"]) == stats["passes"] <= 15
+            assert min(stats["mask_passes"]) >= math.ceil(15 / window)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft", ["row", "jacobi", "hidden"])
+def test_a_mask_that_is_easy_to_guess_takes_few_passes(draft):
+    model = tiny_model(replace(TINY, hide=True))
+    text_ids, pixels, _ = tiny_batch()
+    model.head.weight[1:] = -model.head.weight[0] * torch.rand(23, 1)  # code 0 or another, by one number alone
+    model.llama.norm.weight.zero_()  # and that number is 0: code 0 each time
+    stats = {}
+    assert not model.generate(text_ids, pixels, draft=draft, window=5, stats=stats).any()
+    assert stats["mask_passes"] == [3] * 4  # 15 tokens after the first, 5 a pass
+
+
+def test_masks_that_are_done_leave_the_batch(monkeypatch):
+    model = tiny_model()
+    text_ids, pixels, _ = tiny_batch(rows=8, pictures=8)
+    widths, real = [], model.llama.forward
+
+    def forward(embeddings, cache=None, positions=None):
+        widths.append(len(embeddings))
+        return real(embeddings, cache, positions)
+
+    monkeypatch.setattr(model.llama, "forward", forward)
+    stats = {}
+    model.generate(text_ids, pixels, draft="jacobi", window=4, stats=stats)
+    assert len(set(stats["mask_passes"])) > 1  # or the test would show nothing
+    assert widths[1:] == [sum(passes > k for passes in stats["mask_passes"]) for k in range(stats["passes"])]
+
+
+@torch.no_grad()
+def test_confidence_is_the_probability_of_each_token():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch()
+    logits, _ = model(text_ids, pixels, tokens)
+    confidence = model.confidence(text_ids, pixels, tokens)
+    shares = logits[2, 7].exp() / logits[2, 7].exp().sum()
+    assert confidence[2, 7].item() == pytest.approx(shares[tokens[2, 7]].item())
+    torch.testing.assert_close(confidence.log().sum(1), score(model, text_ids, pixels, tokens), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mask_attention_is_what_the_last_layer_mixes(monkeypatch):
+    """With values that are one for one mask token and zero for the others, the output is the weight on that token."""
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch(rows=2, pictures=2)
+    weights = model.mask_attention(text_ids, pixels, tokens)
+    assert weights.shape == (2, 15, 15) and (weights.triu(1) == 0).all() and (weights.sum(-1) < 1).all()
+    last, found = model.llama.layers[-1].self_attn, []
+    real = M.attention
+
+    def attention(q, k, v, causal):
+        found.append((q, k))
+        return real(q, k, v, causal)
+
+    monkeypatch.setattr(M, "attention", attention)
+    model(text_ids, pixels, tokens)
+    q, k = found[-1]
+    start = k.shape[2] - 15
+    for column in (0, 6, 14):
+        v = torch.zeros_like(k)
+        v[:, :, start + column] = 1.0
+        mixed = real(q, k, v, True).mean((1, 3))  # over heads, and over the equal entries of a head
+        torch.testing.assert_close(weights[:, :, column], mixed[:, start:], atol=1e-6, rtol=1e-5)
+    assert last.config.kv_heads == 2  # grouped heads are in it
 
 
 def test_generate_leaves_no_gradient_and_works_under_autocast():
@@ -734,6 +818,8 @@ def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
 
 @pytest.mark.parametrize("options, message", [
     ({"decode": "topk"}, "unknown decode 'topk', choose from greedy, beam, top-k, top-p, random"),
+    ({"draft": "rows"}, "unknown draft 'rows', choose from auto, none, row"), ({"window": 0}, "window 0"),
+    ({"decode": "beam", "draft": "row"}, "draft 'row' is for greedy decoding, not for 'beam'"),
     ({"beams": 25}, "beams 25 .* 24"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5"),
     ({"temperature": 0.0}, "temperature 0.0"),
 ], ids=str)

@@ -1,0 +1,72 @@
+"""Greedy decoding beside transformers' `generate` on the same weights. Not a test; LOG.md has runs.
+
+    python tests/bench_decode.py                    # pip install transformers
+    python tests/bench_decode.py --dtype bfloat16
+
+Width 1024, 8 layers, a prefix of 322 tokens, 256 mask tokens, batch 1; dynamic and static cache, plain and drafted.
+"""
+
+import argparse
+import statistics
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig, clock, pick_device  # noqa: E402
+
+
+@torch.inference_mode()
+def main():
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, args.dtype), pick_device()
+    small = SigLIPConfig(image_size=256, vision_width=32, vision_layers=1, vision_heads=1, vision_mlp=32, vocab_size=8,
+                         text_width=32, text_layers=1, text_heads=1, text_mlp=32)  # fmt: skip
+    ours = LlamaSeg(LlamaSegConfig(siglip=small, llama=LlamaConfig(width=1024, layers=8, heads=16, mlp=2752)))
+    theirs = LlamaForCausalLM(TheirConfig(
+        hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, intermediate_size=2752, vocab_size=16384,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()  # fmt: skip
+    theirs.model.load_state_dict({**ours.llama.state_dict(), "embed_tokens.weight": ours.mask_embedding.weight})
+    theirs.lm_head.load_state_dict(ours.head.state_dict())
+    ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
+    text_ids, pixels = torch.zeros(1, 64, dtype=torch.long, device=device), torch.rand(1, 3, 256, 256, device=device)
+
+    def generate(cache):
+        prefix = ours.prefix(text_ids, pixels)
+        return theirs.generate(inputs_embeds=prefix, attention_mask=torch.ones(1, prefix.shape[1], device=device),
+                               max_new_tokens=256, min_new_tokens=256, do_sample=False, cache_implementation=cache)
+
+    calls = {"transformers, dynamic cache": partial(generate, None),
+             "transformers, static cache": partial(generate, "static"),
+             "ours, plain": partial(ours.generate, text_ids, pixels, draft="none"),
+             "ours, jacobi, no guess right": partial(ours.generate, text_ids, pixels, draft="jacobi")}  # fmt: skip
+    times, tokens = {name: [] for name in calls}, {}
+    for turn in range(args.rounds + 1):
+        for name, call in calls.items():
+            start = clock(device)
+            tokens[name] = call()
+            if turn:
+                times[name].append(clock(device) - start)
+    base = statistics.median(times["ours, plain"])
+    for name, row in times.items():
+        same = (tokens[name] == tokens["ours, plain"]).float().mean().item()
+        middle = statistics.median(row)
+        print(f"{args.dtype} {name}: {middle:.2f} s, {middle / base:.2f} of ours plain; "
+              f"{100 * same:.0f} % of the tokens the same")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
