@@ -803,8 +803,8 @@ class LlamaSeg(nn.Module):
         prefix = self.prefix(text_ids, pixels)
         B, P = prefix.shape[:2]
         if draft == "auto":
-            draft, window = self.best_draft(B, window, device)
-        window = min(M, window or 16) if decode == "greedy" and draft != "none" else 1
+            draft = "hidden" if self.config.hide else "jacobi"
+        window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.boi.dtype
         cache = KVCache(self.config.llama, B, P + M - 1 + window, device, dtype)
@@ -834,10 +834,6 @@ class LlamaSeg(nn.Module):
             stats["prefill_ms"] = 1000 * (prefilled - start)
             stats["decode_ms"] = 1000 * (clock(device) - prefilled)
         return tokens
-
-    def best_draft(self, batch, window, device):
-        """(draft, window) for "auto": measured, see LOG.md. A pass is paid by its tokens once the device is full."""
-        return "hidden" if self.config.hide else "jacobi", window or 16
 
     def greedy(self, logits, cache, draft, window, guesses):
         """Greedy decoding that verifies up to `window` tokens a pass -> mask tokens (B,M), passes of each mask.
@@ -1028,6 +1024,12 @@ class LlamaSeg(nn.Module):
             raise ValueError(f"{path}: weights do not fit the config: {problems}")
         model.load_state_dict(weights, strict=siglip is None, assign=True)
         return model
+
+
+def draft_window(draft, batch, device):
+    """Tokens in a pass that decode fastest, as measured (LOG.md): a CPU pays for each of them, a GPU hardly."""
+    most = {"none": 1, "row": 16, "jacobi": 16, "hidden": 64}[draft]
+    return most if device.type == "cuda" else min(most, max(8, 96 // batch))
 
 
 def check_source(path, part, frozen, source):

@@ -53,6 +53,7 @@ from model import (
     check_source,
     clock,
     compute_dtype,
+    draft_window,
     pick_device,
 )
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks
@@ -504,7 +505,7 @@ def replay(model, text_ids, pixels, draft, accepted):
     begun = clock(device)
     prefix = model.prefix(text_ids, pixels)
     B, P, D = prefix.shape
-    width = 1 if draft == "none" else model.best_draft(B, None, device)[1]
+    width = draft_window(draft, B, device)
     cache = KVCache(model.config.llama, B, P + 2 * M, device, prefix.dtype)
     extra = prefix.new_zeros(B, M - 1 if draft == "hidden" else 0, D)
     model.next_logits(torch.cat([prefix, extra], dim=1), cache)
@@ -526,11 +527,11 @@ def replay(model, text_ids, pixels, draft, accepted):
 
 def matvec_bandwidth(device, dtype):
     """Bytes/s at which products of a large matrix and a vector read the matrix: the limit of decoding one mask."""
-    matrices = [torch.randn(8192, 8192, device=device).to(dtype) for _ in range(4)]  # more than any cache holds
-    x, seconds = torch.randn(1, 8192, device=device).to(dtype), []
+    matrices = [torch.randn(8192, 4096, device=device).to(dtype) for _ in range(8)]  # more than any cache holds
+    x, seconds = torch.randn(1, 4096, device=device).to(dtype), []
     for k in range(20):
         start = clock(device)
-        torch.nn.functional.linear(x, matrices[k % 4])
+        torch.nn.functional.linear(x, matrices[k % 8])
         seconds.append(clock(device) - start)
     return matrices[0].nbytes / float(np.median(seconds[4:]))
 

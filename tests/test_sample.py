@@ -64,6 +64,27 @@ def test_prompts_together_equal_prompts_alone(segmenter):
     assert segmenter(image, []) == []
 
 
+def test_pictures_together_equal_pictures_alone(segmenter):
+    images, prompts = [Scenes("test")[i].image for i in (7, 30, 90)], ["the leftmost object", "everything"]
+    together = segmenter.many(images, prompts)
+    for image, masks in zip(images, together):
+        assert all((one == other).all() for one, other in zip(segmenter(image, prompts), masks))
+    assert segmenter.many([], prompts) == [] and segmenter.many(images, []) == [[], [], []]
+
+
+@torch.inference_mode()
+def test_drafted_masks_are_the_plain_ones_in_a_tenth_of_the_passes(segmenter):
+    dataset, passes = Scenes("test"), []
+    for i in range(12):
+        text_ids, pixels = segmenter.prepare(dataset[40 * i].image, [dataset[40 * i].phrase])
+        plain = segmenter.model.generate(text_ids, pixels, draft="none")
+        for draft in ("row", "jacobi", "hidden", "auto"):
+            stats = {}
+            assert torch.equal(segmenter.model.generate(text_ids, pixels, draft=draft, stats=stats), plain)
+        passes += stats["mask_passes"]
+    assert np.mean(passes) < 6.4
+
+
 def test_a_picture_is_encoded_once_however_many_prompts(segmenter, monkeypatch):
     calls = []
     real = segmenter.model.encoder.encode_image
@@ -132,6 +153,34 @@ def test_every_way_to_decode(sample, picture, tmp_path, tiny_checkpoint):
         done = sample("sample.py", "--image", picture, "--prompt", "the star", "--decode", decode,
                    "--out", tmp_path / decode, "--checkpoint", tiny_checkpoint)  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_confidence_and_attention_are_pictures(sample, picture, tmp_path):
+    files = {name: tmp_path / f"{name}.png" for name in ("confidence", "attention")}
+    flags = [f"--{name}={path}" for name, path in files.items()]
+    done = sample("sample.py", "--image", picture, "--prompt", "the leftmost object", "--out", tmp_path / "m", *flags)
+    assert done.returncode == 0, done.stderr
+    sure = np.asarray(Image.open(files["confidence"]))
+    assert sure.shape == Image.open(picture).size[::-1] and np.median(sure) > 128 > sure.min()  # unsure at some edge
+    looks = np.asarray(Image.open(files["attention"]).convert("L")).astype(int)
+    side = len(looks) // 63  # rows look back, and never ahead
+    assert looks[5 * side, 50 * side] == 0 and looks[50 * side, : 40 * side].max() > 40
+    done = sample("sample.py", "--image", picture, "--prompt", "a", "--prompt", "b", *flags)
+    assert done.returncode == 2 and b"one --prompt" in done.stderr
+    done = sample("sample.py", "--image", picture, "--prompt", "a", "--decode", "beam", "--draft", "row")
+    assert done.returncode == 2 and b"--decode greedy" in done.stderr
+
+
+def test_the_bench_measures(sample, tmp_path, tiny_checkpoint):
+    done = sample("sample.py", "--bench", "--checkpoint", tiny_checkpoint, "--json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "b.json").read_text())
+    rows = {(row["batch"], row["draft"]): row for row in result["rows"]}
+    assert len(rows) == 9 and result["bandwidth"] > 1e8
+    tokens = rows[1, "none"]["passes_per_mask"]
+    for row in rows.values():
+        assert row["passes_per_mask"] <= tokens and row["masks_per_s"] > 0
+        assert row["tokens_per_pass"] == pytest.approx(tokens / row["passes_per_mask"])
 
 
 def test_scoring_prints_all_kinds_and_writes_json(sample, tmp_path, tiny_checkpoint):
