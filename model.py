@@ -431,6 +431,29 @@ class Place:
     visible: torch.Tensor | None = None  # bool, broadcast to (B,nh,T,all tokens); None: causal, or all
 
 
+class Fused:
+    """Several linear layers of one input as one product, for decoding, where each product is a walk through memory.
+
+    `lay` puts their weights behind each other; the layers' own parameters become views of that, so nothing is there
+    twice, names stay, and in-place changes reach both. Whatever gives a layer other memory (`to` another device or
+    dtype) ends it, and the layers are asked one by one again.
+    """
+
+    def __init__(self, *layers):
+        self.layers, self.weight = layers, None
+
+    def lay(self):
+        self.weight = torch.cat([layer.weight.data for layer in self.layers])
+        for layer, part in zip(self.layers, self.weight.split([layer.out_features for layer in self.layers])):
+            layer.weight.data = part
+
+    def __call__(self, x):
+        """x (B,T,D) -> the layers' outputs side by side."""
+        if self.weight is not None and self.weight.data_ptr() == self.layers[0].weight.data_ptr():
+            return F.linear(x, self.weight)
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
 class LlamaAttention(nn.Module):
     """Causal self-attention with rotary positions, with or without a KV cache."""
 
@@ -441,14 +464,20 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.qkv = Fused(self.q_proj, self.k_proj, self.v_proj)
+
+    def queries_keys_values(self, x, place):
+        """x (B,T,D) -> rotated q (B,nh,T,hd) and k (B,nkv,T,hd), and v (B,nkv,T,hd)."""
+        B, T, _ = x.shape
+        c = self.config
+        x = self.qkv(x).view(B, T, c.heads + 2 * c.kv_heads, c.head_dim).transpose(1, 2)
+        qk = rotate(x[:, :c.heads + c.kv_heads], place.cos, place.sin)
+        return qk[:, :c.heads], qk[:, c.heads:], x[:, c.heads + c.kv_heads:]
 
     def forward(self, x, layer, place):
         B, T, _ = x.shape
         c, cache = self.config, place.cache
-        q = self.q_proj(x).view(B, T, c.heads, c.head_dim).transpose(1, 2)  # (B,nh,T,hd)
-        k = self.k_proj(x).view(B, T, c.kv_heads, c.head_dim).transpose(1, 2)  # (B,nkv,T,hd)
-        v = self.v_proj(x).view(B, T, c.kv_heads, c.head_dim).transpose(1, 2)
-        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        q, k, v = self.queries_keys_values(x, place)
         if cache is None or cache.position == 0:
             if cache is not None:
                 cache.update(layer, k, v)
@@ -470,9 +499,11 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
+        self.gate_up = Fused(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class LlamaBlock(nn.Module):
@@ -522,6 +553,12 @@ class Llama(nn.Module):
         if cache is not None and positions is None:
             cache.position += embeddings.shape[1]
         return self.norm(x)
+
+    def fuse(self):
+        """Lay out the weights for decoding, see Fused; nothing else changes. Not for a model in training."""
+        for layer in self.layers:
+            layer.self_attn.qkv.lay()
+            layer.mlp.gate_up.lay()
 
     def place(self, embeddings, cache, positions):
         """The Place of a pass."""
@@ -918,11 +955,8 @@ class LlamaSeg(nn.Module):
         for i, layer in enumerate(self.llama.layers[:-1]):
             x = layer(x, i, place)
         last, c = self.llama.layers[-1], self.config.llama
-        x = last.input_layernorm(x)
-        B, T, _ = x.shape
-        q = rotate(last.self_attn.q_proj(x).view(B, T, c.heads, c.head_dim).transpose(1, 2), place.cos, place.sin)
-        k = rotate(last.self_attn.k_proj(x).view(B, T, c.kv_heads, c.head_dim).transpose(1, 2), place.cos, place.sin)
-        k = k.repeat_interleave(c.heads // c.kv_heads, dim=1)
+        q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), place)
+        T, k = q.shape[2], k.repeat_interleave(c.heads // c.kv_heads, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
         later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
@@ -969,7 +1003,8 @@ class LlamaSeg(nn.Module):
         """
         path = Path(path)
         header = {"format": "llamaseg", "config": json.dumps(asdict(self.config)), "frozen": json.dumps(self.frozen)}
-        weights = {name: w.to("cpu", dtype or w.dtype) for name, w in self.trained_state().items()}
+        # copied: fused weights share memory, which safetensors does not write
+        weights = {name: w.to("cpu", dtype or w.dtype, copy=True) for name, w in self.trained_state().items()}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(weights, temporary, metadata=header)

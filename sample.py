@@ -80,6 +80,7 @@ class Segmenter:
 
     def __init__(self, model, mask_tokenizer, text_tokenizer, device):
         self.model = model.to(device).eval()
+        self.model.llama.fuse()
         self.mask_tokenizer = mask_tokenizer.to(device).eval()
         self.text_tokenizer = text_tokenizer
         self.device = device
@@ -451,6 +452,7 @@ def bench(args):
         dtype = next(model.parameters()).dtype
         with torch.device(device):
             model, mask_tokenizer = LlamaSeg(PRESETS[args.bench]).to(dtype), VQGAN(VQGANConfig())
+        model.llama.fuse()
         siglip = model.config.siglip
         text_ids = torch.zeros(32, siglip.text_length, dtype=torch.long, device=device)
         pixels = torch.zeros(32, 3, siglip.image_size, siglip.image_size, device=device)

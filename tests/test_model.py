@@ -682,6 +682,25 @@ def test_a_mask_that_is_easy_to_guess_takes_few_passes(draft):
     assert stats["mask_passes"] == [3] * 4  # 15 tokens after the first, 5 a pass
 
 
+@torch.no_grad()
+def test_fused_weights_are_the_same_weights(tmp_path):
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch()
+    before, names = model(text_ids, pixels, tokens)[0], list(model.state_dict())
+    model.llama.fuse()
+    torch.testing.assert_close(model(text_ids, pixels, tokens)[0], before, atol=1e-4, rtol=1e-4)
+    assert list(model.state_dict()) == names
+    model.llama.layers[0].self_attn.k_proj.weight.mul_(2.0)  # in place: seen by the fused product
+    changed = model(text_ids, pixels, tokens)[0]
+    assert (changed - before).abs().max() > 0.1
+    model.save_pretrained(tmp_path / "m.safetensors")
+    again = LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
+    torch.testing.assert_close(again(text_ids, pixels, tokens)[0], changed, atol=1e-4, rtol=1e-4)
+    model.double().float()  # other memory: asked one by one
+    model.llama.layers[0].self_attn.k_proj.weight.mul_(0.5)
+    torch.testing.assert_close(model(text_ids, pixels, tokens)[0], before, atol=1e-4, rtol=1e-4)
+
+
 def test_masks_that_are_done_leave_the_batch(monkeypatch):
     model = tiny_model()
     text_ids, pixels, _ = tiny_batch(rows=8, pictures=8)
