@@ -448,10 +448,10 @@ class Fused:
             layer.weight.data = part
 
     def __call__(self, x):
-        """x (B,T,D) -> the layers' outputs side by side."""
-        if self.weight is not None and self.weight.data_ptr() == self.layers[0].weight.data_ptr():
-            return F.linear(x, self.weight)
-        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+        """x (B,T,D) -> the output of each layer."""
+        if self.weight is None or self.weight.data_ptr() != self.layers[0].weight.data_ptr():
+            return [layer(x) for layer in self.layers]
+        return F.linear(x, self.weight).split([layer.out_features for layer in self.layers], dim=-1)
 
 
 class LlamaAttention(nn.Module):
@@ -468,11 +468,8 @@ class LlamaAttention(nn.Module):
 
     def queries_keys_values(self, x, place):
         """x (B,T,D) -> rotated q (B,nh,T,hd) and k (B,nkv,T,hd), and v (B,nkv,T,hd)."""
-        B, T, _ = x.shape
-        c = self.config
-        x = self.qkv(x).view(B, T, c.heads + 2 * c.kv_heads, c.head_dim).transpose(1, 2)
-        qk = rotate(x[:, :c.heads + c.kv_heads], place.cos, place.sin)
-        return qk[:, :c.heads], qk[:, c.heads:], x[:, c.heads + c.kv_heads:]
+        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for y in self.qkv(x))
+        return rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin), v
 
     def forward(self, x, layer, place):
         B, T, _ = x.shape
@@ -502,7 +499,7 @@ class LlamaMLP(nn.Module):
         self.gate_up = Fused(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x)
         return self.down_proj(F.silu(gate) * up)
 
 
