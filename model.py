@@ -40,10 +40,11 @@ WEIGHTS = Path(__file__).parent / "weights"  # where `python data.py download NA
 def attention(q, k, v, causal):
     """softmax(q k^T / sqrt(hd)) v over (B,nh,T,hd), each token seeing itself and all before if `causal`.
 
-    PyTorch's fused kernel, except for training on a CPU: there its bfloat16 backward pass takes three times
-    as long as these lines at the lengths of the small preset (154 tokens).
+    PyTorch's fused kernel, except for training in bfloat16 on a CPU: there its backward pass is slower than these lines
+    at the lengths of the small preset (154 tokens).
     """
-    if q.device.type != "cpu" or not q.requires_grad or k.shape[1] != q.shape[1]:
+    by_hand = q.device.type == "cpu" and q.requires_grad and q.dtype == torch.bfloat16 and q.shape[2] <= 256
+    if not by_hand or k.shape[1] != q.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
     if causal:
