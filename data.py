@@ -677,6 +677,33 @@ def resize_mask(mask, size):
     return np.asarray(image) >= 128
 
 
+def padded_box(width, height, size):
+    """Where a picture stands in a square of `size` with its longer side filling it: (left, top, width, height).
+
+    As Janus' image processor has it: the other side is cut to an integer, at least 14, and centred.
+    """
+    long = max(width, height)
+    w, h = max(int(width / long * size), 14), max(int(height / long * size), 14)
+    return (size - w) // 2, (size - h) // 2, w, h
+
+
+def pad_picture(image, size):
+    """PIL picture -> uint8 (size, size, 3) as Janus sees it: aspect ratio kept, PIL's bicubic, on grey (127)."""
+    left, top, w, h = padded_box(*image.size, size)
+    square = Image.new("RGB", (size, size), (127, 127, 127))
+    square.paste(to_rgb(image).resize((w, h), Image.Resampling.BICUBIC), (left, top))
+    return np.array(square)
+
+
+def pad_mask(mask, size):
+    """bool (H, W) -> bool (size, size) in the place that pad_picture gives the picture, background around it."""
+    left, top, w, h = padded_box(*mask.shape[::-1], size)
+    square = np.zeros((size, size), bool)
+    image = Image.fromarray(mask.view(np.uint8) * 255).resize((w, h), Image.Resampling.BILINEAR)
+    square[top : top + h, left : left + w] = np.asarray(image) >= 128
+    return square
+
+
 def to_pixels(pictures):
     """uint8 (B, S, S, 3), array or tensor on any device -> float32 (B, 3, S, S) in [-1, 1] there."""
     planes = torch.as_tensor(pictures).permute(0, 3, 1, 2).contiguous()  # while it is a quarter of the size
@@ -1305,19 +1332,22 @@ class Batches(torch.utils.data.Dataset):
     dataset: a Mixture, or any sequence of Example. No picture is flipped: phrases say left and right.
     mask_tokens: int array (len(dataset), M) of cached mask tokens (tokenizer.py encode), or None.
 
+    padded: pictures and masks keep their aspect ratio, as pad_picture has it.
+
     Items: text_ids (b, L), pictures uint8 (b/P, S, S, 3) for `to_pixels`, masks bool (b, m, m), hide bool (b, M), ids
     list of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
     """
 
     def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
-                 rank=0, world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None):  # fmt: skip
+                 rank=0, world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None,
+                 padded=False):  # fmt: skip
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
             raise ValueError(
                 f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x {world_size} "
                 f"ranks, and the micro-batch size a multiple of {phrases} phrases a picture"
             )
         self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
-        self.mask_size, self.mask_tokens = mask_size or size, mask_tokens
+        self.mask_size, self.mask_tokens, self.padded = mask_size or size, mask_tokens, padded
         parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
         self.starts = np.cumsum([0, *map(len, parts.datasets)])  # where each data set begins in the mixture
         # which data set a group of phrases is from, in turn, and how many groups of that one came before in the turn
@@ -1342,9 +1372,9 @@ class Batches(torch.utils.data.Dataset):
             choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
-                pictures[row // self.phrases] = resize_picture(example.image, S)
+                pictures[row // self.phrases] = (pad_picture if self.padded else resize_picture)(example.image, S)
             if self.mask_tokens is None:
-                masks[row] = resize_mask(example.mask, m)
+                masks[row] = (pad_mask if self.padded else resize_mask)(example.mask, m)
             # Share of the mask tokens that the model does not get to see as input (LlamaSeg.forward, `hide`):
             # none for a fifth of the examples, all for a fifth, anything between for the rest.
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0

@@ -91,9 +91,12 @@ class SigLIPConfig:
     text_heads: int = 12
     text_mlp: int = 3072
     norm_eps: float = 1e-6
+    gelu: str = "tanh"  # PyTorch's name of the form: tanh, or none for the exact one, as in Janus
 
     def __post_init__(self):
         check_numbers(self)
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu is {self.gelu!r}, expected tanh or none")
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
@@ -141,26 +144,27 @@ class SigLIPAttention(nn.Module):
 
 
 class SigLIPMLP(nn.Module):
-    """Two layers with the tanh form of GELU between them."""
+    """Two layers with GELU between them."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, gelu):
         super().__init__()
+        self.gelu = gelu
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class SigLIPBlock(nn.Module):
     """Pre-norm transformer block; pictures and phrases use the same one."""
 
-    def __init__(self, width, heads, mlp, norm_eps):
+    def __init__(self, width, heads, mlp, norm_eps, gelu):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.self_attn = SigLIPAttention(width, heads)
         self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = SigLIPMLP(width, mlp)
+        self.mlp = SigLIPMLP(width, mlp, gelu)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -183,7 +187,7 @@ class SigLIP(nn.Module):
 
     @staticmethod
     def _vision_tower(c):
-        blocks = (SigLIPBlock(c.vision_width, c.vision_heads, c.vision_mlp, c.norm_eps)
+        blocks = (SigLIPBlock(c.vision_width, c.vision_heads, c.vision_mlp, c.norm_eps, c.gelu)
                   for _ in range(c.vision_layers))
         return nn.ModuleDict({
             "embeddings": nn.ModuleDict({
@@ -197,7 +201,8 @@ class SigLIP(nn.Module):
 
     @staticmethod
     def _text_tower(c):
-        blocks = (SigLIPBlock(c.text_width, c.text_heads, c.text_mlp, c.norm_eps) for _ in range(c.text_layers))
+        blocks = (SigLIPBlock(c.text_width, c.text_heads, c.text_mlp, c.norm_eps, c.gelu)
+                  for _ in range(c.text_layers))
         return nn.ModuleDict({
             "embeddings": nn.ModuleDict({
                 "token_embedding": nn.Embedding(c.vocab_size, c.text_width),
@@ -356,6 +361,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rope = rope_tables(torch.arange(length, device=device), config.head_dim, config.rope_theta)
+        self.padding = None  # (B,) tokens at the left of each row that nobody looks at, or None
         self.position = 0
         self.config = config
 
@@ -379,6 +385,8 @@ class KVCache:
         """Copy one row over another."""
         for x in (self.keys, self.values):
             x[:, target, :, :self.position] = x[:, source, :, :self.position]
+        if self.padding is not None:
+            self.padding[target] = self.padding[source]
 
     def repeat(self, n):
         """A new cache in which every row stands n times in a row (the beams of one example)."""
@@ -386,6 +394,7 @@ class KVCache:
         new = KVCache(self.config, B * n, length, self.keys.device, self.keys.dtype)
         new.keys[:, :, :, :self.position] = self.keys[:, :, :, :self.position].repeat_interleave(n, dim=1)
         new.values[:, :, :, :self.position] = self.values[:, :, :, :self.position].repeat_interleave(n, dim=1)
+        new.padding = None if self.padding is None else self.padding.repeat_interleave(n)
         new.position = self.position
         return new
 
@@ -476,15 +485,13 @@ class LlamaAttention(nn.Module):
         B, T, _ = x.shape
         c, cache = self.config, place.cache
         q, k, v = self.queries_keys_values(x, place)
-        if cache is None or cache.position == 0:
-            if cache is not None:
-                cache.update(layer, k, v)
+        if place.positions is not None:
+            k, v = cache.update_rows(layer, k, v, place.positions)
+        elif cache is not None:
+            k, v = cache.update(layer, k, v)
+        if place.visible is None and (cache is None or cache.position == 0):
             y = attention(q, k, v, causal=True)
         else:
-            if place.positions is None:
-                k, v = cache.update(layer, k, v)
-            else:
-                k, v = cache.update_rows(layer, k, v, place.positions)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.visible, enable_gqa=c.kv_heads != c.heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -534,14 +541,15 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, embeddings, cache=None, positions=None):
+    def forward(self, embeddings, cache=None, positions=None, padding=None):
         """embeddings (B,T,D) -> hidden states (B,T,D) after the final norm; each sees itself and all before.
 
         With a cache the T embeddings continue the `cache.position` tokens it holds, and join them. With positions
         (B,T) as well, each row continues at its own, in the first B rows of the cache, which the caller has told to
-        look at more than all of them (`cache.position`). ValueError if they do not fit.
+        look at more than all of them (`cache.position`). padding (B,): how many tokens at the left of each row are
+        none, said once with an empty cache. ValueError if they do not fit.
         """
-        place = self.place(embeddings, cache, positions)
+        place = self.place(embeddings, cache, positions, padding)
         x = embeddings
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
@@ -558,23 +566,28 @@ class Llama(nn.Module):
             layer.self_attn.qkv.lay()
             layer.mlp.gate_up.lay()
 
-    def place(self, embeddings, cache, positions):
+    def place(self, embeddings, cache=None, positions=None, padding=None):
         """The Place of a pass."""
-        T, device = embeddings.shape[1], embeddings.device
+        T, device, start = embeddings.shape[1], embeddings.device, 0 if cache is None else cache.position
         if cache is None:
             tables = rope_tables(torch.arange(T, device=device), self.config.head_dim, self.config.rope_theta)
-            return Place(*tables)
-        start, (cos, sin) = cache.position, cache.rope
+        else:
+            tables = cache.rope
+            cache.padding = padding = cache.padding if padding is None else padding
+            if positions is None and start + T > cache.keys.shape[3]:
+                raise ValueError(f"{start} + {T} tokens do not fit a KV cache of {cache.keys.shape[3]}")
         if positions is not None:
-            tokens = torch.arange(start, device=device)
-            visible = tokens <= positions[:, None, :, None]  # (B,1,T,position)
-            return Place(cos[positions][:, None], sin[positions][:, None], cache, positions, visible)
-        if start + T > cache.keys.shape[3]:
-            raise ValueError(f"{start} + {T} tokens do not fit a KV cache of {cache.keys.shape[3]}")
-        visible = None  # one new token sees all that is there; of several, token i sees the cache and the new up to i
-        if start and T > 1:
-            visible = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
-        return Place(cos[start:start + T], sin[start:start + T], cache, visible=visible)
+            rows, keys = positions[:, None, :, None], torch.arange(start, device=device)
+            cos, sin = (table[positions][:, None] for table in tables)  # (B,1,T,hd)
+        else:
+            rows, keys = torch.arange(start, start + T, device=device)[:, None], torch.arange(start + T, device=device)
+            cos, sin = (table[start:start + T] for table in tables)  # (T,hd)
+        visible = None  # all that is there for one new token; causal for the first
+        if padding is not None:  # a token that is none sees itself, as it must see something
+            visible = (keys <= rows) & (keys >= padding[:len(embeddings), None, None, None]) | (keys == rows)
+        elif positions is not None or start and T > 1:
+            visible = keys <= rows
+        return Place(cos, sin, cache, positions, visible)
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
@@ -584,25 +597,7 @@ class Llama(nn.Module):
         names file, tensor, expected and found.
         """
         directory = Path(directory)
-        hf, path = read_config(directory), directory / "config.json"
-        check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-                                "mlp_bias": False})
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{path}: rope_type is {kind!r}, expected 'default'")
-        try:
-            config = LlamaConfig(
-                width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
-                heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
-                head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
-                rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)),
-                norm_eps=hf.get("rms_norm_eps", 1e-6),
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        config = llama_config(read_config(directory), directory / "config.json")
 
         def wanted(name):
             dropped = ("embed_tokens.", "lm_head.")  # the caller's; inv_freq is computed, not learned
@@ -610,6 +605,27 @@ class Llama(nn.Module):
 
         weights = {name.removeprefix("model."): w for name, w in read_weights(directory, wanted).items()}
         return build_from(lambda: cls(config), weights, directory, dtype)
+
+
+def llama_config(hf, path):
+    """LlamaConfig of the fields that Hugging Face has in `path`; ValueError if they ask for something else."""
+    check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: rope_type is {kind!r}, expected 'default'")
+    try:
+        return LlamaConfig(
+            width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
+            heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
+            head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
+            rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------
@@ -647,7 +663,7 @@ def _paper(layers, width, heads, image_size):
     )
 
 
-PRESETS: dict[str, LlamaSegConfig] = {
+PRESETS = {  # LlamaSegConfig by name, and below a JanusConfig
     # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. A step on 64 phrases
     # of 16 pictures takes about 1.5 s on two CPU cores in bfloat16. LOG.md has the run and the cIoU that it reached.
     "scenes": LlamaSegConfig(
@@ -672,87 +688,17 @@ DECODES = ("greedy", "beam", "top-k", "top-p", "random")
 DRAFTS = ("auto", "none", "row", "jacobi", "hidden")
 
 
-class LlamaSeg(nn.Module):
-    """LlamaSeg: phrase and picture in, mask tokens out.
+class MaskWriter(nn.Module):
+    """What LlamaSeg and JanusSeg have in common: mask tokens after a prefix, in training and in decoding.
 
-    encoder: a pretrained SigLIP of the shape config.siglip; None makes one with random weights.
-    frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, what it was trained with and does not hold.
+    A subclass has config (codebook_size, mask_grid, hide), llama, and
+        prefix(text_ids, pixels, text=None) -> embeddings (B,T,D) of all that stands before the first mask token
+        mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K)
+        padding(text_ids) -> (B,) tokens at the left of the prefix that are none, or None
     """
 
-    def __init__(self, config: LlamaSegConfig, encoder=None):
-        super().__init__()
-        self.config = config
-        self.frozen = {"encoder": encoder.source} if encoder is not None and encoder.source else {}
-        D, K, siglip = config.llama.width, config.codebook_size, config.siglip
-        if encoder is not None and encoder.config != siglip:
-            raise ValueError(f"the encoder has the shape {encoder.config}, the model wants {siglip}")
-        self.encoder = SigLIP(siglip) if encoder is None else encoder
-        self.text_adaptor = nn.Sequential(nn.Linear(siglip.text_width, D), nn.GELU(), nn.Linear(D, D))
-        self.image_adaptor = nn.Sequential(nn.Linear(siglip.vision_width, D), nn.GELU(), nn.Linear(D, D))
-        self.boi = nn.Parameter(torch.empty(D))  # <BOI>, begin of image
-        self.bom = nn.Parameter(torch.empty(D))  # <BOM>, begin of mask
-        self.mask_embedding = nn.Embedding(K, D)
-        self.llama = Llama(config.llama)
-        self.head = nn.Linear(D, K, bias=False)
-        self.init_weights(skip=() if encoder is None else set(encoder.modules()))
-        self.encoder.requires_grad_(not config.freeze_encoders)
-
-    @torch.no_grad()
-    def init_weights(self, skip=()):
-        """N(0, 0.02) everywhere but in the modules to skip, as GPT-2 does; paper: not stated."""
-        for module in self.modules():
-            if module not in skip and isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        # A block adds two terms to the residual stream: scaled so that its variance does not grow with depth.
-        towers = [self.encoder.vision_model.encoder, self.encoder.text_model.encoder, self.llama]
-        for tower in [tower for tower in towers if tower not in skip]:
-            for name, weight in tower.named_parameters():
-                if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
-                    nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(tower.layers)))
-        nn.init.normal_(self.boi, std=0.02)
-        nn.init.normal_(self.bom, std=0.02)
-        nn.init.normal_(self.head.weight, std=self.head_std)
-
-    @property
-    def head_std(self):
-        """The head reads states of length sqrt(D): logits of std 0.2, so the first loss is ln(K) + 0.02."""
-        return 0.2 / math.sqrt(self.config.llama.width)
-
-    @torch.no_grad()
-    def init_mask_tokens(self, codebook):
-        """Start mask embedding and head from the mask tokenizer's codebook (K,C): its l2-normalised rows go
-        through one fixed random projection to the model's width, so that codes that look alike start alike.
-        Paper: not stated; this is our choice. ValueError if the codebook has not K rows."""
-        K, D = self.mask_embedding.weight.shape
-        if codebook.dim() != 2 or codebook.shape[0] != K:
-            raise ValueError(f"codebook has shape {tuple(codebook.shape)}, want ({K}, C)")
-        generator = torch.Generator().manual_seed(0)  # the same on every rank
-        projection = torch.randn(codebook.shape[1], D, generator=generator)
-        rows = F.normalize(codebook.detach().float().cpu(), dim=-1) @ projection  # (K,D) of variance 1
-        self.mask_embedding.weight.copy_(rows * 0.02)
-        self.head.weight.copy_(rows * self.head_std)
-
-    def prefix(self, text_ids, pixels, text=None):
-        """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
-
-        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text: what
-        encoder.encode_text(text_ids) gives, for a caller that has it already.
-        """
-        B, b = text_ids.shape[0], pixels.shape[0]
-        if b == 0 or B % b:
-            raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
-                             "the number of phrases must be a multiple of the number of pictures")
-        # no gradient, even if a caller turned requires_grad on again
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
-            text = self.encoder.encode_text(text_ids) if text is None else text
-            image = self.encoder.encode_image(pixels)
-        text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
-        text = self.text_adaptor(text)  # (B,L,D)
-        image = self.image_adaptor(image).repeat_interleave(B // b, dim=0)  # (B,N,D)
-        boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
-        return torch.cat([text, boi, image, bom], dim=1)
+    def padding(self, text_ids):
+        return None
 
     def forward(self, text_ids, pixels, mask_tokens, hide=None, background_weight=1.0, text=None):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
@@ -779,7 +725,8 @@ class LlamaSeg(nn.Module):
         if hide is not None:
             hide = hide[:, None] if hide.dim() == 1 else hide[:, :-1]
             inputs = inputs.masked_fill(hide[:, :, None], 0.0)
-        hidden = self.llama(torch.cat([prefix, inputs], dim=1))  # (B,T-1,D)
+        sequence = torch.cat([prefix, inputs.to(prefix.dtype)], dim=1)
+        hidden = self.llama(sequence, padding=self.padding(text_ids))  # (B,T-1,D)
         hidden, targets = hidden[:, prefix.shape[1] - 1:], mask_tokens.flatten()  # (B,M,D) from <BOM> on, (B*M,)
         if self.llama.recompute and torch.is_grad_enabled():
             parts = zip(hidden.flatten(0, 1).split(HEAD_PART), targets.split(HEAD_PART))
@@ -803,7 +750,7 @@ class LlamaSeg(nn.Module):
         prefix = self.prefix(text_ids, pixels)
         tokens = text_ids[:, :0]
         for _ in range(self.config.mask_grid**2):
-            hidden = self.llama(torch.cat([prefix, self.mask_embedding(tokens)], dim=1))
+            hidden = self.llama(torch.cat([prefix, self.mask_embedding(tokens)], dim=1), padding=self.padding(text_ids))
             tokens = torch.cat([tokens, self.head(hidden[:, -1:]).argmax(-1)], dim=1)
         return tokens
 
@@ -841,16 +788,17 @@ class LlamaSeg(nn.Module):
             draft = "hidden" if self.config.hide else "jacobi"
         window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.boi.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocast else prefix.dtype
         cache = KVCache(self.config.llama, B, P + M - 1 + window, device, dtype)
         guesses = None
         if draft == "hidden" and window > 1:  # every mask token hidden: its guess for all of them, in the prefill pass
-            hidden = self.llama(torch.cat([prefix, prefix.new_zeros(B, M - 1, prefix.shape[2])], dim=1), cache)
+            hidden = self.llama(torch.cat([prefix, prefix.new_zeros(B, M - 1, prefix.shape[2])], dim=1), cache,
+                                padding=self.padding(text_ids))
             guesses = self.head(hidden[:, P - 1:]).argmax(-1)  # (B,M)
             logits = self.head(hidden[:, P - 1]).float()
             cache.position = P
         else:
-            logits = self.next_logits(prefix, cache)  # (B,K)
+            logits = self.next_logits(prefix, cache, self.padding(text_ids))  # (B,K)
         prefilled = clock(device)
         mask_passes = [M - 1] * B
         if decode == "beam":
@@ -949,7 +897,7 @@ class LlamaSeg(nn.Module):
         """
         prefix = self.prefix(text_ids, pixels)
         x = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1)
-        place = self.llama.place(x, None, None)
+        place = self.llama.place(x, padding=self.padding(text_ids))
         for i, layer in enumerate(self.llama.layers[:-1]):
             x = layer(x, i, place)
         last, c = self.llama.layers[-1], self.config.llama
@@ -960,9 +908,9 @@ class LlamaSeg(nn.Module):
         weights = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
-    def next_logits(self, embeddings, cache):
+    def next_logits(self, embeddings, cache, padding=None):
         """Feed embeddings (B,T,D) and return the logits (B,K) of the token after them, in float32."""
-        return self.head(self.llama(embeddings, cache)[:, -1]).float()
+        return self.head(self.llama(embeddings, cache, padding=padding)[:, -1]).float()
 
     def beam_search(self, logits, cache, beams):
         """logits (B,K) of mask token 0 and the cache of the prefix -> the best mask tokens found, (B,M)."""
@@ -980,6 +928,89 @@ class LlamaSeg(nn.Module):
             cache.reorder(rows, start=prefix_length)
             tokens = torch.cat([tokens[rows], (index % K).view(-1, 1)], dim=1)
         return tokens.view(B, beams, M)[:, 0]
+
+
+class LlamaSeg(MaskWriter):
+    """LlamaSeg: phrase and picture in, mask tokens out.
+
+    encoder: a pretrained SigLIP of the shape config.siglip; None makes one with random weights.
+    frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, what it was trained with and does not hold.
+    """
+
+    def __init__(self, config: LlamaSegConfig, encoder=None):
+        super().__init__()
+        self.config = config
+        self.frozen = {"encoder": encoder.source} if encoder is not None and encoder.source else {}
+        D, K, siglip = config.llama.width, config.codebook_size, config.siglip
+        if encoder is not None and encoder.config != siglip:
+            raise ValueError(f"the encoder has the shape {encoder.config}, the model wants {siglip}")
+        self.encoder = SigLIP(siglip) if encoder is None else encoder
+        self.text_adaptor = nn.Sequential(nn.Linear(siglip.text_width, D), nn.GELU(), nn.Linear(D, D))
+        self.image_adaptor = nn.Sequential(nn.Linear(siglip.vision_width, D), nn.GELU(), nn.Linear(D, D))
+        self.boi = nn.Parameter(torch.empty(D))  # <BOI>, begin of image
+        self.bom = nn.Parameter(torch.empty(D))  # <BOM>, begin of mask
+        self.mask_embedding = nn.Embedding(K, D)
+        self.llama = Llama(config.llama)
+        self.head = nn.Linear(D, K, bias=False)
+        self.init_weights(skip=() if encoder is None else set(encoder.modules()))
+        self.encoder.requires_grad_(not config.freeze_encoders)
+
+    @torch.no_grad()
+    def init_weights(self, skip=()):
+        """N(0, 0.02) everywhere but in the modules to skip, as GPT-2 does; paper: not stated."""
+        for module in self.modules():
+            if module not in skip and isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        # A block adds two terms to the residual stream: scaled so that its variance does not grow with depth.
+        towers = [self.encoder.vision_model.encoder, self.encoder.text_model.encoder, self.llama]
+        for tower in [tower for tower in towers if tower not in skip]:
+            for name, weight in tower.named_parameters():
+                if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+                    nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(tower.layers)))
+        nn.init.normal_(self.boi, std=0.02)
+        nn.init.normal_(self.bom, std=0.02)
+        nn.init.normal_(self.head.weight, std=self.head_std)
+
+    @property
+    def head_std(self):
+        """The head reads states of length sqrt(D): logits of std 0.2, so the first loss is ln(K) + 0.02."""
+        return 0.2 / math.sqrt(self.config.llama.width)
+
+    @torch.no_grad()
+    def init_mask_tokens(self, codebook):
+        """Start mask embedding and head from the mask tokenizer's codebook (K,C): its l2-normalised rows go
+        through one fixed random projection to the model's width, so that codes that look alike start alike.
+        Paper: not stated; this is our choice. ValueError if the codebook has not K rows."""
+        K, D = self.mask_embedding.weight.shape
+        if codebook.dim() != 2 or codebook.shape[0] != K:
+            raise ValueError(f"codebook has shape {tuple(codebook.shape)}, want ({K}, C)")
+        generator = torch.Generator().manual_seed(0)  # the same on every rank
+        projection = torch.randn(codebook.shape[1], D, generator=generator)
+        rows = F.normalize(codebook.detach().float().cpu(), dim=-1) @ projection  # (K,D) of variance 1
+        self.mask_embedding.weight.copy_(rows * 0.02)
+        self.head.weight.copy_(rows * self.head_std)
+
+    def prefix(self, text_ids, pixels, text=None):
+        """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
+
+        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text: what
+        encoder.encode_text(text_ids) gives, for a caller that has it already.
+        """
+        B, b = text_ids.shape[0], pixels.shape[0]
+        if b == 0 or B % b:
+            raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
+                             "the number of phrases must be a multiple of the number of pictures")
+        # no gradient, even if a caller turned requires_grad on again
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
+            text = self.encoder.encode_text(text_ids) if text is None else text
+            image = self.encoder.encode_image(pixels)
+        text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
+        text = self.text_adaptor(text)  # (B,L,D)
+        image = self.image_adaptor(image).repeat_interleave(B // b, dim=0)  # (B,N,D)
+        boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
+        return torch.cat([text, boi, image, bom], dim=1)
 
     def trained_state(self):
         """The state dict without a frozen encoder that came from official files: what a checkpoint holds."""
@@ -999,19 +1030,7 @@ class LlamaSeg(nn.Module):
         A frozen encoder from official files is not written; the header has its name and hash, as it has those of
         the mask tokenizer (`frozen`). dtype: store the weights so (torch.float16 halves the file); None keeps them.
         """
-        path = Path(path)
-        header = {"format": "llamaseg", "config": json.dumps(asdict(self.config)), "frozen": json.dumps(self.frozen)}
-        # copied: fused weights share memory, which safetensors does not write
-        weights = {name: w.to("cpu", dtype or w.dtype, copy=True) for name, w in self.trained_state().items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(weights, temporary, metadata=header)
-            os.chmod(temporary, 0o644)  # safetensors lets only the owner read it
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot write ({error})") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_weights(self, path, "llamaseg", dtype)
 
     @classmethod
     def from_pretrained(cls, path, encoder=None, dtype=torch.float32, any_weights=False):
@@ -1023,25 +1042,7 @@ class LlamaSeg(nn.Module):
         the encoder is another one.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give the .safetensors that train.py wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
-                             "copy it again or take another") from None
-        if header.get("format") != "llamaseg" or "config" not in header:
-            raise ValueError(f"{path}: not a LlamaSeg checkpoint (no config in its header); "
-                             "give the .safetensors that train.py wrote")
-        try:
-            config = LlamaSegConfig(**json.loads(header["config"]))
-            frozen = json.loads(header.get("frozen", "{}"))
-            if not isinstance(frozen, dict) or any(set(part) != {"name", "sha256"} for part in frozen.values()):
-                raise ValueError(f"frozen parts {frozen!r}")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its config does not fit this version of model.py ({error})") from None
+        config, frozen, weights = read_own(path, "llamaseg", LlamaSegConfig, dtype)
         siglip = None
         if "encoder" in frozen:
             siglip = SigLIP.from_pretrained(encoder or WEIGHTS / frozen["encoder"]["name"], dtype=dtype)
@@ -1057,6 +1058,320 @@ class LlamaSeg(nn.Module):
             raise ValueError(f"{path}: weights do not fit the config: {problems}")
         model.load_state_dict(weights, strict=siglip is None, assign=True)
         return model
+
+
+# ------------------------------------------------------------------------------
+# the MLLM route: LoRA and Janus-Pro
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus a trained product of two thin matrices (Hu et al. 2021): W x + alpha / r  B A x.
+
+    B starts at zero, so that nothing changes before training. `merge` adds the product to the weight, `unmerge` takes
+    it out again. The names of weight and bias stay, lora_a (r,in) and lora_b (out,r) join them.
+    """
+
+    def __init__(self, linear, rank, alpha, dropout):
+        nn.Module.__init__(self)  # no memory for a weight of its own
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        make = {"device": linear.weight.device, "dtype": torch.float32}  # small, and trained: not in bfloat16
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **make))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **make))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale, self.dropout, self.merged = alpha / rank, dropout, False
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.merged:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        return y + self.scale * F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self, sign=1):
+        if self.merged != (sign < 0):
+            return
+        change = (sign * self.scale) * (self.lora_b @ self.lora_a)
+        self.weight.data = (self.weight.float() + change).to(self.weight.dtype)
+        self.merged = sign > 0
+
+    def unmerge(self):
+        self.merge(-1)
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(llama, rank, alpha, dropout, targets):
+    """Put LoRALinear in place of the layers of `llama` that `targets` names; ValueError for an unknown one."""
+    unknown = [name for name in targets if name not in LORA_TARGETS]
+    if unknown or not targets:
+        raise ValueError(f"LoRA targets {', '.join(unknown) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
+    if not (rank >= 1 and alpha > 0 and 0 <= dropout < 1):
+        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want at least 1, above 0, in [0, 1)")
+    for layer in llama.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name in [name for name, _ in part.named_children() if name in targets]:
+                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.qkv = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
+        mlp.gate_up = Fused(mlp.gate_proj, mlp.up_proj)
+
+
+@dataclass
+class JanusConfig:
+    """Shape of a Janus model; the defaults are Janus-Pro-1B's."""
+
+    siglip: SigLIPConfig = field(default_factory=lambda: SigLIPConfig(
+        image_size=384, vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, gelu="none"))
+    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(
+        width=2048, layers=24, heads=16, mlp=5632, norm_eps=1e-6))
+    vocab_size: int = 102400
+    codebook_size: int = 16384
+    code_width: int = 8  # of the embedding of generated image tokens
+    head_width: int = 2048  # between the two layers of the generation head
+    projector_layers: int = 2  # of both aligners
+    hide: bool = False  # as in LlamaSegConfig
+    image_id: int = 100581  # <image_placeholder>
+    pad_id: int = 100015
+    lora: dict | None = None  # rank, alpha, dropout, targets
+
+    def __post_init__(self):
+        if isinstance(self.siglip, dict):
+            self.siglip = SigLIPConfig(**self.siglip)
+        if isinstance(self.llama, dict):
+            self.llama = LlamaConfig(**self.llama)
+        check_numbers(self)
+
+    @property
+    def mask_grid(self):
+        """Masks have the side of the pictures, 16 pixels a token."""
+        return self.siglip.image_size // 16
+
+
+# the paper's second model; its shape is read from the official directory
+PRESETS["llamaseg-janus"] = JanusConfig()
+
+
+def projector(inside, outside, layers):
+    """Janus' `mlp_gelu`: linear layers with the exact GELU between them."""
+    modules = [nn.Linear(inside, outside)]
+    for _ in range(layers - 1):
+        modules += [nn.GELU(), nn.Linear(outside, outside)]
+    return nn.Sequential(*modules)
+
+
+class JanusSeg(MaskWriter):
+    """Janus-Pro (Chen et al. 2025) as a segmenter, the paper's second model: it reads phrase and picture as in a chat
+    and writes the mask with the parts that it has for generating pictures. Only LoRA on its LLaMA is trained; paper:
+    rank and targets are not stated, see train.py.
+
+    The prompt, text_ids, comes whole from tokenizer.JanusPrompt: padding at the left, begin of sentence,
+    `<|User|>: phrase<begin_of_image>` N placeholders `<end_of_image>\n\n<|Assistant|>:<begin_of_image>`. Paper: which
+    token begins the mask is not stated; we use the `<begin_of_image>` that Janus knows. No classifier-free guidance.
+    """
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        self.config, self.frozen = config, {}
+        D = config.llama.width
+        self.vision = SigLIP(config.siglip, text=False)
+        self.aligner = projector(config.siglip.vision_width, D, config.projector_layers)
+        self.token_embedding = nn.Embedding(config.vocab_size, D)
+        self.llama = Llama(config.llama)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.gen_embed = nn.Embedding(config.codebook_size, config.code_width)
+        self.gen_aligner = projector(config.code_width, D, config.projector_layers)
+        self.gen_head = nn.Sequential(nn.Linear(D, config.head_width), nn.GELU(),
+                                      nn.Linear(config.head_width, config.codebook_size))
+
+    def encode_image(self, pixels):
+        """pixels (B,3,S,S) float in [-1,1] -> (B,N,D): vision tower, then aligner."""
+        return self.aligner(self.vision.encode_image(pixels))
+
+    def mask_embedding(self, tokens):
+        return self.gen_aligner(self.gen_embed(tokens))
+
+    def head(self, hidden):
+        return self.gen_head(hidden)
+
+    def padding(self, text_ids):
+        return (text_ids == self.config.pad_id).cumprod(1).sum(1)
+
+    def prefix(self, text_ids, pixels, text=None):
+        """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture.
+
+        ValueError if a row has another number of places for the picture.
+        """
+        B, b, N = text_ids.shape[0], pixels.shape[0], self.config.siglip.image_tokens
+        if b == 0 or B % b:
+            raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
+                             "the number of phrases must be a multiple of the number of pictures")
+        places = text_ids == self.config.image_id  # (B,L)
+        if text_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (places.sum(1) != N).any():
+            raise ValueError(f"text_ids have {places.sum(1).tolist()} image placeholders ({self.config.image_id}), "
+                             f"want {N} in each row")
+        check_indices("text_ids", text_ids, self.config.vocab_size)
+        with torch.no_grad():
+            image = self.encode_image(pixels).repeat_interleave(B // b, dim=0)  # (B,N,D)
+            words = self.token_embedding(text_ids)  # (B,L,D)
+            return words.masked_scatter(places[:, :, None], image.to(words.dtype))
+
+    @torch.no_grad()
+    def answer(self, text_ids, pixels, length=128, stop=()):
+        """Words: one prompt (1,L) with a picture (1,3,S,S) -> the likeliest next tokens, a list of at most `length` ids
+        that ends before one of `stop`."""
+        prefix, found = self.prefix(text_ids, pixels), []
+        cache = KVCache(self.config.llama, 1, prefix.shape[1] + length, prefix.device, prefix.dtype)
+        hidden = self.llama(prefix, cache, padding=self.padding(text_ids))
+        while True:
+            token = self.lm_head(hidden[:, -1]).float().argmax(-1).item()
+            if token in stop or len(found) == length:
+                return found
+            found.append(token)
+            hidden = self.llama(self.token_embedding(torch.tensor([[token]], device=text_ids.device)), cache)
+
+    def add_lora(self, rank=16, alpha=32, dropout=0.0, targets=LORA_TARGETS):
+        """Freeze all and add LoRA to the LLaMA: only lora_a and lora_b receive gradients."""
+        self.requires_grad_(False)
+        add_lora(self.llama, rank, alpha, dropout, targets)
+        self.config.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets)}
+
+    def lora_layers(self):
+        return [layer for layer in self.llama.modules() if isinstance(layer, LoRALinear)]
+
+    def merge(self):
+        """Add LoRA to the weights, for decoding at the speed of the base."""
+        for layer in self.lora_layers():
+            layer.merge()
+
+    def trained_state(self):
+        """The LoRA matrices: what a checkpoint holds."""
+        return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
+
+    def load_trained_state(self, weights):
+        """Put back what `trained_state` gave; ValueError with the names that do not fit."""
+        problems = compare_weights(self.trained_state(), weights)
+        if problems:
+            raise ValueError(f"weights do not fit the model: {problems}")
+        self.load_state_dict(weights, strict=False)
+
+    def save_pretrained(self, path, dtype=None):
+        """Write the LoRA matrices, a few MB, and in the header the config and the base's name and hash."""
+        write_weights(self, path, "janusseg", dtype)
+
+    @classmethod
+    def from_pretrained(cls, path, base=None, dtype=torch.float32, any_weights=False):
+        """Load an official Janus directory (config.json; pytorch_model.bin or .safetensors, sharded or not), strictly;
+        or a file of `save_pretrained` on its base, by default the directory of its name below WEIGHTS. In eval mode.
+
+        FileNotFoundError, or ValueError with one line that names file, tensor, expected and found; also if the base
+        is another one, unless any_weights.
+        """
+        path = Path(path)
+        if path.is_dir() or not path.suffix:
+            return cls._from_directory(path, dtype)
+        config, frozen, weights = read_own(path, "janusseg", JanusConfig, dtype)
+        model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)
+        if not any_weights:
+            check_source(path, "mllm", frozen, model.frozen["mllm"])
+        model.add_lora(**config.lora)
+        model.config.hide, model.frozen = config.hide, frozen
+        try:
+            model.load_trained_state(weights)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return model.eval()
+
+    @classmethod
+    def _from_directory(cls, directory, dtype):
+        config = janus_config(directory)
+
+        def wanted(name):  # the pooling head has no use here; the image tokenizer is VQGAN.from_pretrained's
+            return not name.startswith(("vision_model.vision_tower.attn_pool.", "gen_vision_model."))
+
+        weights = janus_names(read_weights(directory, wanted))
+        model = build_from(lambda: cls(config), weights, directory, dtype)
+        model.frozen = {"mllm": {"name": directory.absolute().name, "sha256": fingerprint(weights)}}
+        return model.requires_grad_(False)
+
+
+# official prefix: ours
+JANUS_NAMES = {
+    "language_model.model.embed_tokens.": "token_embedding.", "language_model.model.": "llama.",
+    "language_model.lm_head.": "lm_head.", "aligner.layers.": "aligner.", "gen_embed.": "gen_embed.",
+    "gen_aligner.layers.": "gen_aligner.", "gen_head.output_mlp_projector.": "gen_head.0.",
+    "gen_head.vision_head.": "gen_head.2.",
+}
+JANUS_TOWER = {
+    "vision_model.vision_tower.": "vision.vision_model.", "patch_embed.proj.": "embeddings.patch_embedding.",
+    "pos_embed": "embeddings.position_embedding.weight", "blocks.": "encoder.layers.", ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.", ".attn.proj.": ".self_attn.out_proj.",
+    "vision_model.norm.": "vision_model.post_layernorm.",
+}
+
+
+def janus_names(weights):
+    """Official tensors under our names; a fused qkv becomes three views. Unknown names stay, to be reported."""
+    ours = {}
+    for name, w in weights.items():
+        if name.startswith("vision_model.vision_tower."):
+            for official, own in JANUS_TOWER.items():
+                name = name.replace(official, own)
+            if ".attn.qkv." in name and w.shape[0] % 3 == 0:
+                for part, piece in zip("qkv", w.chunk(3)):
+                    ours[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = piece
+                continue
+            ours[name] = w[0] if name.endswith("position_embedding.weight") and w.dim() == 3 else w
+        else:
+            official = next((prefix for prefix in JANUS_NAMES if name.startswith(prefix)), "")
+            ours[JANUS_NAMES.get(official, "") + name.removeprefix(official)] = w
+    return ours
+
+
+def janus_config(directory):
+    """JanusConfig of an official directory: config.json, and, if it is there, tokenizer.json for special tokens' ids.
+
+    ValueError for a kind of projector, tower or image tokenizer that this code has not.
+    """
+    hf, path = read_config(directory), directory / "config.json"
+    check_config(path, hf, {"model_type": "multi_modality"})
+    parts = {}
+    for part, expected in (("vision", "CLIPVisionTower"), ("aligner", "MlpProjector"), ("gen_vision", "VQ-16"),
+                           ("gen_aligner", "MlpProjector"), ("gen_head", "vision_head")):  # fmt: skip
+        try:
+            parts[part] = hf[f"{part}_config"]["params"]
+            check_config(path, {f"{part}_config.cls": hf[f"{part}_config"]["cls"]}, {f"{part}_config.cls": expected})
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}: has no {part}_config with cls and params") from None
+    vision, aligner, language = parts["vision"], parts["aligner"], hf.get("language_config") or {}
+    check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1})
+    for part in ("aligner", "gen_aligner"):
+        check_config(path, parts[part], {"projector_type": "mlp_gelu", "depth": aligner.get("depth", 2)})
+    width = vision.get("width", 1024)
+    try:
+        config = JanusConfig(
+            siglip=SigLIPConfig(
+                image_size=vision.get("image_size", 384), patch_size=vision.get("patch_size", 16), vision_width=width,
+                vision_layers=vision.get("layers", 24), vision_heads=vision.get("heads", 16),
+                vision_mlp=int(width * vision.get("mlp_ratio", 4)), gelu="none"),
+            llama=llama_config(language, path), vocab_size=language.get("vocab_size", 32000),
+            codebook_size=parts["gen_head"].get("image_token_size", 16384),
+            code_width=parts["gen_vision"].get("n_embed", 8),
+            head_width=parts["gen_head"].get("image_token_embed", 2048),
+            projector_layers=aligner.get("depth", 2),
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
+    if (directory / "tokenizer.json").is_file():
+        try:
+            added = json.loads((directory / "tokenizer.json").read_bytes())["added_tokens"]
+            ids = {token["content"]: token["id"] for token in added}
+            config.image_id, config.pad_id = ids["<image_placeholder>"], ids["<｜▁pad▁｜>"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{directory / 'tokenizer.json'}: no special token {error}") from None
+    return config
 
 
 def draft_window(draft, batch, device):
@@ -1092,6 +1407,57 @@ def choose(logits, decode, top_k, top_p, temperature, generator):
 
 # ------------------------------------------------------------------------------
 # helpers: weights from files
+
+
+def write_weights(model, path, kind, dtype):
+    """What a model was trained to, in one .safetensors with its config and frozen parts in the header; OSError."""
+    path = Path(path)
+    header = {"format": kind, "config": json.dumps(asdict(model.config)), "frozen": json.dumps(model.frozen)}
+    # copied: fused weights share memory, which safetensors does not write
+    weights = {name: w.to("cpu", dtype or w.dtype, copy=True) for name, w in model.trained_state().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(weights, temporary, metadata=header)
+        os.chmod(temporary, 0o644)  # safetensors lets only the owner read it
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot write ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path):
+    """The header of a file that train.py wrote, a dict of texts; {} for another file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def read_own(path, kind, make, dtype):
+    """(config, frozen, {name: tensor}) of a file of `write_weights`; FileNotFoundError, ValueError in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the .safetensors that train.py wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
+                         "copy it again or take another") from None
+    if header.get("format") != kind or "config" not in header:
+        name = {"llamaseg": "LlamaSeg", "janusseg": "JanusSeg"}[kind]
+        raise ValueError(f"{path}: not a {name} checkpoint (no config in its header); "
+                         "give the .safetensors that train.py wrote")
+    try:
+        config = make(**json.loads(header["config"]))
+        frozen = json.loads(header.get("frozen", "{}"))
+        if not isinstance(frozen, dict) or any(set(part) != {"name", "sha256"} for part in frozen.values()):
+            raise ValueError(f"frozen parts {frozen!r}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config does not fit this version of model.py ({error})") from None
+    return config, frozen, weights
 
 
 def read_config(directory):
@@ -1186,13 +1552,18 @@ def compare_weights(want, have):
     shapes = [f"{n} {tuple(have[n].shape)}, expected {tuple(want[n].shape)}"
               for n in want if n in have and have[n].shape != want[n].shape]
     kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
-             "wrong shape": shapes, "not finite": [n for n in have if not have[n].float().isfinite().all()]}
+             "wrong shape": shapes, "not finite": [n for n in have if not finite(have[n])]}
     parts = []
     for kind, names in kinds.items():
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"{kind}: {', '.join(names[:5])}{more}")
     return "; ".join(parts)
+
+
+def finite(w):
+    """Are all numbers of a tensor finite? By its ends, which takes no memory beside it: NaN is both."""
+    return not w.numel() or all(math.isfinite(end) for end in map(float, w.aminmax()))
 
 
 def fingerprint(weights):

@@ -4,6 +4,7 @@
     python sample.py --image x.jpg --prompt "the red circle"     # your own; --prompt can be repeated
     python sample.py --image folder --prompt "everything blue" --json masks.json
     python sample.py --image x.jpg --prompt "the red circle" --confidence sure.png --attention looks.png
+    python sample.py --checkpoint janus-pro-1b --image x.jpg --chat "What is on the table?"   # words, of Janus alone
     python sample.py --bench                                     # where the time goes, drafted and plain
     python sample.py --dataset scenes --split test               # score a checkpoint on a data set
     torchrun --nproc_per_node=8 sample.py --dataset refcoco --split testA --root data --checkpoint out
@@ -35,6 +36,8 @@ from data import (
     contact_sheet,
     load_dataset,
     open_picture,
+    pad_picture,
+    padded_box,
     resize_picture,
     rle_decode,
     rle_encode,
@@ -48,6 +51,7 @@ from model import (
     DRAFTS,
     PRESETS,
     WEIGHTS,
+    JanusSeg,
     KVCache,
     LlamaSeg,
     check_source,
@@ -55,8 +59,9 @@ from model import (
     compute_dtype,
     draft_window,
     pick_device,
+    read_header,
 )
-from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks
+from tokenizer import VQGAN, JanusPrompt, TextTokenizer, VQGANConfig, decode_masks
 from train import ASSETS, check_fit, locate, peak_memory, predict, setup_ranks
 
 SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
@@ -70,9 +75,10 @@ class PromptTooLong(ValueError):
 
 
 def checkpoint_file(checkpoint=None):
-    """The model.safetensors of a checkpoint: a folder, the file itself, or None for the embedded one."""
-    path = Path(checkpoint or ASSETS)
-    return path / "model.safetensors" if path.is_dir() else path
+    """What to load: the model.safetensors of a folder that train.py wrote, such a file itself, or an official Janus
+    directory, by path or by the name that data.py downloads; None: the embedded one."""
+    path = locate(Path(checkpoint or ASSETS))
+    return path / "model.safetensors" if path.is_dir() and not (path / "config.json").is_file() else path
 
 
 class Segmenter:
@@ -80,7 +86,10 @@ class Segmenter:
 
     def __init__(self, model, mask_tokenizer, text_tokenizer, device):
         self.model = model.to(device).eval()
-        self.model.llama.fuse()
+        self.padded = isinstance(model, JanusSeg)  # Janus keeps a picture's aspect ratio
+        if self.padded:
+            model.merge()
+        model.llama.fuse()
         self.mask_tokenizer = mask_tokenizer.to(device).eval()
         self.text_tokenizer = text_tokenizer
         self.device = device
@@ -97,7 +106,17 @@ class Segmenter:
         """
         file = checkpoint_file(checkpoint)
         device = pick_device(device)
-        model = LlamaSeg.from_pretrained(file, encoder, compute_dtype(device, dtype)[0], any_weights)
+        dtype = compute_dtype(device, dtype)[0]
+        if file.is_dir() or read_header(file).get("format") == "janusseg":
+            model = JanusSeg.from_pretrained(file, encoder, dtype, any_weights)
+            base = file if file.is_dir() else encoder or WEIGHTS / model.frozen["mllm"]["name"]
+            mask_tokenizer = VQGAN.from_pretrained(mask_tokenizer or base)
+            if not any_weights:
+                check_source(file, "mask_tokenizer", model.frozen, mask_tokenizer.source)
+            prompt = JanusPrompt(base, model.config.siglip.image_tokens)
+            check_fit(model.config, mask_tokenizer, prompt, base)
+            return cls(model, mask_tokenizer, prompt, device)
+        model = LlamaSeg.from_pretrained(file, encoder, dtype, any_weights)
         if mask_tokenizer is None:
             mask_tokenizer = file.with_name("mask_tokenizer.safetensors")
             if not mask_tokenizer.exists() and "mask_tokenizer" in model.frozen:
@@ -121,7 +140,8 @@ class Segmenter:
             if needed:
                 raise PromptTooLong(f"prompt {prompt[:40]!r}... has {needed} tokens, the model reads "
                                  f"{self.text_tokenizer.length}: make it shorter")  # fmt: skip
-        pixels = to_pixels(resize_picture(image, self.model.config.siglip.image_size)[None])
+        square = (pad_picture if self.padded else resize_picture)(image, self.model.config.siglip.image_size)
+        pixels = to_pixels(square[None])
         return self.text_tokenizer(list(prompts)).to(self.device), pixels.to(self.device)
 
     @torch.inference_mode()
@@ -147,8 +167,21 @@ class Segmenter:
         if inside is not None:
             inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens)
         sizes = [image.size[::-1] for image in images for _ in prompts]
-        masks = decode_masks(self.mask_tokenizer, tokens, sizes)
+        side = self.model.config.siglip.image_size
+        boxes = [padded_box(*size[::-1], side) for size in sizes] if self.padded else None
+        masks = decode_masks(self.mask_tokenizer, tokens, sizes, boxes)
         return [masks[i:i + len(prompts)] for i in range(0, len(masks), len(prompts))]
+
+
+    @torch.inference_mode()
+    def chat(self, image, question, length=128):
+        """A question about a picture -> the answer in words, of a Janus checkpoint; ValueError for another."""
+        if not self.padded:
+            raise ValueError("this checkpoint writes masks only: --chat needs a Janus checkpoint")
+        _, pixels = self.prepare(image, [question])
+        ids = self.text_tokenizer.chat(question).to(self.device)
+        answer = self.model.answer(ids, pixels, length, {self.text_tokenizer.special["eos"]})
+        return self.text_tokenizer.bpe.decode(answer).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -270,6 +303,14 @@ def segment(args):
         put_json(records, args.json)
 
 
+def chat(args):
+    """An answer in words for each picture."""
+    pictures, segmenter = find_pictures(args.image or [EXAMPLE]), load(args, args.device)
+    for name, source in pictures:
+        image = open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)
+        print(f"{name}: {segmenter.chat(image, args.chat)}")
+
+
 def keep(args, name, source, image, k, prompt, mask, ms, say):
     """Write mask and overlay of a picture's k-th prompt, print a line, return the record for --json."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
@@ -305,7 +346,7 @@ def score(args):
     name = re.sub(r"[^A-Za-z0-9+-]+", "-", args.dataset)
     stem = args.out / f"{name}-{args.split}"
     run = {"dataset": args.dataset, "split": args.split, **options, "count": count, "decode": args.decode,
-           "dtype": args.dtype, "model": sha256_of(checkpoint_file(args.checkpoint)),
+           "dtype": args.dtype, "model": identity(args.checkpoint, segmenter.model),
            "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
 
     done = gather(stem, run)
@@ -333,6 +374,12 @@ def score(args):
             part.unlink()
         write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)
         report(args, run, records, dataset, stem)
+
+
+def identity(checkpoint, model):
+    """A hash that tells one checkpoint from another."""
+    file = checkpoint_file(checkpoint)
+    return model.frozen["mllm"]["sha256"] if file.is_dir() else sha256_of(file)
 
 
 def score_batch(segmenter, dataset, indices, args, rank):
@@ -550,6 +597,7 @@ def main(argv=None):
     group.add_argument("--image", nargs="+", metavar="PATH",
                        help="files, folders, or - for standard input (default: the embedded picture)")
     group.add_argument("--prompt", action="append", help="what to look for; repeat for more masks of the picture")
+    group.add_argument("--chat", metavar="QUESTION", help="ask a Janus checkpoint about the picture, in words")
     group.add_argument("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: out_masks)")
     group.add_argument("--json", metavar="FILE", help="also write JSON with COCO run-length masks; - for stdout")
     group.add_argument("--confidence", metavar="FILE", help="write a picture of how sure each place of the mask is, "
@@ -570,9 +618,10 @@ def main(argv=None):
     group.add_argument("--allow-skipped", action="store_true", help="report numbers without the skipped examples")
     group.add_argument("--count", type=int, help="first examples only (default: all of the split)")
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", metavar="PATH", help="folder that train.py wrote, or its model.safetensors")
-    group.add_argument("--encoder", type=Path, metavar="DIR", help="frozen SigLIP that the checkpoint names (default: "
-                       "where `data.py download` put it)")
+    group.add_argument("--checkpoint", metavar="PATH", help="folder that train.py wrote, or its model.safetensors; or "
+                       "a Janus directory")
+    group.add_argument("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or Janus that the checkpoint names "
+                       "(default: where `data.py download` put it)")
     group.add_argument("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN that the checkpoint names "
                        "(default: beside the checkpoint, else where `data.py download` put it)")
     group.add_argument("--any-weights", action="store_true",
@@ -584,7 +633,9 @@ def main(argv=None):
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                        help="of the weights; auto: bfloat16 where the device multiplies it fast (default: float32)")
     args = parser.parse_args(argv)
-    if args.image and not args.prompt:
+    if args.chat is not None and (args.prompt or args.dataset or not args.chat.strip()):
+        parser.error("--chat is a question of its own, without --prompt and --dataset")
+    if args.image and not args.prompt and not args.chat:
         parser.error('--image needs at least one --prompt, as in --prompt "the red circle"')
     if args.dataset and (args.image or args.prompt):
         parser.error("--dataset brings its own pictures and phrases: drop --image and --prompt")
@@ -603,6 +654,8 @@ def main(argv=None):
     try:
         if args.bench:
             bench(args)
+        elif args.chat:
+            chat(args)
         elif args.dataset:
             score(args)
         else:

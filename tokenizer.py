@@ -379,7 +379,7 @@ def read_checkpoint(path):
     path = Path(path)
     files = [path]
     if path.is_dir():
-        for pattern in ("*.safetensors", "*.bin", "*.pt"):
+        for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pt"):
             if files := sorted(path.glob(pattern)):
                 break
         else:
@@ -466,13 +466,16 @@ def fingerprint(tensors):
 
 
 @torch.no_grad()
-def decode_masks(mask_tokenizer, tokens, sizes):
+def decode_masks(mask_tokenizer, tokens, sizes, boxes=None):
     """Mask tokens (B, M) -> masks at the pictures' own sizes: soft decode, resize, then binarize.
 
-    sizes: B pairs (H, W). Returns a list of bool arrays (H, W).
+    sizes: B pairs (H, W). boxes: where the pictures stand in the decoded square, B of (left, top, width, height), as
+    data.padded_box gives them; None: they fill it. Returns a list of bool arrays (H, W).
     Paper: the order is not stated; binarizing last keeps smooth edges smooth.
     """
     soft = mask_tokenizer.decode(tokens).float().mean(1, keepdim=True).cpu()  # (B, 1, S, S)
+    if boxes is not None:
+        soft = [m[:, top : top + h, left : left + w] for m, (left, top, w, h) in zip(soft, boxes)]
     resized = (F.interpolate(m[None], size, mode="bilinear", antialias=True) for m, size in zip(soft, sizes))
     return [(m[0, 0] >= 0).numpy() for m in resized]
 
@@ -579,6 +582,185 @@ def sentencepiece_from_json(path):
     return pieces + field(2, trainer) + field(3, normalizer)
 
 
+class BPETokenizer:
+    """Byte-level BPE of DeepSeek-LLM's kind (Janus-Pro) from a Hugging Face tokenizer.json, with the same ids.
+
+    encode cuts the added tokens out of the text, splits the rest by the file's patterns, one after the other, and
+    lets tiktoken merge the bytes of each piece. decode(encode(text)) is the text, byte for byte. The file's
+    post-processor is not applied: no BOS, no EOS. ValueError on anything in the file that is not known here.
+
+    special_tokens: {name: id} of all added tokens, "<|User|>" and the like; ids are 0 .. vocab_size - 1.
+    """
+
+    # A Split's regular expression: literals, \s and [classes of literals], each bare or with ? * or +, and $ at the
+    # end. Python reads these as Hugging Face's Oniguruma does, but for \s, which is Unicode's White_Space there.
+    escape = r"\\[]\[(){}.*+?|^$/&~rnt-]"
+    literal, in_class = rf"(?:{escape}|[^]\[(){{}}.*+?|^$\\])", rf"(?:{escape}|[^]\[\\&^-])"
+    known_pattern = re.compile(rf"(?:(?:{literal}|\\s|\[\^?(?:{in_class}(?:-{in_class})?)+])[?*+]?)+\$?")
+    white_space = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+    @classmethod
+    def from_json(cls, path):
+        """path: a tokenizer.json or the folder it lies in."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.json)")
+        try:
+            return cls(json.loads(path.read_bytes()))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, re.error) as error:
+            what = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{path}: no byte-level BPE tokenizer.json of a known kind ({what})") from None
+
+    def __init__(self, content):
+        """content: the parsed tokenizer.json."""
+        import tiktoken  # here: only Janus-Pro's text needs it
+
+        self._check("its", content, truncation=[None], padding=[None], decoder=None, version=None, post_processor=None,
+                    added_tokens=None, pre_tokenizer=None, model=None,
+                    normalizer=[None, {"type": "Sequence", "normalizers": []}])  # fmt: skip
+        self._check("its decoder's", content["decoder"] or {}, type=["ByteLevel"], add_prefix_space=None,
+                    trim_offsets=None, use_regex=None)  # fmt: skip
+        # unk_token and fuse_unk are for bytes without a token, of which there is none
+        self._check("its model's", content["model"], type=["BPE"], vocab=None, merges=None, unk_token=None,
+                    fuse_unk=None, dropout=[None, 0], byte_fallback=[None, False], ignore_merges=[None, False],
+                    continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""])  # fmt: skip
+        ranks = self._read_vocabulary(content["model"]["vocab"], content["model"]["merges"])
+        self._read_added_tokens(content["added_tokens"], content["model"]["vocab"])
+        pattern = self._read_pre_tokenizer(content["pre_tokenizer"] or {})
+        self.vocab_size = len(self.bytes)
+        self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    @staticmethod
+    def _check(what, found, **known):
+        """ValueError unless `found` has only names of `known`, with one of the values there (None: with any)."""
+        for name, values in known.items():
+            if values and found.get(name) not in values:
+                supported = " or ".join(map(repr, values))
+                raise ValueError(f"{what} {name} is {found.get(name)!r:.100}, supported: {supported}")
+        for name in found:
+            if name not in known:
+                raise ValueError(f"{what} option {name!r} is not known")
+
+    def _read_vocabulary(self, vocab, merges):
+        """Sets self.bytes (of each id) and self.ids (of each of tiktoken's ranks); returns tiktoken's bytes -> rank."""
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"the {len(vocab)} ids of its vocabulary have gaps or come twice")
+        # The vocabulary writes a byte as its Latin-1 character if that prints, else as one from U+0100 on (GPT-2).
+        prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in prints]
+        byte_of = {chr(b): b for b in prints} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+        def to_bytes(token):  # a token with other characters, as some added ones, stands for its own name
+            return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
+
+        never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # in UTF-8; such a byte may lack a token
+        missing = [f"0x{byte:02X}" for c, byte in byte_of.items() if c not in vocab and byte not in never]
+        if missing:
+            raise ValueError(f"its vocabulary has no token for byte {missing[0]}")
+
+        rank_of = {}
+        for i, pair in enumerate(merges):
+            pair = pair.split(" ") if isinstance(pair, str) else pair
+            if len(pair) != 2:
+                raise ValueError(f"merge {i} is {pair!r:.100}, supported: two tokens")
+            left, right = pair
+            for token in (left, right, left + right):
+                if token not in vocab or not all(c in byte_of for c in token):
+                    raise ValueError(f"merge {i}: {token!r} is not in its vocabulary, or not of its bytes")
+            rank_of[left, right] = i  # of a pair that comes twice the last one counts
+        # Hugging Face merges the listed pair of the lowest rank; tiktoken any neighbours that together are a token, of
+        # the lowest rank. That is the same if tiktoken gets just the tokens that their own bytes merge to, ranked by
+        # the last of those merges: neighbours come from merges inside their bytes, in the order in which those bytes
+        # alone would be merged, so if the two together are such a token, they are the pair of its last merge.
+        self.bytes = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]
+        self.ids = {byte: vocab.get(c) for c, byte in byte_of.items()}
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        for token in {left + right for left, right in rank_of}:
+            parts, rank = self._merge(token, rank_of)
+            if len(parts) == 1:
+                ranks[to_bytes(token)], self.ids[256 + rank] = 256 + rank, vocab[token]
+        return ranks
+
+    @staticmethod
+    def _merge(token, rank_of):
+        """Join the neighbours of the lowest rank, leftmost first, until no pair has one: (parts, the last rank)."""
+        parts, rank = list(token), None
+        while found := [(rank_of[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
+            rank, i = min(found)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts, rank
+
+    def _read_added_tokens(self, added, vocab):
+        """Sets self.special_tokens and begins self.splits: (pattern, {piece: its id if it is an added token})."""
+        self.special_tokens, self.splits = {}, []
+        for token in added:
+            name, id = token["content"], token["id"]
+            # The id is the one that Hugging Face gives, whatever the file says. A token that takes white space with
+            # it, or is one only between words, would not come back from decode.
+            self._check(f"added token {name!r}:", token, content=None, special=None, normalized=[False, True],
+                        single_word=[False], lstrip=[False], rstrip=[False],
+                        id=[vocab.get(name, len(self.bytes))])  # fmt: skip
+            if name not in vocab:
+                self.bytes.append(name.encode())
+            if name in self.special_tokens or not name or self.bytes[id] != name.encode():
+                raise ValueError(f"added token {name!r} is empty, comes twice or is the name of other bytes")
+            self.special_tokens[name] = id
+        for normalized in (False, True):  # in this order; of those that begin at a character the longest counts
+            ids = {token["content"]: token["id"] for token in added if token["normalized"] == normalized}
+            names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
+            self.splits += [(re.compile(f"({names})"), ids)] if ids else []
+
+    def _read_pre_tokenizer(self, content):
+        """Adds the patterns of the Splits to self.splits; returns tiktoken's pattern, which does the Digits."""
+        steps = content["pretokenizers"] if content.get("type") == "Sequence" else [content]
+        kinds = " ".join(str(step.get("type")) for step in steps)
+        if not re.fullmatch("(Split )*(Digits )?ByteLevel", kinds):
+            raise ValueError(f"its pre-tokenizer is {kinds!r}, supported: Splits, then Digits or not, then ByteLevel")
+        digits = r"(?s:.+)"
+        for step in steps:
+            if step["type"] == "Split":
+                self._check("Split's", step, type=None, pattern=None, behavior=["Isolated"], invert=[False])
+                found = step["pattern"].get("Regex", "")
+                if not self.known_pattern.fullmatch(found):
+                    raise ValueError(f"Split's pattern is {step['pattern']!r:.100}, supported: a Regex of literals, "
+                                     "\\s, [classes of literals], ? * + and $ at its end")  # fmt: skip
+                pattern = re.compile("(" + found.replace(r"\s", self.white_space) + ")", re.MULTILINE)
+                if pattern.search(""):
+                    raise ValueError(f"Split's pattern {found!r:.100} matches an empty piece")
+                self.splits.append((pattern, {}))
+            elif step["type"] == "Digits":
+                self._check("Digits'", step, type=None, individual_digits=[False, True])
+                digits = r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+"
+            else:
+                self._check("ByteLevel's", step, type=["ByteLevel"], trim_offsets=None, add_prefix_space=[False],
+                            use_regex=[False])  # fmt: skip
+        return digits
+
+    def encode(self, text):
+        """Text -> list of ids; where the text has the name of an added token, that token.
+
+        UnicodeEncodeError, a ValueError, on half of a surrogate pair: UTF-8 has no bytes for it.
+        """
+        text.encode()
+        pieces = [text]  # strings, and the ids of added tokens that were found
+        for pattern, added in self.splits:
+            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
+            pieces = [added.get(part, part) for part in parts if part != ""]
+        ids = []
+        for piece in pieces:
+            ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
+        return ids
+
+    def decode(self, ids):
+        """ids -> text; bytes that are not UTF-8, as half a character's, become U+FFFD. ValueError on an unknown id."""
+        ids = [int(id) for id in ids]
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(f"text token {id} is none of 0 to {self.vocab_size - 1}")
+        return b"".join(self.bytes[id] for id in ids).decode(errors="replace")
+
+
 def train_text_tokenizer(sentences, path, vocab_size=512):
     """Train a small SentencePiece vocabulary on sentences; special ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
     path = Path(path)
@@ -602,6 +784,61 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
         raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class JanusPrompt:
+    """What Janus-Pro is asked: phrases or a question, in its chat template, as ids with room for a picture.
+
+    directory: an official one with a tokenizer.json. image_tokens: N, places that the picture takes.
+    """
+
+    # the official processor's, for questions about a picture; for generated pictures it has none
+    system = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
+              "user provides, and assist the user with a variety of tasks using natural language.")
+    length = 256  # text tokens of a phrase or question, at most; ours, the model itself reads thousands
+
+    def __init__(self, directory, image_tokens):
+        self.bpe, self.image_tokens = BPETokenizer.from_json(directory), image_tokens
+        names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": "<｜▁pad▁｜>",
+                 "begin": "<begin_of_image>", "image": "<image_placeholder>", "end": "<end_of_image>"}  # fmt: skip
+        missing = [name for name in names.values() if name not in self.bpe.special_tokens]
+        if missing:
+            raise ValueError(f"{directory}: its text tokenizer has no {', '.join(missing)}: not Janus'")
+        self.special = {short: self.bpe.special_tokens[name] for short, name in names.items()}
+
+    def too_long(self, text):
+        """How many tokens `text` needs if that is more than fit, else 0."""
+        needed = len(self.bpe.encode(text))
+        return needed if needed > self.length else 0
+
+    def ids(self, prompt):
+        """A prompt with <image_placeholder> -> list of ids: begin of sentence first, N places for the picture."""
+        special, ids = self.special, [self.special["bos"]]
+        for id in self.bpe.encode(prompt):
+            ids += ([special["begin"]] + self.image_tokens * [special["image"]] + [special["end"]]
+                    if id == special["image"] else [id])  # fmt: skip
+        return ids
+
+    def __call__(self, phrases):
+        """list of B phrases -> int64 (B, L), padded at the left to the longest.
+
+        The paper: `<|User|>: [text]<image>  <|Assistant|>: <begin_of_mask>`, in Janus' own white space.
+        """
+        rows = [self.ids(f"<|User|>: {self._plain(phrase)}<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
+                for phrase in phrases]  # fmt: skip
+        longest = max(map(len, rows))
+        return torch.tensor([[self.special["pad"]] * (longest - len(row)) + row for row in rows])
+
+    def chat(self, question):
+        """A question about a picture -> int64 (1, L)."""
+        text = self._plain(question)
+        return torch.tensor([self.ids(f"{self.system}\n\n<|User|>: <image_placeholder>\n{text}\n\n<|Assistant|>:")])
+
+    def _plain(self, text):
+        """The words of a user, who must not write special tokens: the picture's place is not theirs to choose."""
+        for name in self.bpe.special_tokens:
+            text = text.replace(name, "")
+        return text.strip()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@
     python train.py --plot out                        # out/curves.png from the log
     python train.py --preset llamaseg-b --print-config    # sizes, memory, hyper-parameters; trains nothing
     torchrun --nproc_per_node=8 train.py --preset llamaseg-b --stage pretrain --root data   # the paper, first stage
+    torchrun --nproc_per_node=8 train.py --preset llamaseg-janus --stage pretrain --root data    # LoRA on Janus-Pro
+    python train.py --merge out                       # LoRA into a whole Janus directory: out/merged
 
 OUT_DIR gets log.jsonl (one object a step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
 truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU),
@@ -29,26 +31,42 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DOWNLOADS, BadUsage, Batches, contact_sheet, load_mixture, resize_picture, to_pixels
+from data import (
+    DOWNLOADS,
+    BadUsage,
+    Batches,
+    contact_sheet,
+    load_mixture,
+    pad_picture,
+    padded_box,
+    resize_picture,
+    to_pixels,
+)
 from metrics import SegmentationMetrics, write_json
 from model import (
     HEAD_PART,
+    LORA_TARGETS,
     PRESETS,
     SIGLIP2,
     WEIGHTS,
+    JanusConfig,
+    JanusSeg,
     LlamaSeg,
     SigLIP,
     check_source,
     clock,
     compute_dtype,
+    janus_config,
     pick_device,
+    read_weights,
     siglip_config,
 )
-from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, mask_to_image, read_tokens
+from tokenizer import VQGAN, JanusPrompt, TextTokenizer, VQGANConfig, decode_masks, mask_to_image, read_tokens
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -61,7 +79,7 @@ SCENES_RECIPE = {
 # Paper: batch size, warm-up of pre-training, gradient clipping and which tokenizer of LlamaGen (c2i or t2i) are not
 # stated; we use LlamaGen's batch of 256 (32 phrases on each of 8 GPUs), 1000 steps, 1.0 and c2i.
 PAPER_RECIPE = {
-    "mask_tokenizer": WEIGHTS / "vq_ds16_c2i",
+    "mask_tokenizer": WEIGHTS / "vq_ds16_c2i",  # llamaseg-janus: its own
     "optimizer": "adamw", "lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "batch_size": 256,
     "warmup_steps": 1000, "hide": False, "background_weight": 1.0, "data": "scenes",
 }  # fmt: skip
@@ -97,7 +115,8 @@ def parse_args(argv=None):
     group.add_argument("--phrases", type=int, help="phrases asked of each picture of scenes (default: 4)")
     group.add_argument("--encoder", type=Path, metavar="DIR",
                        help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that data.py downloads "
-                       "(default: none for scenes, siglip2-large for llamaseg-*)")
+                       "(default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the Janus "
+                       "directory (default: janus-pro-1b), tokenizers included")
     group.add_argument("--mask-tokenizer", type=Path, metavar="FILE",
                        help="frozen VQGAN (default: the embedded one for scenes, vq_ds16_c2i for llamaseg-*)")
     group.add_argument("--text-tokenizer", type=Path, metavar="FILE",
@@ -125,6 +144,11 @@ def parse_args(argv=None):
     group.add_argument("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain "
                        "background in the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
+    group.add_argument("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
+    group.add_argument("--lora-alpha", type=float, default=32.0, help="default: 32")
+    group.add_argument("--lora-dropout", type=float, default=0.0, help="default: 0")
+    group.add_argument("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, metavar="NAME",
+                       help=f"linear layers that get one (default: {' '.join(LORA_TARGETS)})")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -146,6 +170,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("instead of training")
     group.add_argument("--print-config", action="store_true",
                        help="print sizes, parameters, memory and hyper-parameters; allocates no model")
+    group.add_argument("--merge", type=Path, metavar="OUT_DIR", help="add the LoRA of a llamaseg-janus run to its base "
+                       "and write OUT_DIR/merged, a Janus directory of its own")
     group.add_argument("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
     args = parser.parse_args(argv)
     if args.max_steps and args.epochs:
@@ -156,7 +182,10 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
-    if PRESETS[args.preset].freeze_encoders:
+    if args.preset == "llamaseg-janus":
+        args.encoder = locate(args.encoder or Path("janus-pro-1b"))
+        args.mask_tokenizer = args.text_tokenizer = args.encoder
+    elif PRESETS[args.preset].freeze_encoders:
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
     elif args.encoder:
         parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
@@ -216,8 +245,11 @@ def mean_over_ranks(value, world_size):
 
 def check_fit(config, mask_tokenizer, text_tokenizer, where):
     """ValueError unless the tokenizers have as many codes and text pieces as the model of `config` was made for."""
-    sizes = {"codes": (mask_tokenizer.config.codebook_size, config.codebook_size),
-             "text pieces": (text_tokenizer.model.vocab_size(), config.siglip.vocab_size)}  # fmt: skip
+    sizes = {"codes": (mask_tokenizer.config.codebook_size, config.codebook_size)}
+    if isinstance(text_tokenizer, TextTokenizer):
+        sizes["text pieces"] = (text_tokenizer.model.vocab_size(), config.siglip.vocab_size)
+    elif text_tokenizer.bpe.vocab_size > config.vocab_size:  # Janus' table has rows to spare
+        sizes["text pieces"] = (text_tokenizer.bpe.vocab_size, config.vocab_size)
     for what, (has, wants) in sizes.items():
         if has != wants:
             raise ValueError(f"{where}: {has} {what} beside a model of {wants}: not of one training run")
@@ -258,11 +290,12 @@ def make_optimizers(model, args):
 @torch.no_grad()
 def predict(model, mask_tokenizer, text_tokenizer, examples, decode="greedy", draft="auto"):
     """Masks of a list of examples, asked by their bare phrases: bool arrays at the pictures' own sizes."""
-    device, size = next(model.parameters()).device, model.config.siglip.image_size
+    device, size, padded = next(model.parameters()).device, model.config.siglip.image_size, isinstance(model, JanusSeg)
     text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
-    pixels = to_pixels(np.stack([resize_picture(e.image, size) for e in examples]))
+    pixels = to_pixels(np.stack([(pad_picture if padded else resize_picture)(e.image, size) for e in examples]))
     tokens = model.generate(text_ids, pixels.to(device), decode=decode, draft=draft)
-    return decode_masks(mask_tokenizer, tokens, [e.image.size[::-1] for e in examples])
+    boxes = [padded_box(*e.image.size, size) for e in examples] if padded else None
+    return decode_masks(mask_tokenizer, tokens, [e.image.size[::-1] for e in examples], boxes)
 
 
 def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, world_size=1, batch_size=32,
@@ -272,7 +305,8 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
     Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
     {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
     """
-    total, by_task, cells = SegmentationMetrics(), {}, []
+    total, by_task, cells, training = SegmentationMetrics(), {}, [], model.training
+    model.eval()
     mine = range(rank, min(count, len(dataset)), world_size)
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
         examples = [dataset[i] for i in mine[start : start + batch_size]]
@@ -283,6 +317,7 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
                 metrics.update(mask, example.mask, label=example.label, id=example.id, ignore=example.ignore)
             if len(cells) < 24:
                 cells.append((example.phrase, [example.image, mask, example.mask]))
+    model.train(training)
     if world_size > 1:
         gathered = [None] * world_size
         dist.all_gather_object(gathered, (total, by_task))
@@ -296,6 +331,11 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
 
 # What makes the batches and the optimizer what they are; steps, learning rate and ranks may change at a resume.
 SAME_RUN = ("preset", "data", "rich", "phrases", "hide", "batch_size", "seed", "optimizer")
+
+
+def save_weights(model, path):
+    """The weights alone: in float16, or whole where they are LoRA's few."""
+    model.save_pretrained(path, dtype=None if isinstance(model, JanusSeg) else torch.float16)
 
 
 def saved_steps(out_dir):
@@ -323,7 +363,7 @@ def save_checkpoint(out_dir, model, optimizers, step, best, args):
         raise OSError(f"{path}: cannot write ({str(error).splitlines()[0]})") from None
     finally:
         temporary.unlink(missing_ok=True)
-    model.save_pretrained(out_dir / "model.safetensors", dtype=torch.float16)
+    save_weights(model, out_dir / "model.safetensors")
     for old in saved_steps(out_dir)[args.keep:]:
         old.unlink()
 
@@ -424,6 +464,10 @@ def training_flops(config, phrases=1):
     text = tower(s.text_length, s.text_layers, s.text_width, s.text_mlp)
     adaptors = s.text_length * 2 * D * (s.text_width + D) + N / phrases * 2 * D * (s.vision_width + D)
     llama = tokens * c.layers * (2 * D * (2 * H + 2 * Hkv + 3 * c.mlp) + 4 * tokens * H)
+    if isinstance(config, JanusConfig):  # all of it frozen: LoRA itself is next to nothing, gradients pass through
+        aligner = N * 2 * D * (s.vision_width + (config.projector_layers - 1) * D)
+        head = M * 2 * (D * config.head_width + config.head_width * config.codebook_size)
+        return 2 * (llama + head) + (image + aligner) / phrases
     encoders = image / phrases + text
     return 3 * (adaptors + llama + M * 2 * D * config.codebook_size) + encoders * (1 if config.freeze_encoders else 3)
 
@@ -458,26 +502,32 @@ def sequence(config):
 
 def print_config(args):
     """Sizes, parameters by part, tokens of a sample, memory of a rank and hyper-parameters; no weights are made."""
-    config = PRESETS[args.preset]
-    if config.freeze_encoders:
+    config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
+    if janus and args.encoder.exists():
+        config = janus_config(args.encoder)
+    elif not janus and config.freeze_encoders:
         siglip = SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder)
         config = replace(config, siglip=siglip)
     to_come = args.mask_tokenizer.name in DOWNLOADS and not args.mask_tokenizer.exists()
     vqgan = VQGANConfig() if to_come else VQGAN.from_pretrained(args.mask_tokenizer).config
     with torch.device("meta"):
-        model, mask_tokenizer = LlamaSeg(config), VQGAN(vqgan)
+        model, mask_tokenizer = JanusSeg(config) if janus else LlamaSeg(config), VQGAN(vqgan)
+        if janus:
+            model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     s, c = config.siglip, config.llama
     print(f"{args.preset}")
     print(f"  picture               {s.image_size} px, patches of {s.patch_size} px")
     print(f"  SigLIP vision         {s.vision_layers} layers x {s.vision_width}, {s.vision_heads} heads")
-    print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, "
-          f"{s.vocab_size} pieces")
+    if not janus:
+        print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, "
+              f"{s.vocab_size} pieces")
     print(f"  LLaMA                 {c.layers} layers x {c.width}, {c.heads} heads of {c.head_dim}, MLP {c.mlp}")
     print(f"  mask tokenizer        {config.codebook_size} codes x {vqgan.codebook_dim}, downsample {vqgan.downsample}")
-    parts = {"SigLIP vision": model.encoder.vision_model, "SigLIP text": model.encoder.text_model,
-             "adaptors": nn.ModuleList([model.text_adaptor, model.image_adaptor]), "<BOI> and <BOM>": None,
-             "mask embedding": model.mask_embedding, "LLaMA": model.llama, "head": model.head,
-             "mask tokenizer": mask_tokenizer.requires_grad_(False)}  # fmt: skip
+    parts = dict(model.named_children()) if janus else {
+        "SigLIP vision": model.encoder.vision_model, "SigLIP text": model.encoder.text_model,
+        "adaptors": nn.ModuleList([model.text_adaptor, model.image_adaptor]), "<BOI> and <BOM>": None,
+        "mask embedding": model.mask_embedding, "LLaMA": model.llama, "head": model.head}  # fmt: skip
+    parts["mask tokenizer"] = mask_tokenizer.requires_grad_(False)
     print(f"\n{'parameters':24}{'trainable':>14}{'frozen':>14}")
     sums = {True: 0, False: 0}
     for name, module in parts.items():
@@ -659,7 +709,8 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
             path.unlink()
         if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
             write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
-        write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
+        if isinstance(text_tokenizer, TextTokenizer):
+            write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
         write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     return done, best
 
@@ -701,6 +752,8 @@ def next_batch(loader, device, dtype, mask_tokenizer, text_features):
 
 def load_parts(args, device, dtype):
     """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
+    if args.preset == "llamaseg-janus":
+        return load_janus(args, device, dtype)
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
     if args.init_from:
         model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
@@ -719,6 +772,21 @@ def load_parts(args, device, dtype):
         model.encoder.to(dtype)
     model.llama.recompute = args.activation_checkpointing
     return model, mask_tokenizer, text_tokenizer
+
+
+def load_janus(args, device, dtype):
+    """The same for LoRA on a Janus directory, which has both tokenizers in it."""
+    mask_tokenizer = VQGAN.from_pretrained(args.encoder).to(device).requires_grad_(False)
+    if args.init_from:
+        model = JanusSeg.from_pretrained(args.init_from, args.encoder, dtype, args.any_weights)
+    else:
+        model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
+        model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    model.frozen["mask_tokenizer"], model.config.hide = mask_tokenizer.source, args.hide
+    text_tokenizer = JanusPrompt(args.encoder, model.config.siglip.image_tokens)
+    check_fit(model.config, mask_tokenizer, text_tokenizer, args.encoder)
+    model.llama.recompute = args.activation_checkpointing
+    return model.train().to(device), mask_tokenizer, text_tokenizer
 
 
 def train(args, stop):
@@ -743,7 +811,8 @@ def train(args, stop):
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
                       micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide,
-                      config.mask_grid * mask_tokenizer.config.downsample, cached)  # fmt: skip
+                      config.mask_grid * mask_tokenizer.config.downsample, cached,
+                      isinstance(raw_model, JanusSeg))  # fmt: skip
     accumulation = batches.accumulation
     optimizers = make_optimizers(raw_model, args)
     first_step, best = open_run(args, raw_model, optimizers, text_tokenizer, master, say)
@@ -751,7 +820,8 @@ def train(args, stop):
     workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
                                               pin_memory=device.type == "cuda"))  # fmt: skip
-    text_features = TextFeatures(raw_model.encoder, device) if config.freeze_encoders else None
+    apart = isinstance(raw_model, LlamaSeg) and config.freeze_encoders
+    text_features = TextFeatures(raw_model.encoder, device) if apart else None
     model = torch.compile(raw_model) if args.compile else raw_model
     if world_size > 1:  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -774,6 +844,7 @@ def train(args, stop):
     scores, started = {}, time.perf_counter()
     batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)
     for step in bar:
+        torch.manual_seed((args.seed * args.max_steps + step) * world_size + rank)  # of LoRA's dropout, if any
         loss, seen = torch.zeros(2, device=device), []  # the mean loss; the share of ranks that were asked to stop
         for micro in range(accumulation):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -810,7 +881,7 @@ def train(args, stop):
             if master:
                 log.evaluation(done, scores, by_task, cells)
                 if (scores["cIoU"] or 0.0) > best:
-                    raw_model.save_pretrained(args.out_dir / "best.safetensors", dtype=torch.float16)
+                    save_weights(raw_model, args.out_dir / "best.safetensors")
             best = max(best, scores["cIoU"] or 0.0)
         if master and (done % args.save_every == 0 or done == args.max_steps or stopping):
             save_checkpoint(args.out_dir, raw_model, optimizers, done, best, args)
@@ -825,6 +896,29 @@ def train(args, stop):
     return scores
 
 
+def merge(out_dir, base, any_weights):
+    """LoRA of OUT_DIR added to its base: OUT_DIR/merged, an official directory with model.safetensors. Its path."""
+    model = JanusSeg.from_pretrained(out_dir / "model.safetensors", base, torch.bfloat16, any_weights)
+    base = base or WEIGHTS / model.frozen["mllm"]["name"]
+    model.merge()
+    weights = read_weights(base, lambda name: True)
+    for name, w in model.llama.state_dict().items():
+        if not name.endswith(("lora_a", "lora_b")):
+            weights[f"language_model.model.{name}"] = w
+    target = out_dir / "merged"
+    target.mkdir(exist_ok=True)
+    temporary = target / f".model.{os.getpid()}.tmp"
+    try:
+        save_file({name: w.contiguous().clone() for name, w in weights.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, target / "model.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
+    for file in base.glob("*.json"):
+        if not file.name.endswith(".index.json"):
+            write_whole(target / file.name, file.read_bytes())
+    return target
+
+
 def main(argv=None):
     """Run; returns the exit code: 0, also when a signal stopped it after a step; 1 for bad data, 2 for bad usage."""
     args = parse_args(argv)
@@ -834,6 +928,8 @@ def main(argv=None):
             print_config(args)
         elif args.plot:
             print(f"wrote {plot(args.plot)}")
+        elif args.merge:
+            print(f"wrote {merge(args.merge, args.encoder, args.any_weights)}")
         else:
             handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
                         for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
