@@ -181,7 +181,9 @@ class Segmenter:
         _, pixels = self.prepare(image, [question])
         ids = self.text_tokenizer.chat(question).to(self.device)
         answer = self.model.answer(ids, pixels, length, {self.text_tokenizer.special["eos"]})
-        return self.text_tokenizer.bpe.decode(answer).strip()
+        bpe = self.text_tokenizer.bpe  # the table has rows that are no text token
+        silent = set(bpe.special_tokens.values())
+        return bpe.decode([id for id in answer if id < bpe.vocab_size and id not in silent]).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------

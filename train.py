@@ -187,7 +187,7 @@ def parse_args(argv=None):
         args.mask_tokenizer = args.text_tokenizer = args.encoder
     elif PRESETS[args.preset].freeze_encoders:
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
-    elif args.encoder:
+    elif args.encoder and not args.merge:
         parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
     if args.phrases and args.data != "scenes":
         parser.error(f"--phrases {args.phrases} is for --data scenes alone")
