@@ -3,6 +3,7 @@
     python tests/bench_weights.py siglip        # SigLIP2-large vision beside transformers (pip install transformers)
     python tests/bench_weights.py vqgan         # VQ-16 at 256 px against the machine's matrix-product rate
     python tests/bench_weights.py llamaseg-b    # sample.py end to end: 6 GB of disk in a temporary folder
+    python tests/bench_weights.py janus         # peak memory of loading Janus-Pro-1B in bfloat16: 4 GB of disk
 """
 
 import argparse
@@ -119,13 +120,85 @@ def bench_llamaseg_b(folder):
               f"{floor:.1f} s = 256 x {weights * size / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
 
 
+# VmHWM, as ru_maxrss begins with that of the parent process
+LOAD = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from model import JanusSeg
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+model = JanusSeg.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+weights, more = sum(w.nbytes for w in model.state_dict().values()), peak() - before
+print(f"{sys.argv[3]}: {weights / 1e9:.2f} GB of weights, peak {more / 1e9:.2f} GB more than before, "
+      f"ratio {more / weights:.2f}")
+"""
+
+
+def bench_janus(folder):
+    """JanusSeg.from_pretrained of random weights in the released shape, as one .bin and as .safetensors."""
+    config = json.loads((REPO / "tests" / "fixtures" / "janus_pro" / "config.json").read_text())
+    config["language_config"] = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24,
+                                 "num_attention_heads": 16, "intermediate_size": 5632,
+                                 "vocab_size": 102400}  # fmt: skip
+    config["vision_config"]["params"] = {"image_size": 384, "model_name": "siglip_large_patch16_384",
+                                         "select_feature": "same", "select_layer": -1}  # fmt: skip
+    config["aligner_config"]["params"] |= {"input_dim": 1024, "n_embed": 2048}
+    config["gen_aligner_config"]["params"] |= {"n_embed": 2048}
+    config["gen_head_config"]["params"] = {"image_token_embed": 2048, "image_token_size": 16384, "n_embed": 2048}
+    config["gen_vision_config"]["params"] = {"image_token_size": 16384, "n_embed": 8}
+    official = official_weights()
+    for kind in ("bin", "safetensors"):
+        target = folder / kind
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps(config))
+        if kind == "bin":
+            torch.save(official, target / "pytorch_model.bin")
+        else:
+            save_file(official, target / "model.safetensors", metadata={"format": "pt"})
+        subprocess.run([sys.executable, "-c", LOAD, str(REPO), str(target), kind], check=True)
+
+
+def official_weights():
+    """Random tensors under the names of Janus-Pro-1B's files, without the image tokenizer."""
+    D, W, tower = 2048, 1024, "vision_model.vision_tower."
+    shapes = {
+        tower + "pos_embed": (1, 576, W), tower + "norm.weight": (W,), tower + "norm.bias": (W,),
+        tower + "patch_embed.proj.weight": (W, 3, 16, 16), tower + "patch_embed.proj.bias": (W,),
+        "gen_embed.weight": (16384, 8),
+        "language_model.model.embed_tokens.weight": (102400, D), "language_model.lm_head.weight": (102400, D),
+        "language_model.model.norm.weight": (D,),
+    }  # fmt: skip
+
+    def linear(name, outside, inside):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outside, inside), (outside,)
+
+    for name, inside in (("aligner", W), ("gen_aligner", 8)):
+        linear(f"{name}.layers.0", D, inside)
+        linear(f"{name}.layers.2", D, D)
+    linear("gen_head.output_mlp_projector", D, D)
+    linear("gen_head.vision_head", 16384, D)
+    for i in range(24):
+        block, layer = f"{tower}blocks.{i}.", f"language_model.model.layers.{i}."
+        for name, outside, inside in (("attn.qkv", 3 * W, W), ("attn.proj", W, W), ("mlp.fc1", 4 * W, W),
+                                      ("mlp.fc2", W, 4 * W)):  # fmt: skip
+            linear(block + name, outside, inside)
+        shapes |= {f"{block}norm{k}.{part}": (W,) for k in (1, 2) for part in ("weight", "bias")}
+        shapes |= {f"{layer}self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+        shapes |= {f"{layer}mlp.{name}_proj.weight": (5632, D) for name in ("gate", "up")}
+        shapes[f"{layer}mlp.down_proj.weight"] = (D, 5632)
+        shapes |= {f"{layer}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+    return {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["siglip", "vqgan", "llamaseg-b"])
+    parser.add_argument("what", choices=["siglip", "vqgan", "llamaseg-b", "janus"])
     parser.add_argument("--rounds", type=int, default=10, help="default: 10")
     args = parser.parse_args()
-    if args.what == "llamaseg-b":
+    if args.what in ("llamaseg-b", "janus"):
         with tempfile.TemporaryDirectory() as folder:
-            bench_llamaseg_b(Path(folder))
+            {"llamaseg-b": bench_llamaseg_b, "janus": bench_janus}[args.what](Path(folder))
     else:
         {"siglip": bench_siglip, "vqgan": bench_vqgan}[args.what](args.rounds)
