@@ -812,7 +812,7 @@ def load_dataset(name, split, root=None, **options):
         voc20 pc59 pc459            train val; classes=
         refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them;
                                     split_by="unc" | "google" | "umd" | "berkeley"
-        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl
+        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
         jsonl:PATH                  your own data, see JSONLines; the split is not used
     root: the folder in which the official archives were unpacked; `scenes` needs none.
     FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
@@ -1230,8 +1230,8 @@ class JSONLines:
     two values at most), a COCO run-length mask, or COCO polygons [x0, y0, x1, y1, ...] in pixels.
     Optional: id (default: the line's number), task (default: referring), label (the class name, for mIoU).
 
-    SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl of such lines with run-length masks, images from ROOT, and
-    besides image_id, annotation_ids and provenance, which are not read here.
+    SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl (or, for train, ROOT/sa-ovrs.jsonl) of such lines, images
+    from ROOT. There the mask is called `segmentation`; annotation_ids, score and provenance are not read here.
     """
 
     def __init__(self, path, root=None):
@@ -1254,7 +1254,8 @@ class JSONLines:
             line = file.readline()
         try:
             record = json.loads(line)
-            image, phrase, mask = record["image"], record["phrase"], record["mask"]
+            image, phrase = record["image"], record["phrase"]
+            mask = record["segmentation"] if "segmentation" in record else record["mask"]
             picture = open_picture(self.root / image)
             size = picture.size[::-1]
             mask = self._png(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
@@ -1280,7 +1281,8 @@ class JSONLines:
 
 
 def _sa_ovrs(root, split):
-    return JSONLines(_find(root, f"{split}.jsonl"), root)
+    files = [f"{split}.jsonl"] + ["sa-ovrs.jsonl"] * (split == "train")  # the second as annotate.py leaves it
+    return JSONLines(_find(root, *files), root)
 
 
 # ----------------------------------------------------------------------------------------------------------

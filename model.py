@@ -10,7 +10,11 @@ Shapes used below:
     D width (of the network at hand), S side of the picture in pixels, P side of a patch in pixels,
     K codebook size, nh heads, nkv key/value heads, hd width of a head.
 
-Read in this order: SigLIP, Llama and its KVCache, LlamaSeg, then the helpers: weights from files, device, dtype.
+JanusSeg does the same with a pretrained MLLM that reads a chat and got LoRA; MaskWriter is what both have in common:
+training and decoding.
+
+Read in this order: SigLIP, Llama and its KVCache, MaskWriter, LlamaSeg, LoRA and JanusSeg, then the helpers: weights
+from files, device, dtype.
 """
 
 import hashlib
