@@ -89,7 +89,7 @@ class Segmenter:
         self.padded = isinstance(model, JanusSeg)  # Janus keeps a picture's aspect ratio
         if self.padded:
             model.merge()
-        model.llama.fuse()
+        model.fuse()
         self.mask_tokenizer = mask_tokenizer.to(device).eval()
         self.text_tokenizer = text_tokenizer
         self.device = device
@@ -495,13 +495,14 @@ def bench(args):
     if large:
         guessed = {}
         for draft in ("jacobi", "hidden"):
-            model.generate(text_ids, pixels, draft=draft, window=16, stats=guessed.setdefault(draft, {}))
+            model.generate(text_ids, pixels, draft=draft, window=draft_window(draft, 1, device),
+                           stats=guessed.setdefault(draft, {}))  # fmt: skip
         accepted = {draft: (model.config.mask_grid**2 - 1) / np.mean(stats["mask_passes"])
                     for draft, stats in guessed.items()} | {"none": 1.0}  # fmt: skip
         dtype = next(model.parameters()).dtype
         with torch.device(device):
             model, mask_tokenizer = LlamaSeg(PRESETS[args.bench]).to(dtype), VQGAN(VQGANConfig())
-        model.llama.fuse()
+        model.fuse()
         siglip = model.config.siglip
         text_ids = torch.zeros(32, siglip.text_length, dtype=torch.long, device=device)
         pixels = torch.zeros(32, 3, siglip.image_size, siglip.image_size, device=device)

@@ -42,7 +42,7 @@ def main():
     theirs.model.load_state_dict({**ours.llama.state_dict(), "embed_tokens.weight": ours.mask_embedding.weight})
     theirs.lm_head.load_state_dict(ours.head.state_dict())
     ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
-    ours.llama.fuse()
+    ours.fuse()
     text_ids, pixels = torch.zeros(1, 64, dtype=torch.long, device=device), torch.rand(1, 3, 256, 256, device=device)
 
     def generate(cache):
