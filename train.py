@@ -278,8 +278,10 @@ def make_optimizers(model, args):
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
     groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = tables[0].device.type in ("cpu", "cuda")  # one pass over the memory instead of a dozen
-    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=fused)]
+    groups = [group for group in groups if group["params"]]
+    # fused: one pass over the memory instead of a dozen
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=fused)] if groups else []
     if matrices:
         # match_rms_adamw: one learning rate serves both (Liu et al. 2025, "Muon is scalable")
         optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,

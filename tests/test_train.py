@@ -244,6 +244,9 @@ def test_each_parameter_has_exactly_one_optimizer(tiny_checkpoint):
         optimizers = train.make_optimizers(model, train.parse_args(["--optimizer", name]))
         held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
         assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("q_proj.weight"))  # matrices alone, as LoRA's
+    assert len(train.make_optimizers(model, train.parse_args([]))) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, capsys):
