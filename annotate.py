@@ -54,7 +54,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import BadUsage, _pack_counts, _unpack_counts, open_picture, rle_decode, to_rgb, write_picture
+from data import BadUsage, open_picture, pack_counts, rle_decode, to_rgb, unpack_counts, write_picture
 from metrics import write_json
 
 
@@ -391,7 +391,7 @@ def rle_runs(rle):
     """
     height, width = rle["size"]
     packed = rle["counts"]
-    counts = np.asarray(packed, np.int64) if isinstance(packed, list) else _unpack_counts(packed)
+    counts = np.asarray(packed, np.int64) if isinstance(packed, list) else unpack_counts(packed)
     ends = counts.cumsum()
     runs = np.flatnonzero(counts[1::2]) * 2 + 1
     if not len(runs) or ends[-1] != height * width or counts.min() < 0:
@@ -408,7 +408,7 @@ def rle_union(parts, size):
     depth = step.cumsum()
     edges = place[(depth == 0) | (depth == step)]  # where the first one begins, where the last one ends
     rest = [size[0] * size[1]] if edges[-1] < size[0] * size[1] else []
-    return {"size": list(size), "counts": _pack_counts(np.diff([*edges, *rest], prepend=0))}
+    return {"size": list(size), "counts": pack_counts(np.diff([*edges, *rest], prepend=0))}
 
 
 def shard_of(key, shards):

@@ -512,7 +512,7 @@ def rle_encode(mask):
     changes = np.sort(np.concatenate([columns * height + rows + 1, across * height]))
     ends = np.concatenate([[0] if mask[:1, :1].any() else [], changes, [mask.size]]).astype(np.int64)
     counts = np.diff(ends, prepend=0)
-    return {"size": list(mask.shape), "counts": _pack_counts(counts)}
+    return {"size": list(mask.shape), "counts": pack_counts(counts)}
 
 
 def rle_decode(rle):
@@ -522,14 +522,14 @@ def rle_decode(rle):
     """
     height, width = rle["size"]
     counts = rle["counts"]
-    counts = np.asarray(counts, np.int64) if isinstance(counts, list) else _unpack_counts(counts)
+    counts = np.asarray(counts, np.int64) if isinstance(counts, list) else unpack_counts(counts)
     if counts.sum() != height * width or (counts < 0).any():
         raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape((height, width), order="F")
 
 
-def _pack_counts(counts):
+def pack_counts(counts):
     """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits a character."""
     values = np.asarray(counts, np.int64).copy()
     values[3:] -= np.asarray(counts, np.int64)[1:-2]
@@ -541,8 +541,8 @@ def _pack_counts(counts):
     return codes[place <= last[:, None]].astype(np.uint8).tobytes().decode()
 
 
-def _unpack_counts(text):
-    """The inverse of _pack_counts."""
+def unpack_counts(text):
+    """The inverse of pack_counts."""
     codes = np.frombuffer(text if isinstance(text, bytes) else text.encode("ascii"), np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
         return codes
