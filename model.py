@@ -879,7 +879,7 @@ class MaskWriter(nn.Module):
             sure = sure + right + 1
             counts = sure.flatten().tolist()  # the host waits here, once a pass
             gained = (sum(counts) - before) / len(counts)
-            wanted = min(window, math.ceil(2 * gained) + 2)  # twice what was right this time
+            wanted = min(window, max(window // 2, math.ceil(2 * gained) + 2))  # less where little was right
             for row in reversed(range(len(masks))):
                 passes[masks[row]] += 1
                 if counts[row] >= M:  # the last row takes the place of a mask that is done
