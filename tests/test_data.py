@@ -309,12 +309,16 @@ def test_broken_pictures_end_in_one_line(tmp_path):
 # --- the command
 
 
-def test_preview_writes_a_contact_sheet(run, tmp_path):
-    done = run("data.py", "preview", "scenes", "--count", 3, "--out", tmp_path / "sheet.png")
-    assert done.returncode == 0 and Image.open(tmp_path / "sheet.png").size[0] > 300
-    done = run("data.py", "preview", "scenes", "--out", tmp_path / "no" / "sheet.png")
-    assert done.returncode == 1 and b"Traceback" not in done.stderr and done.stderr.startswith(b"error: ")
-    assert run("data.py", "preview", "nothing").returncode == 2
+def test_preview_writes_a_contact_sheet(tmp_path, capsys):
+    assert data.main(["preview", "scenes", "--count", "3", "--out", str(tmp_path / "sheet.png")]) == 0
+    assert Image.open(tmp_path / "sheet.png").size[0] > 300
+    assert data.main(["preview", "scenes", "--count", "3", "--out", str(tmp_path / "no" / "sheet.png")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    try:
+        code = data.main(["preview", "nothing"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
 
 
 # --- mixtures

@@ -149,14 +149,14 @@ def test_two_processes_give_the_losses_of_one(small, torchrun, tmp_path):
 
 def test_a_signal_to_one_rank_saves_and_one_process_goes_on(small, torchrun, tmp_path):
     """Two processes that accumulate, stopped by SIGTERM, and one process that does not: the losses of one run."""
-    flags = ["--max-steps", "30", "--eval-every", "30", "--lr", "1e-3", "--phrases", "2"]
+    flags = ["--max-steps", "20", "--eval-every", "20", "--lr", "1e-3", "--phrases", "2"]
     assert train.main(small(tmp_path / "one", *flags)) == 0
     flags = small(tmp_path / "two", *flags, "--save-every", "100")
     done = torchrun([*flags, "--micro-batch-size", "2"], f"1 11 {int(signal.SIGTERM)}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [p.name for p in train.saved_steps(tmp_path / "two")] == ["checkpoint-0000011.pt"]
     assert train.main([*flags, "--resume", "auto"]) == 0
-    assert len(losses(tmp_path / "two")) == 30 and same_losses(tmp_path / "one", tmp_path / "two")
+    assert len(losses(tmp_path / "two")) == 20 and same_losses(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_killed_rank_ends_the_job(small, torchrun, tmp_path):
