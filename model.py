@@ -707,10 +707,18 @@ class MaskWriter(nn.Module):
         prefix(text_ids, pixels, text=None) -> embeddings (B,T,D) of all that stands before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K)
         padding(text_ids) -> (B,) tokens at the left of the prefix that are none, or None
+        trained_state() -> the part of its state dict that a checkpoint holds
     """
 
     def padding(self, text_ids):
         return None
+
+    def load_trained_state(self, weights):
+        """Put back what `trained_state` gave; ValueError with the names that do not fit."""
+        problems = compare_weights(self.trained_state(), weights)
+        if problems:
+            raise ValueError(f"weights do not fit the model: {problems}")
+        self.load_state_dict(weights, strict=False)  # checked above: only what is frozen is absent
 
     def fuse(self):
         """Lay out the weights for decoding; nothing else changes. Not for a model in training."""
@@ -805,11 +813,7 @@ class MaskWriter(nn.Module):
         if draft == "auto":  # as measured (LOG.md): guessing all at once makes a longer prefill, which a full CPU feels
             draft = "hidden" if self.config.hide and (device.type == "cuda" or B < 8) else "jacobi"
         window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else prefix.dtype
-        if device.type == "cpu":  # attention to a bfloat16 cache takes a CPU six times as long
-            dtype = torch.float32
-        cache = KVCache(self.config.llama, B, P + M - 1 + window, device, dtype)
+        cache = self.new_cache(prefix, M - 1 + window)
         guesses = None
         if draft == "hidden" and window > 1:  # every mask token hidden: its guess for all of them, in the prefill pass
             hidden = self.llama(torch.cat([prefix, prefix.new_zeros(B, M - 1, prefix.shape[2])], dim=1), cache,
@@ -928,6 +932,15 @@ class MaskWriter(nn.Module):
         weights = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
+    def new_cache(self, prefix, more):
+        """An empty KVCache for the prefix (B,T,D) and `more` tokens after it, in the precision that decodes fastest."""
+        B, T, _ = prefix.shape
+        autocast = torch.is_autocast_enabled(prefix.device.type)
+        dtype = torch.get_autocast_dtype(prefix.device.type) if autocast else prefix.dtype
+        if prefix.device.type == "cpu":  # attention to a bfloat16 cache takes a CPU six times as long
+            dtype = torch.float32
+        return KVCache(self.config.llama, B, T + more, prefix.device, dtype)
+
     def next_logits(self, embeddings, cache, padding=None):
         """Feed embeddings (B,T,D) and return the logits (B,K) of the token after them, in float32."""
         return self.head(self.llama(embeddings, cache, padding=padding)[:, -1]).float()
@@ -1018,17 +1031,14 @@ class LlamaSeg(MaskWriter):
         B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text: what
         encoder.encode_text(text_ids) gives, for a caller that has it already.
         """
-        B, b = text_ids.shape[0], pixels.shape[0]
-        if b == 0 or B % b:
-            raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
-                             "the number of phrases must be a multiple of the number of pictures")
+        B, shared = text_ids.shape[0], phrases_a_picture(text_ids, pixels)
         # no gradient, even if a caller turned requires_grad on again
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
             text = self.encoder.encode_text(text_ids) if text is None else text
             image = self.encoder.encode_image(pixels)
         text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
         text = self.text_adaptor(text)  # (B,L,D)
-        image = self.image_adaptor(image).repeat_interleave(B // b, dim=0)  # (B,N,D)
+        image = self.image_adaptor(image).repeat_interleave(shared, dim=0)  # (B,N,D)
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
@@ -1036,13 +1046,6 @@ class LlamaSeg(MaskWriter):
         """The state dict without a frozen encoder that came from official files: what a checkpoint holds."""
         known = self.config.freeze_encoders and self.encoder.source
         return {name: w for name, w in self.state_dict().items() if not (known and name.startswith("encoder."))}
-
-    def load_trained_state(self, weights):
-        """Put back what `trained_state` gave; ValueError with the names that do not fit."""
-        problems = compare_weights(self.trained_state(), weights)
-        if problems:
-            raise ValueError(f"weights do not fit the model: {problems}")
-        self.load_state_dict(weights, strict=False)  # checked above: only a frozen encoder's names are absent
 
     def save_pretrained(self, path, dtype=None):
         """Write one .safetensors whose header holds the config: a temporary name first, then renamed.
@@ -1110,7 +1113,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self, sign=1):
-        if self.merged != (sign < 0):
+        if self.merged == (sign > 0):
             return
         change = (sign * self.scale) * (self.lora_b @ self.lora_a)
         self.weight.data = (self.weight.float() + change).to(self.weight.dtype)
@@ -1224,17 +1227,14 @@ class JanusSeg(MaskWriter):
 
         ValueError if a row has another number of places for the picture.
         """
-        B, b, N = text_ids.shape[0], pixels.shape[0], self.config.siglip.image_tokens
-        if b == 0 or B % b:
-            raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
-                             "the number of phrases must be a multiple of the number of pictures")
+        N, shared = self.config.siglip.image_tokens, phrases_a_picture(text_ids, pixels)
         places = text_ids == self.config.image_id  # (B,L)
         if text_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (places.sum(1) != N).any():
             raise ValueError(f"text_ids have {places.sum(1).tolist()} image placeholders ({self.config.image_id}), "
                              f"want {N} in each row")
         check_indices("text_ids", text_ids, self.config.vocab_size)
         with torch.no_grad():
-            image = self.encode_image(pixels).repeat_interleave(B // b, dim=0)  # (B,N,D)
+            image = self.encode_image(pixels).repeat_interleave(shared, dim=0)  # (B,N,D)
             words = self.token_embedding(text_ids)  # (B,L,D)
             return words.masked_scatter(places[:, :, None], image.to(words.dtype))
 
@@ -1243,7 +1243,7 @@ class JanusSeg(MaskWriter):
         """Words: one prompt (1,L) with a picture (1,3,S,S) -> the likeliest next tokens, a list of at most `length` ids
         that ends before one of `stop`."""
         prefix, found = self.prefix(text_ids, pixels), []
-        cache = KVCache(self.config.llama, 1, prefix.shape[1] + length, prefix.device, prefix.dtype)
+        cache = self.new_cache(prefix, length)
         hidden = self.llama(prefix, cache, padding=self.padding(text_ids))
         while True:
             token = self.lm_head(hidden[:, -1]).float().argmax(-1).item()
@@ -1269,13 +1269,6 @@ class JanusSeg(MaskWriter):
     def trained_state(self):
         """The LoRA matrices: what a checkpoint holds."""
         return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
-
-    def load_trained_state(self, weights):
-        """Put back what `trained_state` gave; ValueError with the names that do not fit."""
-        problems = compare_weights(self.trained_state(), weights)
-        if problems:
-            raise ValueError(f"weights do not fit the model: {problems}")
-        self.load_state_dict(weights, strict=False)
 
     def save_pretrained(self, path, dtype=None):
         """Write the LoRA matrices, a few MB, and in the header the config and the base's name and hash."""
@@ -1392,6 +1385,15 @@ def janus_config(directory):
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory / 'tokenizer.json'}: no special token {error}") from None
     return config
+
+
+def phrases_a_picture(text_ids, pixels):
+    """text_ids (B,L), pixels (b,...) -> B / b; ValueError if B is no multiple of b."""
+    B, b = text_ids.shape[0], pixels.shape[0]
+    if b == 0 or B % b:
+        raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
+                         "the number of phrases must be a multiple of the number of pictures")
+    return B // b
 
 
 def draft_window(draft, batch, device):

@@ -52,7 +52,6 @@ from model import (
     PRESETS,
     WEIGHTS,
     JanusSeg,
-    KVCache,
     LlamaSeg,
     check_source,
     clock,
@@ -558,7 +557,7 @@ def replay(model, text_ids, pixels, draft, accepted):
     prefix = model.prefix(text_ids, pixels)
     B, P, D = prefix.shape
     width = draft_window(draft, B, device)
-    cache = KVCache(model.config.llama, B, P + 2 * M, device, prefix.dtype)
+    cache = model.new_cache(prefix, 2 * M)
     extra = prefix.new_zeros(B, M - 1 if draft == "hidden" else 0, D)
     model.next_logits(torch.cat([prefix, extra], dim=1), cache)
     prefilled = clock(device)

@@ -46,6 +46,7 @@ from data import (
     padded_box,
     resize_picture,
     to_pixels,
+    write_picture,
 )
 from metrics import SegmentationMetrics, write_json
 from model import (
@@ -674,9 +675,7 @@ def plot(out_dir):
             if len(spots) < 100:
                 for x, y in spots:
                     draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
-    temporary = out_dir / f".curves.{os.getpid()}.tmp"
-    picture.save(temporary, "PNG")
-    os.replace(temporary, out_dir / "curves.png")
+    write_picture(picture, out_dir / "curves.png")
     return out_dir / "curves.png"
 
 

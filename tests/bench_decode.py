@@ -1,7 +1,8 @@
-"""Greedy decoding beside transformers' `generate` on the same weights. Not a test; LOG.md has runs.
+"""Greedy decoding beside transformers' `generate` on the same weights, and drafts beside none. LOG.md has runs.
 
     python tests/bench_decode.py                    # pip install transformers
     python tests/bench_decode.py --dtype bfloat16
+    python tests/bench_decode.py --drafts 1000      # that many test scenes through the embedded default
 
 Width 1024, 8 layers, a prefix of 322 tokens, 256 mask tokens, batch 1; dynamic and static cache, plain and drafted.
 """
@@ -13,23 +14,62 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from data import load_dataset  # noqa: E402
 from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig, clock, pick_device  # noqa: E402
+from sample import Segmenter  # noqa: E402
+
+
+@torch.inference_mode()
+def compare_drafts(count, dtype):
+    """Masks that differ from plain greedy ones; passes of all, and of the smallest, largest and thinnest third."""
+    segmenter, dataset = Segmenter.load(dtype=dtype), load_dataset("scenes", "test")
+    examples = [dataset[i] for i in range(count)]
+    asked = [segmenter.prepare(e.image, [e.phrase]) for e in examples]
+    text_ids, pixels = (torch.cat(rows) for rows in zip(*asked))
+    area = np.array([e.mask.mean() for e in examples])
+    thickness = area / [1e-9 + np.mean(e.mask[1:] != e.mask[:-1]) + np.mean(e.mask[:, 1:] != e.mask[:, :-1])
+                        for e in examples]  # fmt: skip
+    order, thin, third = area.argsort(), thickness.argsort(), max(1, count // 3)
+
+    def generate(batch, draft):
+        tokens, passes = [], []
+        for i in range(0, count, batch):
+            stats = {}
+            tokens.append(segmenter.model.generate(text_ids[i : i + batch], pixels[i : i + batch], draft=draft,
+                                                   stats=stats))  # fmt: skip
+            passes += stats["mask_passes"]
+        return torch.cat(tokens), np.array(passes)
+
+    plain, _ = generate(32, "none")
+    for batch in (1, 3, 32):
+        for draft in ("row", "jacobi", "hidden"):
+            tokens, passes = generate(batch, draft)
+            other = tokens != plain
+            parts = [passes, passes[order[:third]], passes[order[-third:]], passes[thin[:third]]]
+            small_to_thin = ", ".join(f"{name} {part.mean():.1f}" for name, part in
+                                      zip(("passes", "small", "large", "thin"), parts))  # fmt: skip
+            print(f"{dtype} batch {batch:2} {draft:6}: {other.any(1).sum()} of {count} masks differ, "
+                  f"{other.sum()} tokens; {small_to_thin}", flush=True)  # fmt: skip
 
 
 @torch.inference_mode()
 def main():
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaForCausalLM
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drafts", type=int, metavar="SCENES", help="compare the drafts on so many scenes instead")
     args = parser.parse_args()
+    if args.drafts:
+        return compare_drafts(args.drafts, args.dtype)
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     dtype, device = getattr(torch, args.dtype), pick_device()

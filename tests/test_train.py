@@ -228,12 +228,8 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     for warmup in ("100", "0.1"):  # steps, or a share of them
         args = train.parse_args(["--max-steps", "1000", "--warmup-steps", warmup, "--lr", "0.5"])
         rates = [train.learning_rate(s, args) for s in range(1001)]
-        check_rates(rates)
-
-
-def check_rates(rates):
-    assert rates[0] == pytest.approx(0.005) and rates[99] == rates[100] == 0.5 and rates[1000] == pytest.approx(0)
-    assert rates[550] == pytest.approx(0.25) and all(a >= b for a, b in zip(rates[99:], rates[100:]))
+        assert rates[0] == pytest.approx(0.005) and rates[99] == rates[100] == 0.5 and rates[1000] == pytest.approx(0)
+        assert rates[550] == pytest.approx(0.25) and all(a >= b for a, b in zip(rates[99:], rates[100:]))
 
 
 def test_each_parameter_has_exactly_one_optimizer(tiny_checkpoint):
