@@ -893,6 +893,7 @@ def train(args, stop):
     if master:
         plot(args.out_dir)
     if world_size > 1:
+        del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
         dist.destroy_process_group()
     return scores
 

@@ -102,6 +102,7 @@ def test_accumulation_gives_the_same_losses(small, tmp_path):
 LAUNCH = """
 import os, signal, sys, train
 from model import LlamaSeg
+sys.setswitchinterval(5)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
 train.PRESETS["scenes"] = LlamaSeg.from_pretrained(sys.argv.pop(1)).config
 rank, step, number = map(int, os.environ.get("SIGNAL", "-1 0 0").split())  # sent to itself by that rank in that step
 rate = train.learning_rate
