@@ -116,7 +116,7 @@ def bench_loader():
                 with Image.open(folder / f"{i}.jpg") as picture:
                     resize_picture(picture, 256)
 
-        times = medians({"alone": alone, "loader": lambda: [batches[k] for k in range(10)]}, 5)
+        times = medians({"alone": alone, "loader": lambda: [batches[k] for k in range(10)]}, 15)
         print(f"decode and resize alone {200 / times['alone']:.0f} pictures/s, loader {200 / times['loader']:.0f}: "
               f"{times['alone'] / times['loader']:.2f} of it")  # fmt: skip
 

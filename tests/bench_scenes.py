@@ -4,9 +4,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import Scenes, resize_mask, resize_picture
+from data import Scenes, resize_mask, resize_pixels
 
 for rich in (False, True):
     dataset, count = Scenes("train", rich=rich), 500
@@ -14,6 +16,6 @@ for rich in (False, True):
     start = time.perf_counter()
     for i in range(count):
         example = dataset[i]
-        resize_picture(example.image, 128), resize_mask(example.mask, 128)
+        resize_pixels(np.array(example.image), 128), resize_mask(example.mask, 128)
     rate = count / (time.perf_counter() - start)
     print(f"{'rich' if rich else 'plain'}: {rate:.0f} scenes/s, drawn, phrased and resized to 128 px")

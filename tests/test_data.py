@@ -189,6 +189,30 @@ def test_resize_mask_keeps_simple_masks_exact():
     assert resize_mask(np.ones((1, 1), bool), 32).all()
 
 
+def triangle(n, size):
+    """Weights (size, n) of bilinear interpolation from n pixels to size, wider where it shrinks."""
+    scale = n / size
+    centers = (np.arange(size) + 0.5) * scale
+    weights = 1 - np.abs(np.arange(n) + 0.5 - centers[:, None]) / max(1.0, scale)
+    weights = weights.clip(0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("shape, size", [((375, 500), 256), ((90, 61), 128), ((40, 300), 64), ((130, 130), 384)])
+def test_resizing_in_training_is_bilinear(shape, size):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (*(-(-n // 8) for n in shape), 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    picture = noise[: shape[0], : shape[1]]
+    again = data.resize_pixels(picture, size).astype(int)
+    assert np.abs(again - data.resize_picture(Image.fromarray(picture), size)).max() <= 1
+    mask = picture[:, :, 0] > 127
+    exact = triangle(shape[0], size) @ mask @ triangle(shape[1], size).T
+    for layout in (np.ascontiguousarray(mask), np.asfortranarray(mask)):  # as a PNG and as RLE give it
+        wrong = resize_mask(layout, size) != (exact >= 0.5)
+        assert np.abs(exact[wrong] - 0.5).max(initial=0) < 1 / 128  # two roundings to 1 / 255
+        assert wrong.mean() < 0.005
+
+
 # --- batches
 
 
