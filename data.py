@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from metrics import Parser, printable
 
 # ----------------------------------------------------------------------------------------------------------
 # Example: what every data set yields
@@ -1637,6 +1640,23 @@ def write_text(path, text):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def only_one(path):
+    """Hold the lock file `path` while the block runs; ValueError if another process holds it.
+
+    A process that dies lets go of it. Its children never hold it, so workers that outlive it are not in the way.
+    """
+    import fcntl  # not on Windows
+
+    with open(path, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path}: another process is writing to this folder: wait for its end, or give another "
+                             "folder") from None  # fmt: skip
+        yield
+
+
 def download(args):
     """Fetch official weights into ROOT/NAME/. Stop it at any time and run it again: it goes on where it was.
 
@@ -1718,7 +1738,7 @@ def preview(args):
 
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("preview", help="write a contact sheet", description=preview.__doc__)
     p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
@@ -1738,8 +1758,7 @@ def main(argv=None):
     p.add_argument("--count", type=int, default=100, help="examples to open of each split (default: 100)")
     p.add_argument("--all", action="store_true", help="open every example")
     p.set_defaults(job=check)
-    p = commands.add_parser("download", help="fetch official weights", description=download.__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = commands.add_parser("download", help="fetch official weights", description=download.__doc__)
     p.add_argument("name", choices=DOWNLOADS, metavar="NAME", help=", ".join(DOWNLOADS))
     p.add_argument("--root", type=Path, default=Path(__file__).parent / "weights",
                    help="default: weights/ beside this file, where train.py and sample.py look")
@@ -1753,7 +1772,7 @@ def main(argv=None):
     except BadUsage as error:
         parser.error(str(error))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped: run this again to go on", file=sys.stderr)

@@ -246,6 +246,28 @@ def _mean(values):
 
 # ---- command ---------------------------------------------------------------------------------------
 
+
+def printable(text) -> str:
+    """Text for a terminal: control characters and halves of surrogate pairs become escapes such as \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """The argument parser of all scripts: an error is one line, and a flag must be written in full."""
+
+    def __init__(self, **more):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more})
+
+    def error(self, message):
+        self.exit(2, f"error: {printable(message)} (all flags: {self.prog} --help)\n")
+
+    def check_read(self, args, job, names):
+        """Error for a flag that was given although `job` does not read it; names: of the flags that it reads."""
+        for action in self._actions:
+            if action.dest not in names and getattr(args, action.dest, action.default) != action.default:
+                self.error(f"{action.option_strings[-1]} has no use with {job}")
+
+
 HELP = """\
 Compare a folder of predicted masks with a folder of ground-truth masks, or add up what sample.py wrote.
 
@@ -392,12 +414,7 @@ def write_json(path, value):
 
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
-    parser = argparse.ArgumentParser(
-        description=HELP,
-        epilog=HELP_END,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description=HELP, epilog=HELP_END)
     parser.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predicted masks, or a .jsonl")
     parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, nargs="?", help="folder of ground-truth masks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE, unrounded")
@@ -415,7 +432,7 @@ def main(argv=None) -> int:
         if args.json:
             write_json(args.json, numbers)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     print(_table(numbers))
     return 0

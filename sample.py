@@ -16,7 +16,6 @@ size) and NAME-K-PROMPT-overlay.png. In Python:
     masks = Segmenter.load()(image, ["the red circle", "a sign of love"])    # bool arrays (H, W)
 """
 
-import argparse
 import io
 import json
 import math
@@ -45,7 +44,7 @@ from data import (
     to_pixels,
     write_picture,
 )
-from metrics import SegmentationMetrics, add_up, boundary, read_records, write_json
+from metrics import Parser, SegmentationMetrics, add_up, boundary, printable, read_records, write_json
 from model import (
     DECODES,
     DRAFTS,
@@ -394,7 +393,7 @@ def score_batch(segmenter, dataset, indices, args, rank):
                 raise
             records.append({"index": i, "rank": rank, "broken": str(error)})
     masks = predict(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, [e for _, e in examples],
-                    args.decode, args.draft) if examples else []  # fmt: skip
+                    decode=args.decode, draft=args.draft) if examples else []  # fmt: skip
     for (i, example), mask in zip(examples, masks):
         one = SegmentationMetrics()
         intersection, union, _, ahd = one.update(mask, example.mask, ignore=example.ignore)
@@ -594,7 +593,7 @@ def show(value):
 
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     group = parser.add_argument_group("what to segment")
     group.add_argument("--image", nargs="+", metavar="PATH",
                        help="files, folders, or - for standard input (default: the embedded picture)")
@@ -665,7 +664,7 @@ def main(argv=None):
     except (PromptTooLong, BadUsage) as error:
         parser.error(str(error))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         if torch.distributed.is_initialized():
             os._exit(1)  # the other ranks would wait for this one: torchrun ends them
         return 1

@@ -1123,8 +1123,10 @@ def read_tokens(path, data, source, shape):
 
 def parse_args(argv=None):
     """The flags of the sub-commands."""
+    from metrics import Parser
+
     assets = Path(__file__).parent / "assets"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
@@ -1182,6 +1184,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
+    from metrics import printable
+
     args = parse_args(argv)
     try:
         if args.command == "train":
@@ -1194,7 +1198,7 @@ def main(argv=None):
             train_text_tokenizer(text_sentences(), args.out, args.vocab_size)
             print(f"wrote {args.out}: {args.vocab_size} pieces")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped: --init-from goes on with what is saved", file=sys.stderr)

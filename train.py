@@ -48,7 +48,7 @@ from data import (
     to_pixels,
     write_picture,
 )
-from metrics import SegmentationMetrics, write_json
+from metrics import Parser, SegmentationMetrics, printable, write_json
 from model import (
     HEAD_PART,
     LORA_TARGETS,
@@ -101,7 +101,7 @@ def locate(path):
 
 def parse_args(argv=None):
     """The flags, in groups."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     group = parser.add_argument_group("model and data")
     group.add_argument("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (model.py)")
     group.add_argument("--stage", choices=sorted(STAGES), help="the paper's: sets data, epochs, learning rate, betas, "
@@ -291,12 +291,15 @@ def make_optimizers(model, args):
 
 
 @torch.no_grad()
-def predict(model, mask_tokenizer, text_tokenizer, examples, decode="greedy", draft="auto"):
-    """Masks of a list of examples, asked by their bare phrases: bool arrays at the pictures' own sizes."""
+def predict(model, mask_tokenizer, text_tokenizer, examples, **decoding):
+    """Masks of a list of examples, asked by their bare phrases: bool arrays at the pictures' own sizes.
+
+    decoding: what model.generate takes beside phrases and pictures.
+    """
     device, size, padded = next(model.parameters()).device, model.config.siglip.image_size, isinstance(model, JanusSeg)
     text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
     pixels = to_pixels(np.stack([(pad_picture if padded else resize_picture)(e.image, size) for e in examples]))
-    tokens = model.generate(text_ids, pixels.to(device), decode=decode, draft=draft)
+    tokens = model.generate(text_ids, pixels.to(device), **decoding)
     boxes = [padded_box(*e.image.size, size) for e in examples] if padded else None
     return decode_masks(mask_tokenizer, tokens, [e.image.size[::-1] for e in examples], boxes)
 
@@ -954,7 +957,7 @@ def main(argv=None):
 
 def fail(message, code=1):
     """Say why, and return the exit code; as a rank end at once: others may wait for it, and torchrun ends them."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(code)
     return code
