@@ -1324,6 +1324,11 @@ class Mixture:
             i -= len(dataset)
         raise IndexError("beyond the end of the mixture")
 
+    def file_hashes(self):
+        """{name: SHA-256} of the files of JSON lines in it, which people edit: a cache of mask tokens records them."""
+        parts = [getattr(part, "dataset", part) for part in self.datasets]  # the whole of a Subset
+        return {part.path.name: sha256_of(part.path) for part in parts if isinstance(part, JSONLines)}
+
 
 def load_mixture(text, split, root=None, **options):
     """"refcoco" or "ade20k:1,refcoco:2", names with weights -> Mixture of one split. `options` are for scenes alone."""
@@ -1337,6 +1342,18 @@ def load_mixture(text, split, root=None, **options):
         if len(datasets[-1]) == 0:
             raise ValueError(f"{name}:{split} has no examples")
     return Mixture(datasets, weights)
+
+
+def hold_out(dataset, share=0.05):
+    """JSONLines -> (training, validation), which have no picture in common; validation has `share` of the pictures.
+
+    Which pictures those are is fixed by their names. A data set of one picture is both.
+    """
+    pictures = np.unique(dataset.picture_of[dataset.picture_of != 0])  # 0: a line that is no JSON
+    if len(pictures) < 2:
+        return dataset, dataset
+    held = np.isin(dataset.picture_of, pictures[:max(1, round(share * len(pictures)))])
+    return tuple(torch.utils.data.Subset(dataset, np.flatnonzero(part)) for part in (~held, held))
 
 
 class Batches(torch.utils.data.Dataset):

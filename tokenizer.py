@@ -849,12 +849,15 @@ SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), decoder_mult=(1,
                      latent_channels=32, codebook_size=4096, codebook_dim=8, norm_groups=8)  # fmt: skip
 
 
-def mask_batch(dataset, size, start, count):
-    """Masks of examples start .. start + count - 1 (the data set repeats): bool (count, size, size)."""
-    from data import resize_mask
+def mask_batch(dataset, size, start, count, padded=False):
+    """Masks of examples start .. start + count - 1 (the data set repeats): bool (count, size, size).
+
+    padded: with the pictures' aspect ratio, as Janus sees them.
+    """
+    from data import pad_mask, resize_mask
 
     masks = (dataset[(start + i) % len(dataset)].mask for i in range(count))
-    return torch.stack([torch.from_numpy(resize_mask(mask, size)) for mask in masks])
+    return torch.stack([torch.from_numpy((pad_mask if padded else resize_mask)(mask, size)) for mask in masks])
 
 
 def crop_masks(masks, size):
@@ -1082,7 +1085,7 @@ def encode(args):
     from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
-    dataset = load_mixture(args.data, args.split, args.root)
+    dataset = load_mixture(args.data, args.split, args.root, rich=args.rich)
     if model.config.codebook_size > 65536:
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = min(args.count or len(dataset), len(dataset)), (args.size // model.config.downsample) ** 2
@@ -1090,34 +1093,39 @@ def encode(args):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         table = np.lib.format.open_memmap(temporary, "w+", np.uint16, (count, length))
-        for start in tqdm(range(0, count, args.batch_size), desc="encode", disable=None):
-            masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start))
+        for start in tqdm(range(0, count, args.batch_size), desc="encode"):
+            masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
             table[start : start + len(masks)] = model.encode(mask_to_image(masks.to(args.device))).cpu().numpy()
         table.flush()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(path.with_suffix(".json"), {"data": args.data, "split": args.split, "count": count, "size": args.size,
-                                           "mask_tokenizer": model.source})  # fmt: skip
+    write_json(path.with_suffix(".json"), {
+        "data": args.data, "split": args.split, "rich": args.rich, "files": dataset.file_hashes(), "count": count,
+        "size": args.size, "padded": args.padded, "mask_tokenizer": model.source})  # fmt: skip
     print(f"wrote {path}: {count:,} examples x {length} mask tokens, and {path.with_suffix('.json')}")
 
 
-def read_tokens(path, data, source, shape):
-    """The memory-mapped array of `encode`; ValueError unless it is of this data set, mask tokenizer and shape."""
+def read_tokens(path, shape, source, **expected):
+    """The memory-mapped array (examples, tokens) of `encode`; ValueError unless it is of what is expected.
+
+    shape: of the array; source: the mask tokenizer's; expected: data, split, rich, files, size and padded, as `encode`
+    wrote them.
+    """
     import numpy as np
 
     try:
-        index = json.loads(path.with_suffix(".json").read_text())
+        found = {"rich": False, "padded": False, "files": {}} | json.loads(path.with_suffix(".json").read_text())
         table = np.load(path, mmap_mode="r")
-        found = (index["data"], index["split"], index["mask_tokenizer"]["sha256"], table.shape)
+        found |= {"shape": table.shape, "mask tokenizer": found["mask_tokenizer"]["sha256"]}
+        expected |= {"shape": shape, "mask tokenizer": source["sha256"]}
+        other = [f"{what} {found[what]}, expected {wants}" for what, wants in expected.items() if found[what] != wants]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename}: no such file; python tokenizer.py encode writes it") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path}: not what tokenizer.py encode writes ({error})") from None
-    for what, has, wants in zip(("data", "split", "mask tokenizer", "shape"), found,
-                                (data, "train", source["sha256"], shape)):  # fmt: skip
-        if has != wants:
-            raise ValueError(f"{path}: its {what} is {has}, expected {wants}: encode again")
+    if other:
+        raise ValueError(f"{path}: was made with {'; '.join(other)}: encode again")
     return table
 
 
@@ -1164,6 +1172,9 @@ def parse_args(argv=None):
     p.add_argument("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
     p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
     p.add_argument("--split", default="train", help="default: train")
+    p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="as for train.py")
+    p.add_argument("--padded", action=argparse.BooleanOptionalAction, default=False,
+                   help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
     p.add_argument("--count", type=int, help="first examples only (default: all)")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
     p.add_argument("--batch-size", type=int, default=32, help="default: 32")

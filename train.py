@@ -10,7 +10,8 @@
     python train.py --merge out                       # LoRA into a whole Janus directory: out/merged
 
 OUT_DIR gets log.jsonl (one object a step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
-truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU),
+truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU, or
+mIoU for semantic sets),
 and the three files that sample.py --checkpoint OUT_DIR reads: model.safetensors, mask_tokenizer.safetensors,
 text.model. Frozen parts from official files are not copied: model.safetensors has their names and hashes, and
 `python data.py download NAME` fetches them.
@@ -20,9 +21,11 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -40,8 +43,11 @@ from data import (
     DOWNLOADS,
     BadUsage,
     Batches,
+    LabelMaps,
     contact_sheet,
+    hold_out,
     load_mixture,
+    only_one,
     pad_picture,
     padded_box,
     resize_picture,
@@ -64,6 +70,7 @@ from model import (
     compute_dtype,
     janus_config,
     pick_device,
+    read_header,
     read_weights,
     siglip_config,
 )
@@ -107,7 +114,9 @@ def parse_args(argv=None):
     group.add_argument("--stage", choices=sorted(STAGES), help="the paper's: sets data, epochs, learning rate, betas, "
                        "weight decay and warm-up; a flag of your own still wins (default: none)")
     group.add_argument("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has "
-                       "their names (default: scenes); the first one's val split is the validation set")
+                       "their names (default: scenes)")
+    group.add_argument("--val", metavar="DATA", help="validation set (default: the val split of the first of --data; "
+                       "of a jsonl file, a twentieth of its pictures, which are then not trained on)")
     group.add_argument("--root", type=Path, help="folder in which their official archives were unpacked")
     group.add_argument("--mask-tokens", type=Path, metavar="FILE",
                        help="cached mask tokens of the training split (tokenizer.py encode): the VQGAN encoder rests")
@@ -175,6 +184,7 @@ def parse_args(argv=None):
                        "and write OUT_DIR/merged, a Janus directory of its own")
     group.add_argument("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
     args = parser.parse_args(argv)
+    refuse_unread(parser, args)
     if args.max_steps and args.epochs:
         parser.error(f"--max-steps {args.max_steps} and --epochs {args.epochs:g} both say how long: drop one")
     recipe = SCENES_RECIPE if args.preset == "scenes" else PAPER_RECIPE
@@ -190,8 +200,13 @@ def parse_args(argv=None):
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
     elif args.encoder and not args.merge:
         parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
+    sets = {re.sub(r":\d+$", "", part.strip()) for part in f"{args.data},{args.val or ''}".split(",") if part.strip()}
     if args.phrases and args.data != "scenes":
         parser.error(f"--phrases {args.phrases} is for --data scenes alone")
+    if args.rich and "scenes" not in sets:
+        parser.error(f"--rich is for scenes, not for --data {args.data}")
+    if args.root and sets == {"scenes"}:
+        parser.error(f"--root {args.root}: scenes are drawn, not read from a folder")
     args.phrases = args.phrases or (4 if args.data == "scenes" else 1)
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
@@ -212,8 +227,24 @@ def parse_args(argv=None):
     return args
 
 
+def refuse_unread(parser, args):
+    """A usage error for a flag that the asked job would not read."""
+    if args.plot:
+        parser.check_read(args, "--plot", ("plot",))
+    if args.merge:
+        parser.check_read(args, "--merge", ("merge", "encoder", "any_weights"))
+    lora = [name for name in vars(args) if name.startswith("lora_") and getattr(args, name) != parser.get_default(name)]
+    if lora and (args.preset != "llamaseg-janus" or args.init_from):
+        parser.error(f"--{lora[0].replace('_', '-')} is for a new run of --preset llamaseg-janus")
+    if args.preset == "llamaseg-janus" and (args.mask_tokenizer or args.text_tokenizer):
+        parser.error("--preset llamaseg-janus has both tokenizers in its own directory: drop --mask-tokenizer and "
+                     "--text-tokenizer")  # fmt: skip
+    if args.any_weights and not (args.init_from or args.resume or args.merge):
+        parser.error("--any-weights has no use without --init-from, --resume or --merge")
+
+
 # ----------------------------------------------------------------------------------------------------------
-# distributed: plain torchrun, under twenty lines
+# distributed: plain torchrun
 
 
 def setup_ranks(device_name):
@@ -231,6 +262,23 @@ def setup_ranks(device_name):
     # a rank that waits for another longer than this gives up: only a hung machine takes so long
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextmanager
+def one_rank_first():
+    """The first rank of each machine runs the block before the others do, which then find the index that it wrote."""
+    later = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
+    if later:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not later:
+        dist.barrier()
+
+
+def leave_signals_to_parent(worker_id):
+    """A DataLoader worker ignores Ctrl-C and SIGTERM, which reach the whole process group: its parent ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def mean_over_ranks(value, world_size):
@@ -306,14 +354,15 @@ def predict(model, mask_tokenizer, text_tokenizer, examples, **decoding):
 
 def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, world_size=1, batch_size=32,
              progress=False):  # fmt: skip
-    """Greedy masks of the first `count` examples against the truth, at the pictures' own sizes.
+    """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
 
     Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
     {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
     """
     total, by_task, cells, training = SegmentationMetrics(), {}, [], model.training
     model.eval()
-    mine = range(rank, min(count, len(dataset)), world_size)
+    count = min(count, len(dataset))
+    mine = [i * len(dataset) // count for i in range(count)][rank::world_size]
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
         examples = [dataset[i] for i in mine[start : start + batch_size]]
         masks = predict(model, mask_tokenizer, text_tokenizer, examples)
@@ -335,8 +384,9 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
     return total, by_task, cells
 
 
-# What makes the batches and the optimizer what they are; steps, learning rate and ranks may change at a resume.
-SAME_RUN = ("preset", "data", "rich", "phrases", "hide", "batch_size", "seed", "optimizer")
+# What a resumed run must share with the one it goes on from. Steps, learning rate, warm-up and ranks may change.
+SAME_RUN = ("preset", "data", "val", "rich", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
+            "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout")  # fmt: skip
 
 
 def save_weights(model, path):
@@ -349,8 +399,19 @@ def saved_steps(out_dir):
     return sorted(out_dir.glob("checkpoint-*.pt"), reverse=True)
 
 
-def save_checkpoint(out_dir, model, optimizers, step, best, args):
-    """Weights, optimizers, step and the best cIoU so far; then the newest `--keep` checkpoints stay.
+def run_of(args):
+    """What a checkpoint records of its run."""
+    values = {name: getattr(args, name) for name in SAME_RUN}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def step_of(path):
+    """Optimizer steps that a checkpoint has done."""
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def save_checkpoint(out_dir, model, optimizers, step, args):
+    """Weights, optimizers and step; then the newest `--keep` checkpoints stay.
 
     A temporary name first, on the disk before it is renamed: a machine that dies at any moment leaves whole files.
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
@@ -358,15 +419,16 @@ def save_checkpoint(out_dir, model, optimizers, step, best, args):
     path = out_dir / f"checkpoint-{step:07d}.pt"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "best": best, "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}  # fmt: skip
+             "run": run_of(args), "frozen": model.frozen}  # fmt: skip
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{path}: cannot write ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, OSError) as error:  # RuntimeError: what torch.save makes of a full disk
+        why = getattr(error, "strerror", None) or "No space left on device"
+        raise OSError(f"{path}: {why}; --resume auto goes on from the checkpoint before it") from None
     finally:
         temporary.unlink(missing_ok=True)
     save_weights(model, out_dir / "model.safetensors")
@@ -379,23 +441,25 @@ class Damaged(ValueError):
 
 
 def load_checkpoint(path, model, optimizers, args):
-    """Put a checkpoint back; returns the steps it has done and its best cIoU. Damaged if it is not whole, ValueError
-    if it is not this run's."""
+    """Put a checkpoint back; returns the steps it has done. Damaged if it is not whole, ValueError if it is not this
+    run's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        run, step, best, frozen = state["run"], state["step"], state["best"], state["frozen"]
-        if not (isinstance(run, dict) and set(SAME_RUN) <= set(run) and isinstance(step, int)
-                and isinstance(best, float) and isinstance(frozen, dict) and isinstance(state["optimizers"], list)):
+        run, step, frozen = state["run"], state["step"], state["frozen"]
+        if not (isinstance(run, dict) and isinstance(step, int) and isinstance(frozen, dict)
+                and isinstance(state["optimizers"], list)):
             raise ValueError("its contents are not those of a run")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Damaged(f"{path}: not a whole checkpoint of train.py ({line})") from None
-    other = [f"--{name.replace('_', '-')} {run[name]}, not {getattr(args, name)}" for name in SAME_RUN
-             if run[name] != getattr(args, name)]  # fmt: skip
+    other = [f"--{name.replace('_', '-')} {run[name]}, not {asked}" for name, asked in run_of(args).items()
+             if name in run and run[name] != asked]  # fmt: skip
     if other:
         raise ValueError(f"{path}: is of another run, made with {'; '.join(other)}")
+    if step > args.max_steps:
+        raise ValueError(f"{path}: has done {step} steps, more than --max-steps {args.max_steps}")
     for part, source in model.frozen.items():
         if not args.any_weights:
             check_source(path, part, frozen, source)
@@ -406,7 +470,7 @@ def load_checkpoint(path, model, optimizers, args):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({str(error).splitlines()[0]})") from None  # fmt: skip
-    return step, best
+    return step
 
 
 def trim_log(path, step):
@@ -415,6 +479,12 @@ def trim_log(path, step):
         lines = path.read_text().splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         write_whole(path, "".join(lines).encode())
+
+
+def best_score(path, metric):
+    """The best evaluation in a log; -1 if there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((record[metric] for record in map(json.loads, lines) if record.get(metric) is not None), default=-1.0)
 
 
 def write_whole(path, content):
@@ -621,11 +691,11 @@ class Log:
         if self.wandb:
             self.wandb.log(record, step=record["step"])
 
-    def step(self, bar, step, loss, lr, samples_per_s, mask_tokens_per_s, mfu, peak_bytes):
+    def step(self, bar, step, loss, grad_norm, lr, samples_per_s, mask_tokens_per_s, mfu, peak_bytes):
         """mfu: model FLOP utilisation, training_flops a second over the rate of one large matrix product."""
         bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {samples_per_s:.0f} samples/s mfu {100 * mfu:.0f} %",
                             refresh=False)  # fmt: skip
-        self.write({"step": step, "loss": loss, "lr": lr, "samples_per_s": samples_per_s,
+        self.write({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": samples_per_s,
                     "mask_tokens_per_s": mask_tokens_per_s, "mfu": mfu,
                     "peak_memory_gb": peak_bytes / 1e9})  # fmt: skip
 
@@ -633,8 +703,8 @@ class Log:
         tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
         self.write({"step": step, **scores, "tasks": tasks})
         contact_sheet(cells, self.out_dir / f"grid-{step:06d}.png")
-        ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
-        tqdm.write(f"step {step}: cIoU {scores['cIoU']:.4f} gIoU {scores['gIoU']:.4f} mAHD@0.5 {ahd} px")
+        shown = {name: "-" if value is None else f"{value:.4f}" for name, value in scores.items()}
+        tqdm.write(f"step {step}: cIoU {shown['cIoU']} gIoU {shown['gIoU']} mAHD@0.5 {shown['mAHD@0.5']} px")
 
 
 def plot(out_dir):
@@ -687,36 +757,72 @@ def plot(out_dir):
 
 
 def open_run(args, model, optimizers, text_tokenizer, master, say):
-    """Make OUT_DIR what sample.py and --resume need; returns the steps already done and the best cIoU so far."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    """Make OUT_DIR what sample.py and --resume need; returns the steps already done."""
     log = args.out_dir / "log.jsonl"
-    if master and args.resume is None and log.exists():
-        raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
-    done, best = 0, -1.0
     paths = saved_steps(args.out_dir) if args.resume == "auto" else [Path(args.resume)] if args.resume else []
+    from_here = args.resume == "auto" or args.resume and paths[0].absolute().parent == args.out_dir.absolute()
+    if master and log.exists() and not from_here:
+        raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
+    done, damaged = 0, []
     for path in paths:
         try:
-            done, best = load_checkpoint(path, model, optimizers, args)
+            done = load_checkpoint(path, model, optimizers, args)
             break
         except Damaged as error:
-            if path == paths[-1]:
-                raise
-            say(f"{error}: taking the one before")
+            damaged.append((path, error))
+    if damaged and done == 0:
+        raise damaged[-1][1]
     if dist.is_initialized():  # without a common file system the ranks may have found different ones
         steps = [None] * dist.get_world_size()
         dist.all_gather_object(steps, done)
         if len(set(steps)) > 1:
             raise ValueError(f"{args.out_dir}: the ranks found checkpoints of steps {steps}: give all the same files")
-    if master:
-        trim_log(log, done)
-        for path in args.out_dir.glob(".*.tmp"):  # of a run that was killed while it saved
-            path.unlink()
-        if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
-            write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
-        if isinstance(text_tokenizer, TextTokenizer):
-            write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
-        write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    return done, best
+    if not master:
+        return done
+    for path, error in damaged:
+        say(f"{error}: set aside as {path.name}.damaged")
+        path.rename(f"{path}.damaged")
+    later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
+    if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
+        raise ValueError(f"{args.resume}: {later[0]} is of a later step: delete it to go back to step {done}, or give "
+                         "another --out-dir")  # fmt: skip
+    if done:
+        say(f"resumed after step {done} of {args.max_steps}" + " which was the last" * (done == args.max_steps))
+    trim_log(log, done)
+    for path in args.out_dir.glob(".*.tmp"):  # of a run that was killed while it saved
+        path.unlink()
+    if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
+        write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
+    if isinstance(text_tokenizer, TextTokenizer):
+        write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
+    write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    return done
+
+
+def load_data(args, say):
+    """(training Mixture, validation set) of --data and --val."""
+    train_set = load_mixture(args.data, "train", args.root, rich=args.rich, phrases=args.phrases)
+    first = args.data.split(",")[0]
+    if args.val or not first.startswith("jsonl:"):
+        return train_set, load_mixture(args.val or first, "val", args.root, rich=args.rich)
+    whole = train_set.datasets[0]
+    train_set.datasets[0], val_set = hold_out(whole)
+    say(f"validation: {len(val_set)} of the {len(whole)} lines of {first}" + (
+        ", the pictures of which are not trained on" if len(val_set) < len(whole) else
+        ", which are trained on too: it has one picture; --val gives others"))  # fmt: skip
+    return train_set, val_set
+
+
+def read_cache(args, train_set, length, source, size, padded):
+    """The cached mask tokens (examples, length) of --mask-tokens for a Mixture, or None."""
+    if not args.mask_tokens:
+        return None
+    first = train_set.datasets[0]
+    held = len(first.dataset) - len(first) if isinstance(first, torch.utils.data.Subset) else 0
+    count = len(train_set) + held
+    table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train", rich=args.rich,
+                        files=train_set.file_hashes(), size=size, padded=padded)  # fmt: skip
+    return table[np.concatenate([first.indices, np.arange(len(first.dataset), count)])] if held else table
 
 
 class TextFeatures:
@@ -780,12 +886,12 @@ def load_parts(args, device, dtype):
 
 def load_janus(args, device, dtype):
     """The same for LoRA on a Janus directory, which has both tokenizers in it."""
-    mask_tokenizer = VQGAN.from_pretrained(args.encoder).to(device).requires_grad_(False)
     if args.init_from:
         model = JanusSeg.from_pretrained(args.init_from, args.encoder, dtype, args.any_weights)
     else:
         model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
         model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    mask_tokenizer = VQGAN.from_pretrained(args.encoder).to(device).requires_grad_(False)
     model.frozen["mask_tokenizer"], model.config.hide = mask_tokenizer.source, args.hide
     text_tokenizer = JanusPrompt(args.encoder, model.config.siglip.image_tokens)
     check_fit(model.config, mask_tokenizer, text_tokenizer, args.encoder)
@@ -793,8 +899,11 @@ def load_janus(args, device, dtype):
     return model.train().to(device), mask_tokenizer, text_tokenizer
 
 
-def train(args, stop):
-    """The whole run; returns the last evaluation's metrics. `stop`: a list, no longer empty once the run shall end."""
+def train(args, at_end):
+    """The whole run; returns the last evaluation's metrics. Ctrl-C or SIGTERM let the step end and save.
+
+    at_end: an ExitStack, whose owner closes it when the run has ended.
+    """
     # --- device, ranks
     rank, world_size, device = setup_ranks(args.device)
     master = rank == 0
@@ -806,23 +915,28 @@ def train(args, stop):
     # --- model, data, what an earlier run left
     raw_model, mask_tokenizer, text_tokenizer = load_parts(args, device, dtype)
     config = raw_model.config
-    train_set = load_mixture(args.data, "train", args.root, rich=args.rich, phrases=args.phrases)
-    val_set = load_mixture(args.data.split(",")[0], "val", args.root, rich=args.rich)
-    cached = None
-    if args.mask_tokens:
-        cached = read_tokens(args.mask_tokens, args.data, mask_tokenizer.source, (len(train_set), config.mask_grid**2))
+    with one_rank_first():
+        train_set, val_set = load_data(args, say)
+    # mIoU for semantic sets, as the papers report them
+    metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
+    mask_size, padded = config.mask_grid * mask_tokenizer.config.downsample, isinstance(raw_model, JanusSeg)
+    cached = read_cache(args, train_set, config.mask_grid**2, mask_tokenizer.source, mask_size, padded)
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train_set) / args.batch_size)
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
-                      micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide,
-                      config.mask_grid * mask_tokenizer.config.downsample, cached,
-                      isinstance(raw_model, JanusSeg))  # fmt: skip
+                      micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
+                      padded)  # fmt: skip
     accumulation = batches.accumulation
     optimizers = make_optimizers(raw_model, args)
-    first_step, best = open_run(args, raw_model, optimizers, text_tokenizer, master, say)
+    if master:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        at_end.enter_context(only_one(args.out_dir / "lock"))
+    first_step = open_run(args, raw_model, optimizers, text_tokenizer, master, say)
+    best = best_score(args.out_dir / "log.jsonl", metric)
     todo = range(first_step * accumulation, args.max_steps * accumulation)
     workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
+                                              worker_init_fn=leave_signals_to_parent,
                                               pin_memory=device.type == "cuda"))  # fmt: skip
     apart = isinstance(raw_model, LlamaSeg) and config.freeze_encoders
     text_features = TextFeatures(raw_model.encoder, device) if apart else None
@@ -846,10 +960,13 @@ def train(args, stop):
     bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps, disable=not master,
                smoothing=0.02, desc="train")  # fmt: skip
     scores, started = {}, time.perf_counter()
+    stop = []  # no longer empty once the run shall end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        at_end.callback(signal.signal, number, signal.signal(number, lambda number, frame: stop.append(number)))
     batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)
     for step in bar:
         torch.manual_seed((args.seed * args.max_steps + step) * world_size + rank)  # of LoRA's dropout, if any
-        loss, seen = torch.zeros(2, device=device), []  # the mean loss; the share of ranks that were asked to stop
+        sums, seen = torch.zeros(3, device=device), []  # loss, gradient norm, ranks that were asked to stop
         for micro in range(accumulation):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if world_size > 1:  # gradients are summed over ranks only once a step
@@ -857,43 +974,46 @@ def train(args, stop):
                 micro_loss = model(batch["text_ids"], batch["pixels"], batch["mask_tokens"],
                                    batch["hide"] if args.hide else None, args.background_weight, batch["text"])[1]
             (micro_loss / accumulation).backward()
-            loss[0] += micro_loss.detach() / accumulation
+            sums[0] += micro_loss.detach() / accumulation
             seen.append((batch["ids"], micro_loss.detach()))
             batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)  # a GPU is still at the last one
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
         lr = learning_rate(step, args)
+        sums[1] = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)  # the norm before clipping
+        sums[2] = len(stop)
+        loss, grad_norm, stopping = mean_over_ranks(sums, world_size).tolist()  # the host waits here, once a step
+        if not math.isfinite(loss + grad_norm):  # before it reaches the weights
+            bad = [ids for ids, value in seen if math.isfinite(loss) or not math.isfinite(value.item())]
+            raise ArithmeticError(f"loss is {loss}, gradient norm {grad_norm} at step {step + 1}, on rank {rank} in "
+                                  f"the micro-batches of {' '.join(sum(bad, [])) or 'no example'}: lower --lr, or "
+                                  "look at them")  # fmt: skip
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss[1] = len(stop)
-        loss, stopping = mean_over_ranks(loss, world_size).tolist()  # here the host waits for the GPU, once a step
-        if not math.isfinite(loss):
-            ids = [id for ids, value in seen if not math.isfinite(value.item()) for id in ids]
-            raise ArithmeticError(f"loss is {loss} at step {step + 1}, on rank {rank} in the micro-batches of "
-                                  f"{' '.join(ids) or 'no example'}: lower --lr, or look at them")  # fmt: skip
 
         done, seconds = step + 1, time.perf_counter() - started
         if master:
-            log.step(bar, done, loss, lr, args.batch_size / seconds, args.batch_size * config.mask_grid**2 / seconds,
+            log.step(bar, done, loss, grad_norm, lr, args.batch_size / seconds,
+                     args.batch_size * config.mask_grid**2 / seconds,
                      step_flops / seconds / world_size / peak_flops, peak_memory(device))  # fmt: skip
-        if done % args.eval_every == 0 or done == args.max_steps:
+        evaluating = done % args.eval_every == 0 or done == args.max_steps
+        if master and (done % args.save_every == 0 or evaluating or stopping):  # first: the evaluation may take long
+            save_checkpoint(args.out_dir, raw_model, optimizers, done, args)
+        if stopping:
+            say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
+            break
+        if evaluating:
             total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
                                              world_size, progress=master)  # fmt: skip
             scores = total.compute()
             if master:
                 log.evaluation(done, scores, by_task, cells)
-                if (scores["cIoU"] or 0.0) > best:
+                if (scores[metric] or 0.0) > best:
                     save_weights(raw_model, args.out_dir / "best.safetensors")
-            best = max(best, scores["cIoU"] or 0.0)
-        if master and (done % args.save_every == 0 or done == args.max_steps or stopping):
-            save_checkpoint(args.out_dir, raw_model, optimizers, done, best, args)
-        if stopping:
-            say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
-            break
+            best = max(best, scores[metric] or 0.0)
         started = time.perf_counter()
-    if master:
+    if master and first_step < args.max_steps:
         plot(args.out_dir)
     if world_size > 1:
         del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
@@ -903,6 +1023,8 @@ def train(args, stop):
 
 def merge(out_dir, base, any_weights):
     """LoRA of OUT_DIR added to its base: OUT_DIR/merged, an official directory with model.safetensors. Its path."""
+    if read_header(out_dir / "model.safetensors").get("format") == "llamaseg":
+        raise ValueError(f"{out_dir}: holds a LlamaSeg, which has no LoRA to merge")
     model = JanusSeg.from_pretrained(out_dir / "model.safetensors", base, torch.bfloat16, any_weights)
     base = base or WEIGHTS / model.frozen["mllm"]["name"]
     model.merge()
@@ -927,18 +1049,17 @@ def merge(out_dir, base, any_weights):
 def main(argv=None):
     """Run; returns the exit code: 0, also when a signal stopped it after a step; 1 for bad data, 2 for bad usage."""
     args = parse_args(argv)
-    stop, handlers = [], {}
     try:
         if args.print_config:
-            print_config(args)
+            if int(os.environ.get("RANK", 0)) == 0:  # once, not once per process of torchrun
+                print_config(args)
         elif args.plot:
             print(f"wrote {plot(args.plot)}")
         elif args.merge:
             print(f"wrote {merge(args.merge, args.encoder, args.any_weights)}")
         else:
-            handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
-                        for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
-            train(args, stop)
+            with ExitStack() as at_end:
+                train(args, at_end)
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         return fail(str(error), 2 if isinstance(error, BadUsage) else 1)
     except torch.OutOfMemoryError as error:
@@ -949,9 +1070,6 @@ def main(argv=None):
             raise
         return fail(f"rank {dist.get_rank()} cannot go on: another rank ended, or this one failed "
                     f"({str(error).splitlines()[0]})")  # fmt: skip
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return 0
 
 
@@ -964,4 +1082,7 @@ def fail(message, code=1):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped before the first step", 130))

@@ -355,10 +355,34 @@ def test_cached_mask_tokens_are_those_of_the_encoder(tmp_path, tiny_checkpoint, 
     losses = [[json.loads(line).get("loss") for line in (tmp_path / d / "log.jsonl").read_text().splitlines()]
               for d in "ab"]  # fmt: skip
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_cached_mask_tokens_are_of_the_very_masks_that_are_trained(tmp_path, tiny_checkpoint):
+    """A cache of stretched masks has an IoU of about 0.5 with the padded ones that Janus is trained on."""
+    import tokenizer
+    from data import load_mixture
+
+    for i in range(4):
+        Image.new("RGB", (40, 20), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    lines = [{"image": f"{i}.png", "phrase": "x", "mask": [[0, 0, 40, 0, 40, 20, 0, 20]]} for i in range(4)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    name, path = f"jsonl:{tmp_path / 'mine.jsonl'}", tmp_path / "t.npy"
+    flags = ["encode", "--data", name, "--size", "64", "--out", str(path), "--padded",
+             "--mask-tokenizer", str(tiny_checkpoint / "mask_tokenizer.safetensors")]  # fmt: skip
+    assert tokenizer.main(flags) == 0
     index = json.loads((tmp_path / "t.json").read_text())
-    (tmp_path / "t.json").write_text(json.dumps(index | {"data": "other"}))
-    with pytest.raises(ValueError, match="its data is other"):
-        tokenizer.read_tokens(tmp_path / "t.npy", name, index["mask_tokenizer"], (7, 16))
+    assert len(np.unique(np.load(path)[0])) > 1  # object in the middle, background above and below
+    expected = {"data": name, "split": "train", "rich": False, "size": 64, "padded": True,
+                "files": load_mixture(name, "train").file_hashes()}  # fmt: skip
+    ask = [path, (4, 16), index["mask_tokenizer"]]
+    assert tokenizer.read_tokens(*ask, **expected).shape == (4, 16)
+    for change in ({"data": "other"}, {"rich": True}, {"padded": False}, {"size": 128}, {"split": "val"}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} .*, expected .*: encode again"):
+            tokenizer.read_tokens(*ask, **expected | change)
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines[::-1])))
+    expected["files"] = load_mixture(name, "train").file_hashes()
+    with pytest.raises(ValueError, match="files .* encode again"):
+        tokenizer.read_tokens(*ask, **expected)
 
 
 def test_wrong_use_of_the_command():

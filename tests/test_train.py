@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -44,6 +43,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     assert train.main(small(tmp_path)) == 0
     steps = [r for r in records(tmp_path) if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < r["grad_norm"] < 100 for r in steps)
     assert all({"loss", "lr", "samples_per_s", "mask_tokens_per_s", "mfu", "peak_memory_gb"} <= set(r) for r in steps)
     tokens = train.PRESETS["scenes"].mask_grid ** 2
     assert all(r["mask_tokens_per_s"] == pytest.approx(tokens * r["samples_per_s"]) for r in steps)
@@ -100,15 +100,22 @@ def test_accumulation_gives_the_same_losses(small, tmp_path):
 
 
 LAUNCH = """
-import os, signal, sys, train
+import os, signal, sys, time, train
 from model import LlamaSeg
 sys.setswitchinterval(5)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
 train.PRESETS["scenes"] = LlamaSeg.from_pretrained(sys.argv.pop(1)).config
-rank, step, number = map(int, os.environ.get("SIGNAL", "-1 0 0").split())  # sent to itself by that rank in that step
+rank, step, number = map(int, os.environ.get("SIGNAL", "-1 0 0").split())  # what that rank sends in that step
 rate = train.learning_rate
 def learning_rate(at, args):
     if rank == int(os.environ["RANK"]) and step == at + 1:
-        signal.raise_signal(number)  # in this thread: the handler runs before the step ends
+        if number > 0:
+            signal.raise_signal(number)  # in this thread: the handler runs before the step ends
+        else:  # to torchrun, which passes it on to the process groups of its ranks; wait until it is here
+            came, handler = [], signal.getsignal(-number)
+            signal.signal(-number, lambda *call: (came.append(True), handler(*call)))
+            os.kill(os.getppid(), -number)
+            while not came:
+                time.sleep(0.01)
     return rate(at, args)
 train.learning_rate = learning_rate
 sys.exit(train.main(sys.argv[1:]))
@@ -148,22 +155,21 @@ def test_two_processes_give_the_losses_of_one(small, torchrun, tmp_path):
     assert scores[0]["count"] == scores[1]["count"] == 4  # each example once, on whichever rank
 
 
-def test_a_signal_to_one_rank_saves_and_one_process_goes_on(small, torchrun, tmp_path):
-    """Two processes that accumulate, stopped by SIGTERM, and one process that does not: the losses of one run."""
+def test_a_signal_to_torchrun_saves_and_one_process_goes_on(small, torchrun, tmp_path):
+    """Two processes with workers that accumulate, stopped by SIGTERM, and one that does not: the losses of one run."""
     flags = ["--max-steps", "20", "--eval-every", "20", "--lr", "1e-3", "--phrases", "2"]
     assert train.main(small(tmp_path / "one", *flags)) == 0
     flags = small(tmp_path / "two", *flags, "--save-every", "100")
-    done = torchrun([*flags, "--micro-batch-size", "2"], f"1 11 {int(signal.SIGTERM)}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = torchrun([*flags, "--micro-batch-size", "2", "--workers", "2"], f"1 11 {-signal.SIGTERM}")
+    assert "stopped at step 11 of 20, saved" in done.stdout + done.stderr, done.stderr[-2000:]
     assert [p.name for p in train.saved_steps(tmp_path / "two")] == ["checkpoint-0000011.pt"]
     assert train.main([*flags, "--resume", "auto"]) == 0
     assert len(losses(tmp_path / "two")) == 20 and same_losses(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_killed_rank_ends_the_job(small, torchrun, tmp_path):
-    start = time.monotonic()
     done = torchrun(small(tmp_path / "out", "--max-steps", "3000"), f"1 5 {int(signal.SIGKILL)}")
-    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert done.returncode != 0
     assert "another rank ended" in done.stderr or "SIGKILL" in done.stderr
     assert max(losses(tmp_path / "out")) <= 5
 
@@ -186,6 +192,191 @@ def test_a_signal_ends_the_step_and_saves(small, tmp_path, monkeypatch, number):
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
+def stop_at(monkeypatch, number):
+    """SIGTERM reaches the process in that step."""
+    real = train.learning_rate
+
+    def learning_rate(step, args):
+        if step + 1 == number:
+            signal.raise_signal(signal.SIGTERM)
+        return real(step, args)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+def test_a_stop_saves_before_an_evaluation_and_does_without_it(small, tmp_path, monkeypatch):
+    """torchrun kills what has not ended 30 seconds after its signal, and an evaluation may take longer."""
+    real, saved = train.evaluate, []
+
+    def evaluate(*args, **more):
+        saved.append([train.step_of(path) for path in train.saved_steps(tmp_path)])
+        return real(*args, **more)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    stop_at(monkeypatch, 4)
+    assert train.main(small(tmp_path, "--eval-every", "2", "--save-every", "100")) == 0
+    assert saved == [[2]] and [train.step_of(path) for path in train.saved_steps(tmp_path)] == [4, 2]
+
+
+def test_going_back_needs_the_later_checkpoints_out_of_the_way(small, tmp_path, monkeypatch, capsys):
+    """--keep would delete what the earlier step leads to, and --resume auto would take the later one."""
+    assert train.main(small(tmp_path / "a")) == 0
+    later, older = train.saved_steps(tmp_path / "a")
+    log = (tmp_path / "a" / "log.jsonl").read_text()
+    assert train.main(small(tmp_path / "a", "--resume", str(older))) == 1
+    assert "checkpoint-0000006.pt is of a later step" in capsys.readouterr().err
+    assert train.saved_steps(tmp_path / "a") == [later, older] and (tmp_path / "a" / "log.jsonl").read_text() == log
+    later.rename(tmp_path / "elsewhere.pt")
+    stop_at(monkeypatch, 5)
+    assert train.main(small(tmp_path / "a", "--resume", str(older), "--keep", "1")) == 0
+    assert [train.step_of(path) for path in train.saved_steps(tmp_path / "a")] == [5]
+    # the checkpoint of another run does not go on in a folder that holds a run
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "checkpoint-0000006.pt")
+    assert train.main(small(tmp_path / "a", "--resume", str(tmp_path / "checkpoint-0000006.pt"))) == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert train.main(small(tmp_path / "b", "--resume", str(tmp_path / "checkpoint-0000006.pt"))) == 0
+    assert train.main(small(tmp_path / "a", "--resume", "auto", "--max-steps", "4")) == 1
+    assert "has done 5 steps, more than --max-steps 4" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(small, tmp_path, capsys):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "lock"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)  # fmt: skip
+    other.stdout.readline()
+    assert train.main(small(tmp_path)) == 1
+    assert "another process is writing to this folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    other.communicate(b"\n")
+    assert train.main(small(tmp_path)) == 0
+
+
+@pytest.mark.parametrize("flag", ["--betas 0.77 0.95", "--weight-decay 0.1", "--background-weight 1", "--clip 2"])
+def test_a_resumed_run_keeps_its_optimizer(small, tmp_path, capsys, flag):
+    """The optimizer's state would bring back the old value, whatever the summary says."""
+    assert train.main(small(tmp_path, "--max-steps", "3")) == 0
+    assert train.main(small(tmp_path, "--resume", "auto", *flag.split())) == 1
+    name, value = flag.split()[:2]
+    assert name in (error := capsys.readouterr().err) and f"not {float(value)}" in error.replace("[", "")
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypatch, capsys):
+    real = train.LlamaSeg.forward
+
+    def broken(self, *args, **more):
+        logits, loss = real(self, *args, **more)
+        return logits, loss + (0 * self.boi).sqrt().sum()  # adds 0, and 0 * infinity to the gradient
+
+    monkeypatch.setattr(train.LlamaSeg, "forward", broken)
+    assert train.main(small(tmp_path, "--save-every", "1")) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "gradient norm nan at step 1" in message and "train-" in message
+    assert not train.saved_steps(tmp_path)
+
+
+def test_a_full_disk_is_one_line(small, tmp_path, monkeypatch, capsys):
+    def full(state, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:676] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert train.main(small(tmp_path)) == 1
+    assert "checkpoint-0000003.pt: No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
+
+
+def test_validation_is_spread_over_the_set(tiny_checkpoint):
+    from data import Scenes
+    from sample import Segmenter
+
+    scenes, asked = Scenes("val"), []
+
+    class Ten:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            asked.append(i)
+            return scenes[i]
+
+    parts = Segmenter.load(tiny_checkpoint, "cpu")
+    train.evaluate(parts.model, parts.mask_tokenizer, parts.text_tokenizer, Ten(), 4)
+    assert asked == [0, 2, 5, 7]
+
+
+def test_own_data_is_held_out_by_picture(small, tmp_path, monkeypatch, capsys):
+    line = {"phrase": "the square", "mask": [[1, 1, 9, 1, 9, 9]]}
+    for i in range(30):
+        Image.new("RGB", (20, 20), (8 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    lines = [json.dumps({**line, "image": f"{i}.png", "id": f"{i}-{k}"}) for k in range(3) for i in range(30)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    trained, checked = [], []
+    forward, evaluate = train.next_batch, train.evaluate
+
+    def next_batch(*args):
+        batch = forward(*args)
+        trained.extend(batch["ids"] if batch else [])
+        return batch
+
+    def spy(*args, **more):
+        checked.extend(args[3][i].id for i in range(len(args[3])))
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(train, "next_batch", next_batch)
+    monkeypatch.setattr(train, "evaluate", spy)
+    own = ["--data", f"jsonl:{tmp_path / 'mine.jsonl'}", "--max-steps", "22"]  # two times through
+    assert train.main(small(tmp_path / "a", *own)) == 0
+    held, seen = ({id.split("-")[0] for id in ids} for ids in (checked, trained))
+    assert len(held) == 2 and len(checked) == 6 and not held & seen and len(held | seen) == 30
+    assert "validation: 6 of the 90 lines" in capsys.readouterr().out
+    trained.clear()
+    assert train.main(small(tmp_path / "b", *own, "--val", own[1])) == 0
+    assert {id.split("-")[0] for id in trained} == held | seen  # nothing is held out
+
+
+def test_the_best_weights_of_a_semantic_set_are_chosen_by_miou(small, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    root = shutil.copytree(REPO / "tests" / "fixtures" / "pascal_voc", tmp_path / "voc")
+    real, scores = train.evaluate, iter([(0.9, 0.1), (0.1, 0.9)])
+
+    def evaluate(*args, **more):
+        total, by_task, cells = real(*args, **more)
+        monkeypatch.setattr(total, "compute", lambda: dict(zip(("cIoU", "mIoU"), next(scores))) | {
+            "gIoU": None, "mAHD@0.5": None})  # fmt: skip
+        return total, by_task, cells
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    own = ["--data", "voc20", "--root", str(root), "--max-steps", "2", "--eval-every", "1", "--batch-size", "2"]
+    assert train.main(small(tmp_path / "out", *own)) == 0
+    last = torch.load(train.saved_steps(tmp_path / "out")[0], weights_only=True)["model"]
+    best = load_file(tmp_path / "out" / "best.safetensors")
+    assert all(torch.equal(best[name], last[name].half()) for name in last)
+    assert train.best_score(tmp_path / "out" / "log.jsonl", "mIoU") == 0.9
+
+
+@pytest.mark.parametrize("local_rank, order", [("0", ["index", "barrier"]), ("1", ["barrier", "index"])])
+def test_one_rank_indexes_and_the_others_wait(monkeypatch, local_rank, order):
+    found = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "barrier", lambda: found.append("barrier"))
+    with train.one_rank_first():
+        found.append("index")
+    assert found == order
+
+
+@pytest.mark.parametrize("flags", [
+    ["--plot", "out", "--lr", "1"], ["--merge", "out", "--preset", "llamaseg-b"], ["--lora-rank", "3"], ["--root", "x"],
+    ["--any-weights"], ["--preset", "llamaseg-janus", "--mask-tokenizer", "x"], ["--data", "ade20k", "--rich"],
+    ["--max-step", "3"], ["--preset", "llamaseg-janus", "--init-from", "x", "--lora-alpha", "3"],
+])  # fmt: skip
+def test_a_flag_that_would_not_be_read_is_refused(capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
     assert train.main(small(tmp_path)) == 0
     before = losses(tmp_path)
@@ -195,6 +386,7 @@ def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
     assert train.main(small(tmp_path, "--resume", "auto")) == 0
     assert "checkpoint-0000006.pt: not a whole checkpoint" in capsys.readouterr().out
     assert losses(tmp_path) == before and not list(tmp_path.glob(".*"))
+    assert (tmp_path / "checkpoint-0000006.pt.damaged").exists() and train.saved_steps(tmp_path) == [newest, older]
     for path in (newest, older):
         path.write_bytes(b"nothing")
     assert train.main(small(tmp_path, "--resume", "auto")) == 1
@@ -364,7 +556,10 @@ def test_print_config_of_what_cannot_be(capsys, flags, code):
     assert flags[1] in capsys.readouterr().err
 
 
-def test_print_config_counts_without_allocating(capsys):
+def test_print_config_counts_without_allocating(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # of torchrun, whose first process prints it
+    assert train.main(["--preset", "llamaseg-l", "--print-config"]) == 0 and capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
     assert train.main(["--preset", "llamaseg-l", "--print-config", "--encoder", "siglip2-so400m-patch16-256"]) == 0
     text = capsys.readouterr().out
     assert "22 layers x 2304, 32 heads of 72" in text and "27 layers x 1152" in text
