@@ -1335,8 +1335,8 @@ def load_mixture(text, split, root=None, **options):
     datasets, weights = [], []
     for part in text.split(","):
         name, weight = re.fullmatch(r"(.*?)(?::(\d+))?", part.strip()).groups()
-        if weight == "0":
-            raise BadUsage(f"{part}: a weight is at least 1")
+        if weight and not 1 <= int(weight) <= 1000:
+            raise BadUsage(f"{part}: a weight is 1 to 1000")
         datasets.append(load_dataset(name, split, root, **(options if name == "scenes" else {})))
         weights.append(int(weight or 1))
         if len(datasets[-1]) == 0:

@@ -11,10 +11,9 @@
 
 OUT_DIR gets log.jsonl (one object a step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
 truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU, or
-mIoU for semantic sets),
-and the three files that sample.py --checkpoint OUT_DIR reads: model.safetensors, mask_tokenizer.safetensors,
-text.model. Frozen parts from official files are not copied: model.safetensors has their names and hashes, and
-`python data.py download NAME` fetches them.
+mIoU for semantic sets), and the three files that sample.py --checkpoint OUT_DIR reads: model.safetensors,
+mask_tokenizer.safetensors, text.model. Frozen parts from official files are not copied: model.safetensors has their
+names and hashes, and `python data.py download NAME` fetches them.
 """
 
 import argparse
@@ -218,6 +217,8 @@ def parse_args(argv=None):
                       ("warmup_steps", -1e-9), ("epochs", 0.0)):  # fmt: skip
         if getattr(args, name, None) is not None and not low < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be above {max(low, 0):g} and finite")
+    if not (0 <= args.seed < 2**32 and args.workers >= -1):
+        parser.error(f"--seed {args.seed} must be in [0, 2^32), --workers {args.workers} not negative")
     if not all(0 <= beta < 1 for beta in args.betas):
         parser.error(f"--betas {args.betas[0]:g} {args.betas[1]:g} must be in [0, 1)")
     try:
@@ -473,25 +474,40 @@ def load_checkpoint(path, model, optimizers, args):
     return step
 
 
+def read_log(path):
+    """The records of a log.jsonl, none if there is no such file. A last line without its end, as a killed run leaves
+    it, is left out; ValueError for any other line that train.py does not write."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.exists() else [], 1):
+        try:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+                records[-1]["step"] + 0
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{path}: line {number} is not what train.py writes: remove it") from None
+    return records
+
+
 def trim_log(path, step):
     """Drop what a killed run logged after the checkpoint that it goes on from: those steps come again."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
         write_whole(path, "".join(lines).encode())
 
 
 def best_score(path, metric):
     """The best evaluation in a log; -1 if there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((record[metric] for record in map(json.loads, lines) if record.get(metric) is not None), default=-1.0)
+    return max((record[metric] for record in read_log(path) if record.get(metric) is not None), default=-1.0)
 
 
 def write_whole(path, content):
     """Write bytes under a temporary name, then rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -715,7 +731,7 @@ def plot(out_dir):
     path = out_dir / "log.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such log")
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    records = read_log(path)
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     scores = [(r["step"], r["cIoU"]) for r in records if r.get("cIoU") is not None]
     if not losses:
@@ -761,7 +777,7 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
     log = args.out_dir / "log.jsonl"
     paths = saved_steps(args.out_dir) if args.resume == "auto" else [Path(args.resume)] if args.resume else []
     from_here = args.resume == "auto" or args.resume and paths[0].absolute().parent == args.out_dir.absolute()
-    if master and log.exists() and not from_here:
+    if master and (log.exists() or saved_steps(args.out_dir)) and not from_here:
         raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
     done, damaged = 0, []
     for path in paths:
@@ -867,6 +883,9 @@ def load_parts(args, device, dtype):
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
     if args.init_from:
         model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
+        preset = PRESETS[args.preset]
+        if replace(model.config, siglip=preset.siglip, hide=preset.hide) != preset:
+            raise ValueError(f"{args.init_from}: its shape is not that of --preset {args.preset}")
         if not args.any_weights:
             check_source(args.init_from, "mask_tokenizer", model.frozen, mask_tokenizer.source)
     else:

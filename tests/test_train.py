@@ -465,8 +465,16 @@ def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     assert train.main(small(tmp_path / "new", "--resume", str(tmp_path / "cut.pt"))) == 1
     assert "cut.pt" in capsys.readouterr().err
-    for flags in (["--max-stepz", "3"], ["--batch-size", "0"], ["--micro-batch-size", "-8"], ["--dtype", "fp16"],
-                  ["--preset", "huge"], ["--device", "gpu"]):  # fmt: skip
+    log = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text("[]\n" + log)
+    assert train.main(["--plot", str(tmp_path)]) == 1 and "log.jsonl: line 1 is not" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").unlink()
+    assert train.main(small(tmp_path)) == 1  # its checkpoints are there
+    other = small(tmp_path / "new", "--init-from", str(REPO / "assets" / "model.safetensors"))
+    assert train.main(other) == 1 and "not that of --preset scenes" in capsys.readouterr().err
+    assert train.main(small(tmp_path / "new", "--data", "scenes:9999999999")) == 2
+    for flags in (["--max-stepz", "3"], ["--seed", "-1"], ["--workers", "-2"], ["--batch-size", "0"],
+                  ["--micro-batch-size", "-8"], ["--dtype", "fp16"], ["--preset", "huge"], ["--device", "gpu"]):
         with pytest.raises(SystemExit) as stopped:
             train.main(flags)
         assert stopped.value.code == 2
