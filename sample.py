@@ -21,8 +21,12 @@ import json
 import math
 import os
 import re
+import signal
+import stat
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +36,10 @@ from tqdm import tqdm
 
 from data import (
     BadUsage,
+    JSONLines,
     contact_sheet,
     load_dataset,
+    only_one,
     open_picture,
     pad_picture,
     padded_box,
@@ -65,6 +71,10 @@ from train import ASSETS, check_fit, locate, peak_memory, predict, setup_ranks
 SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
 EXAMPLE = ASSETS / "example.png"
 EXAMPLE_PROMPTS = ("the red circle", "the blue square", "something to wear on a finger", "a sign of love")
+# The flags that each way to decode reads. Paper: 3 beams, top 3, top 0.9; the temperature is not stated, we use 1.
+DECODING = {"greedy": ("draft",), "beam": ("beams",), "top-k": ("top_k", "temperature", "seed"),
+            "top-p": ("top_p", "temperature", "seed"), "random": ("temperature", "seed")}  # fmt: skip
+USUAL = {"draft": "auto", "beams": 3, "top_k": 3, "top_p": 0.9, "temperature": 1.0, "seed": 0}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
@@ -126,32 +136,37 @@ class Segmenter:
         check_fit(model.config, mask_tokenizer, text_tokenizer, file.parent)
         return cls(model, mask_tokenizer, text_tokenizer, device)
 
-    def prepare(self, image, prompts):
-        """PIL picture and n prompts -> text_ids (n, L), pixels (1, 3, S, S): what model.generate takes.
-
-        Raises ValueError for an empty prompt or one with more tokens than the model reads.
-        """
+    def check(self, prompts):
+        """ValueError for an empty prompt, PromptTooLong for one with more tokens than the model reads."""
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("empty prompt: say what to segment, as in 'the red circle'")
             needed = self.text_tokenizer.too_long(prompt)
             if needed:
                 raise PromptTooLong(f"prompt {prompt[:40]!r}... has {needed} tokens, the model reads "
-                                 f"{self.text_tokenizer.length}: make it shorter")  # fmt: skip
+                                    f"{self.text_tokenizer.length}: make it shorter")  # fmt: skip
+
+    def prepare(self, image, prompts):
+        """PIL picture and n prompts -> text_ids (n, L), pixels (1, 3, S, S): what model.generate takes.
+
+        Raises ValueError as `check` does.
+        """
+        self.check(prompts)
         square = (pad_picture if self.padded else resize_picture)(image, self.model.config.siglip.image_size)
         pixels = to_pixels(square[None])
         return self.text_tokenizer(list(prompts)).to(self.device), pixels.to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, image, prompts, decode="greedy", draft="auto"):
+    def __call__(self, image, prompts, **decoding):
         """PIL picture (any mode and size) and a list of n prompts -> n bool arrays (H, W), at its own size.
 
-        decode, draft: see LlamaSeg.generate. The picture is encoded once. Raises ValueError as `prepare` does.
+        decoding: options of LlamaSeg.generate, such as decode="top-p", seed=1. The picture is encoded once.
+        Raises ValueError as `check` does.
         """
-        return self.many([image], prompts, decode, draft)[0]
+        return self.many([image], prompts, **decoding)[0]
 
     @torch.inference_mode()
-    def many(self, images, prompts, decode="greedy", draft="auto", inside=None):
+    def many(self, images, prompts, inside=None, **decoding):
         """The same for b pictures together, each asked all n prompts: b lists of n bool arrays.
 
         inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M).
@@ -161,7 +176,7 @@ class Segmenter:
             return [[] for _ in images]
         prepared = [self.prepare(image, prompts) for image in images]
         text_ids, pixels = (torch.cat(rows) for rows in zip(*prepared))  # (b*n,L), (b,3,S,S)
-        tokens = self.model.generate(text_ids, pixels, decode=decode, draft=draft)
+        tokens = self.model.generate(text_ids, pixels, **decoding)
         if inside is not None:
             inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens)
         sizes = [image.size[::-1] for image in images for _ in prompts]
@@ -169,7 +184,6 @@ class Segmenter:
         boxes = [padded_box(*size[::-1], side) for size in sizes] if self.padded else None
         masks = decode_masks(self.mask_tokenizer, tokens, sizes, boxes)
         return [masks[i:i + len(prompts)] for i in range(0, len(masks), len(prompts))]
-
 
     @torch.inference_mode()
     def chat(self, image, question, length=128):
@@ -201,20 +215,47 @@ def find_pictures(sources):
             found.append(source)
     if found.count("-") > 1:
         raise ValueError("standard input (-) can be read only once")
-    names = ["stdin" if source == "-" else Path(source).stem for source in found]
-    # a.png beside a.jpg: keep the ending, and number what is still the same
-    names = [Path(source).name if names.count(name) > 1 else name for name, source in zip(names, found)]
-    return [(f"{n}-{i}" if names.count(n) > 1 else n, source) for i, (n, source) in enumerate(zip(names, found))]
+    stems = ["stdin" if source == "-" else Path(source).stem for source in found]
+    often = Counter(stems)  # a.png beside a.jpg: keep the ending
+    return list(zip(unique(Path(s).name if often[stem] > 1 else stem for stem, s in zip(stems, found)), found))
+
+
+def unique(names):
+    """The names in their order; one that was there before gets a number."""
+    taken = set()
+    for i, name in enumerate(names):
+        while name in taken:
+            name = f"{name}-{i}"
+        taken.add(name)
+        yield name
+
+
+def read_picture(source):
+    """The picture at a path, or the one that standard input holds for "-"."""
+    if source != "-":
+        return open_picture(source)
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: no picture to read from it")
+    return open_picture(io.BytesIO(sys.stdin.buffer.read()))
 
 
 def overlay(image, mask, color=(255, 0, 160)):
     """The picture with the object tinted and outlined, everything else a little faded; PIL RGB."""
-    pixels = np.asarray(image.convert("RGB"), np.float32)
-    tinted = 0.5 * pixels + 0.5 * np.array(color, np.float32)
-    faded = 0.75 * pixels + 0.25 * 255
-    pixels = np.where(mask[..., None], tinted, faded)
-    pixels[boundary(mask)] = color
-    return Image.fromarray(pixels.round().astype(np.uint8))
+    levels = np.arange(256, dtype=np.float32)[:, None]
+    tinted = (0.5 * levels + 0.5 * np.array(color, np.float32)).round().astype(np.uint8)  # (256, 3)
+    faded = (0.75 * levels[:, 0] + 0.25 * 255).round().astype(np.uint8)  # (256,)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, 256):  # strips: a large picture must not be in memory many times
+        rows = slice(top, top + 256)
+        pixels, inside = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height)))), mask[rows]
+        strip = faded[pixels]
+        strip[inside] = tinted[pixels[inside], np.arange(3)]
+        above = min(top, 1)  # the boundary of a row depends on the rows beside it
+        strip[boundary(mask[top - above:top + 257])[above:above + 256]] = color
+        result.paste(Image.fromarray(strip), (0, top))
+    return result
 
 
 def describe(mask):
@@ -226,11 +267,18 @@ def describe(mask):
     return int(mask.sum()), box
 
 
-def confidence_picture(probabilities, size):
-    """Probabilities (M,) of a mask's tokens -> grey PIL picture of `size` (W, H): white is 1."""
+def confidence_picture(probabilities, size, box=(0, 0, 1, 1)):
+    """Probabilities (M,) of a mask's tokens -> grey PIL picture of `size` (W, H): white is 1.
+
+    box: where the picture stands in the square that the tokens cover: (left, top, width, height), as shares of it.
+    """
     grid = math.isqrt(len(probabilities))
     values = np.asarray(probabilities, np.float32).reshape(grid, grid)
-    large = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+    left, top, width, height = (share * grid for share in box)
+    x, y = math.floor(left), math.floor(top)  # only the tokens that the picture touches count
+    values = values[y:math.ceil(top + height), x:math.ceil(left + width)]
+    box = (left - x, top - y, left + width - x, top + height - y)
+    large = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR, box)
     return Image.fromarray((np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8))
 
 
@@ -246,14 +294,48 @@ def attention_picture(weights, side=768):
     return image.resize((side, side), Image.Resampling.NEAREST)
 
 
-def check_targets(args):
-    """Make the --out folder, and say before the work, not after it, where nothing can be written."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    files = [args.json if args.json != "-" else None, args.attention, args.confidence]
-    folders = [args.out] + [Path(file).parent for file in files if file]
-    for folder in folders:
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{folder}: cannot write here")
+def check_outputs(files, inputs):
+    """Say before the work, not after it, which of the files cannot be written, or would overwrite an input.
+
+    An input is recognized by the file itself, whatever name or link leads to it.
+    """
+    read, taken = {}, set()
+    for file in inputs:
+        with suppress(OSError):  # whoever opens it says that it is missing
+            status = os.stat(file)
+            read[status.st_dev, status.st_ino] = file
+    folders = {}
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+            if not os.access(folders[folder], os.W_OK):
+                raise ValueError(f"{folder or '.'}: cannot write here")
+        if (folders[folder], name) in taken:
+            raise BadUsage(f"{file}: two outputs would be written to this file")
+        taken.add((folders[folder], name))
+        with suppress(FileNotFoundError):
+            status = os.stat(file)
+            if stat.S_ISDIR(status.st_mode):
+                raise BadUsage(f"{file}: a folder, expected the name of a file to write")
+            if (status.st_dev, status.st_ino) in read:
+                raise BadUsage(f"{file}: would overwrite {read[status.st_dev, status.st_ino]}, which this run reads")
+
+
+def checkpoint_files(args):
+    """The files that the model and its tokenizers are read from, as far as the flags name them."""
+    folders = [path for path in (checkpoint_file(args.checkpoint), locate(args.encoder)) if path and path.is_dir()]
+    file = checkpoint_file(args.checkpoint)
+    beside = [file.with_name(name) for name in (file.name, "mask_tokenizer.safetensors", "text.model")]
+    return [*beside, *(path for folder in folders for path in folder.iterdir()),
+            *([locate(args.mask_tokenizer)] if args.mask_tokenizer else [])]  # fmt: skip
+
+
+def make_folder(path):
+    """Make the --out folder."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {path}: a file, expected a folder")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def put_json(value, target):
@@ -264,76 +346,146 @@ def put_json(value, target):
         write_json(target, value)
 
 
+@contextmanager
+def json_list(target):
+    """Yield a function that adds a record to a JSON list: in a file, on standard output for "-", nowhere for None.
+
+    However the block ends, the list is whole: a file has a temporary name until then, and is renamed.
+    """
+    if target is None:
+        yield lambda record: None
+        return
+    path = None if target == "-" else Path(target)
+    temporary = path and path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    file, before = open(temporary, "w") if path else sys.stdout, "["
+
+    def add(record):
+        nonlocal before
+        file.write(f"{before}\n{json.dumps(record)}")
+        file.flush()
+        before = ","
+
+    try:
+        try:
+            yield add
+        finally:
+            file.write("[]\n" if before == "[" else "\n]\n")
+            file.flush()
+            if path:
+                file.close()
+                os.replace(temporary, path)
+    finally:
+        if path:
+            temporary.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------------------
-# the two jobs
+# the jobs
 
 
 def load(args, device):
     """The Segmenter that the flags ask for."""
-    return Segmenter.load(args.checkpoint, str(device), args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
-                          args.any_weights)  # fmt: skip
+    segmenter = Segmenter.load(args.checkpoint, str(device), args.dtype, locate(args.encoder),
+                               locate(args.mask_tokenizer), args.any_weights)  # fmt: skip
+    codes = segmenter.model.config.codebook_size
+    for flag, value in (("--beams", args.beams), ("--top-k", args.top_k)):
+        if value > codes:
+            raise BadUsage(f"{flag} {value} must be at most {codes}, the number of mask tokens to choose from")
+    return segmenter
+
+
+def decoding(args):
+    """What model.generate takes of the flags."""
+    return {"decode": args.decode} | {name: getattr(args, name) for name in DECODING[args.decode]}
 
 
 def segment(args):
-    """Masks and overlays of pictures; one line a mask."""
+    """Masks and overlays of pictures, one line a mask; returns the exit code, 1 if pictures could not be read."""
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
     pictures = find_pictures(args.image or [EXAMPLE])
     prompts = args.prompt or EXAMPLE_PROMPTS
     if (args.confidence or args.attention) and len(pictures) > 1:
         raise BadUsage(f"--confidence and --attention are for one picture, {args.image[0]} has {len(pictures)}")
-    check_targets(args)
+    slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] for prompt in prompts]
+    stems = list(unique(f"{os.fsdecode(os.fsencode(name)[:160])}-{k}" + f"-{slug}" * bool(slug)
+                        for name, _ in pictures for k, slug in enumerate(slugs)))  # fmt: skip
+    make_folder(args.out)
+    named = [file for file in (args.json, args.confidence, args.attention) if file and file != "-"]
+    check_outputs([*named, *(os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS)],
+                  [*checkpoint_files(args), *(source for _, source in pictures if source != "-")])  # fmt: skip
     segmenter = load(args, args.device)
-    records, together = [], max(1, SCORE_BATCH // len(prompts))
-    for i in tqdm(range(0, len(pictures), together), desc="pictures", disable=len(pictures) <= together):
-        part = pictures[i:i + together]
-        images = [open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source) for _, source in part]
-        start, inside = time.perf_counter(), {}
-        masks = segmenter.many(images, prompts, args.decode, args.draft, inside)
-        ms = 1000 * (time.perf_counter() - start) / (len(images) * len(prompts))
-        for (name, source), image, of_image in zip(part, images, masks):
-            for k, (prompt, mask) in enumerate(zip(prompts, of_image)):
-                records.append(keep(args, name, source, image, k, prompt, mask, ms, say))
-    if args.confidence:
-        write_picture(confidence_picture(segmenter.model.confidence(**inside)[0].tolist(), images[0].size),
-                      Path(args.confidence))  # fmt: skip
-    if args.attention:
-        weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
-        write_picture(attention_picture(weights), Path(args.attention))
-    if args.json:
-        put_json(records, args.json)
+    segmenter.check(prompts)
+    together, broken, waiting = max(1, SCORE_BATCH // len(prompts)), 0, []
+    with json_list(args.json) as add:
+        for i, (name, source) in enumerate(tqdm(pictures, desc="pictures", disable=len(pictures) <= together)):
+            try:
+                waiting.append((i, name, source, read_picture(source)))
+            except (ValueError, OSError) as error:
+                tqdm.write(f"error: {printable(error)}", file=sys.stderr)
+                broken += 1
+            pixels = sum(image.width * image.height for *_, image in waiting)
+            if not waiting or len(waiting) < together and pixels < MOST_PIXELS and i + 1 < len(pictures):
+                continue
+            images = [image for *_, image in waiting]
+            start, inside = time.perf_counter(), {}
+            masks = segmenter.many(images, prompts, inside, **decoding(args))
+            ms = 1000 * (time.perf_counter() - start) / (len(images) * len(prompts))
+            for (number, name, source, image), of_image in zip(waiting, masks):
+                for k, (prompt, mask) in enumerate(zip(prompts, of_image)):
+                    stem = stems[number * len(prompts) + k]
+                    add(keep(args, stem, name, source, image, prompt, mask, ms, say))
+            waiting = []
+            if args.confidence:
+                side, size = segmenter.model.config.siglip.image_size, images[0].size
+                box = [n / side for n in padded_box(*size, side)] if segmenter.padded else (0, 0, 1, 1)
+                sure = segmenter.model.confidence(**inside)[0].tolist()
+                write_picture(confidence_picture(sure, size, box), Path(args.confidence))
+            if args.attention:
+                weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
+                write_picture(attention_picture(weights), Path(args.attention))
+    return 1 if broken else 0
 
 
 def chat(args):
-    """An answer in words for each picture."""
+    """An answer in words for each picture; returns the exit code, 1 if pictures could not be read."""
     pictures, segmenter = find_pictures(args.image or [EXAMPLE]), load(args, args.device)
+    segmenter.check([args.chat])
+    broken = 0
     for name, source in pictures:
-        image = open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)
-        print(f"{name}: {segmenter.chat(image, args.chat)}")
+        try:
+            image = read_picture(source)
+        except (ValueError, OSError) as error:
+            print(f"error: {printable(error)}", file=sys.stderr)
+            broken += 1
+            continue
+        answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
+        print(f"{printable(name)}: {answer}", flush=True)
+    return 1 if broken else 0
 
 
-def keep(args, name, source, image, k, prompt, mask, ms, say):
-    """Write mask and overlay of a picture's k-th prompt, print a line, return the record for --json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-    stem = f"{name}-{k}-{slug}" if slug else f"{name}-{k}"
-    files = {kind: args.out / f"{stem}-{kind}.png" for kind in ("mask", "overlay")}
-    write_picture(Image.fromarray(mask.astype(np.uint8) * 255), files["mask"])
+def keep(args, stem, name, source, image, prompt, mask, ms, say):
+    """Write mask and overlay of a picture's prompt, print a line, return the record for --json."""
+    files = {kind: args.out / f"{stem}-{kind}.png" for kind in KINDS}
+    write_picture(Image.fromarray(mask.view(np.uint8) * 255), files["mask"])
     write_picture(overlay(image, mask), files["overlay"])
     area, box = describe(mask)
     where = "nothing found" if box is None else f"box {box[0]},{box[1]} {box[2]}x{box[3]}"
-    tqdm.write(f"{name}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
-               f"{files['overlay']}", file=say)  # fmt: skip
+    tqdm.write(printable(f"{name}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
+                         f"{files['overlay']}"), file=say)  # fmt: skip
     return {"image": str(source), "prompt": prompt, "area": area, "box": box, "rle": rle_encode(mask),
             "ms": round(ms, 1), "mask": str(files["mask"]), "overlay": str(files["overlay"])}  # fmt: skip
 
 
+KINDS = ("mask", "overlay")  # the two pictures of each mask
+MOST_PIXELS = 64_000_000  # of the pictures that are in memory together
 SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
 
 
 def score(args):
     """Metrics of a checkpoint on a data set, in all and by task. Under torchrun the ranks share the work.
 
-    OUT gets NAME-SPLIT.jsonl (a line for each example), .json (the numbers) and .png (the first examples). A killed
-    run goes on when the same command is typed again.
+    OUT gets NAME-SPLIT.jsonl (a line for each example), .json (the numbers) and .png (the first examples); what is not
+    the default is part of NAME-SPLIT, see run_name. A killed run goes on when the same command is typed again.
     """
     rank, world_size, device = setup_ranks(args.device)
     options = {name: value for name, value in (("split_by", args.split_by), ("classes", args.classes)) if value}
@@ -341,39 +493,65 @@ def score(args):
     count = min(args.count or len(dataset), len(dataset))
     if count == 0:
         raise ValueError(f"{args.dataset}:{args.split} has no examples")
-    check_targets(args)
+    make_folder(args.out)
+    target = [args.json] if args.json and args.json != "-" else []
+    check_outputs(target, [*checkpoint_files(args), *([dataset.path] if isinstance(dataset, JSONLines) else [])])
     segmenter = load(args, device)
-    name = re.sub(r"[^A-Za-z0-9+-]+", "-", args.dataset)
-    stem = args.out / f"{name}-{args.split}"
-    run = {"dataset": args.dataset, "split": args.split, **options, "count": count, "decode": args.decode,
-           "dtype": args.dtype, "model": identity(args.checkpoint, segmenter.model),
+    weights = next(segmenter.model.parameters())
+    run = {"dataset": args.dataset, "split": args.split, **options, **({"root": str(args.root)} if args.root else {}),
+           "count": count, **{name: value for name, value in decoding(args).items() if name != "draft"},
+           "dtype": str(weights.dtype).removeprefix("torch."), "model": identity(args.checkpoint, segmenter.model),
            "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
+    stem = args.out / run_name(args, run, len(dataset))
+    check_outputs(target + [stem.with_name(f"{stem.name}.{kind}") for kind in ("jsonl", "json", "png")], [])
+    lock = stem.with_name(f".{stem.name}.lock")
+    with only_one(lock) if rank == 0 else nullcontext():
+        predict_rest(segmenter, dataset, run, stem, args, rank, world_size)
+        if rank == 0:
+            records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
+            if len(records) != count:
+                raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
+            for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
+                part.unlink()
+            write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)
+            report(args, run, records, dataset, stem)
+            lock.unlink()
 
+
+def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
+    """Predict the examples that OUT does not hold yet; each rank writes its share to a file of its own."""
     done = gather(stem, run)
     if world_size > 1:
         torch.distributed.barrier()  # all ranks share out the same rest: nobody writes before everybody has read
     whole = {i for i, record in done.items() if "broken" not in record}  # what was broken is tried again
-    batches = [range(i, min(i + SCORE_BATCH, count)) for i in range(0, count, SCORE_BATCH)]
+    batches = [range(i, min(i + SCORE_BATCH, run["count"])) for i in range(0, run["count"], SCORE_BATCH)]
     batches = [batch for batch in batches if not whole.issuperset(batch)][rank::world_size]
     mine = stem.with_name(f"{stem.name}.rank{rank}.jsonl")
     if batches:
         write_lines(mine, run, [r for r in done.values() if r["rank"] == rank])  # without a half-written line
         with open(mine, "a") as file:
-            for batch in tqdm(batches, desc=f"{args.dataset}:{args.split}", unit="batch", disable=rank > 0):
+            for batch in tqdm(batches, desc=printable(stem.name), unit="batch", disable=rank > 0):
                 lines = score_batch(segmenter, dataset, batch, args, rank)
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
                 file.flush()
     if world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if rank == 0:
-        records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
-        if len(records) != count:
-            raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
-        for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
-            part.unlink()
-        write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)
-        report(args, run, records, dataset, stem)
+
+
+def run_name(args, run, size):
+    """The name of a run's files: NAME-SPLIT where all is the default, else with what is not: scenes-test-beam-count9.
+
+    size: examples that the split has. A checkpoint other than the embedded one is named by the start of its SHA-256.
+    """
+    more = [args.split_by, args.classes, args.decode if args.decode != "greedy" else None]
+    more += [f"{name}{run[name]}" for name, value in USUAL.items() if run.get(name, value) != value]
+    more += [f"count{run['count']}" if run["count"] < size else None]
+    more += [run["dtype"] if run["dtype"] != "float32" else None]
+    if args.checkpoint and run["model"] != sha256_of(checkpoint_file()):
+        more.append(run["model"][:8])
+    name = re.sub(r"[^A-Za-z0-9+-]+", "-", args.dataset)
+    return "-".join([name, re.sub(r"[^\w+.-]+", "-", args.split), *(re.sub("[._]", "-", m) for m in more if m)])
 
 
 def identity(checkpoint, model):
@@ -387,13 +565,21 @@ def score_batch(segmenter, dataset, indices, args, rank):
     examples, records = [], []
     for i in indices:
         try:
-            examples.append((i, dataset[i]))
+            example = dataset[i]
+            needed = segmenter.text_tokenizer.too_long(example.phrase)
+            if needed:
+                raise ValueError(f"example {i} ({example.id}): its phrase has {needed} tokens, the model reads "
+                                 f"{segmenter.text_tokenizer.length}")  # fmt: skip
+            examples.append((i, example))
         except (ValueError, OSError) as error:
             if not args.skip_broken:
                 raise
             records.append({"index": i, "rank": rank, "broken": str(error)})
+    options = decoding(args)
+    if "seed" in options:  # of each example alone: neither stops nor ranks nor the batch change what is drawn
+        options["seed"] = [int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0]) for i, _ in examples]
     masks = predict(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, [e for _, e in examples],
-                    decode=args.decode, draft=args.draft) if examples else []  # fmt: skip
+                    **options) if examples else []  # fmt: skip
     for (i, example), mask in zip(examples, masks):
         one = SegmentationMetrics()
         intersection, union, _, ahd = one.update(mask, example.mask, ignore=example.ignore)
@@ -442,13 +628,13 @@ def report(args, run, records, dataset, stem):
     broken = [record for record in records if "broken" in record]
     records = [record for record in records if "broken" not in record]
     for record in broken:
-        print(f"broken: {record['broken']}", file=say)
+        print(f"broken: {printable(record['broken'])}", file=say)
     if broken and not args.allow_skipped:
         raise ValueError(f"{len(broken)} of {run['count']} examples are broken: no number without them; "
                          "--allow-skipped asks for the rest's")  # fmt: skip
     total, by_task = add_up(records)
     tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
-    print(f"{args.dataset}:{args.split}: {run['protocol']}", file=say)
+    print(printable(f"{args.dataset}:{args.split}: {run['protocol']}"), file=say)
     if broken:
         print(f"{len(broken)} broken examples are left out", file=say)
     columns = ("count", "mIoU", "cIoU", "gIoU", *(f"Pr@{t}" for t in (0.5, 0.7, 0.9)))
@@ -460,12 +646,12 @@ def report(args, run, records, dataset, stem):
     for table, width in ((rows, 10), (ahd, 18)):
         for row in table:
             print(f"{row[0]:12}" + "".join(f"{show(value):>{width}}" for value in row[1:]), file=say)
-    cells = [(r["phrase"], [example.image, rle_decode(r["rle"]), example.mask])
+    cells = [(printable(r["phrase"])[:100], [example.image, rle_decode(r["rle"]), example.mask])
              for r in records[:24] for example in [dataset[r["index"]]]]  # fmt: skip
     contact_sheet(cells, stem.with_name(f"{stem.name}.png"))
     result = {**run, "skipped": len(broken), **tables}
     write_json(stem.with_name(f"{stem.name}.json"), result)
-    print(f"wrote {stem}.jsonl, .json and .png (picture, predicted, truth)", file=say)
+    print(printable(f"wrote {stem}.jsonl, .json and .png (picture, predicted, truth)"), file=say)
     if args.json:
         put_json(result, args.json)
 
@@ -482,7 +668,8 @@ def bench(args):
     they make as many passes for a token as the default does.
     """
     device = pick_device(args.device)
-    checkpoint = Segmenter.load(args.checkpoint, str(device), args.dtype)
+    check_outputs([args.json] if args.json and args.json != "-" else [], checkpoint_files(args))
+    checkpoint = load(args, device)
     model, mask_tokenizer = checkpoint.model, checkpoint.mask_tokenizer
     dataset = load_dataset("scenes", "test")
     examples = [dataset[i] for i in range(32)]
@@ -591,13 +778,24 @@ def show(value):
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+MODEL = {"checkpoint", "encoder", "mask_tokenizer", "any_weights", "device", "dtype"}
+MASKS = MODEL | {"decode", *USUAL, "out", "json"}
+READS = {  # the flags of each job
+    "--bench": MODEL | {"bench", "json"},
+    "--chat": MODEL | {"chat", "image"},
+    "--dataset": MASKS | {"dataset", "split", "root", "split_by", "classes", "skip_broken", "allow_skipped", "count"},
+    "pictures": MASKS | {"image", "prompt", "confidence", "attention"},
+}
+
+
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage."""
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("what to segment")
     group.add_argument("--image", nargs="+", metavar="PATH",
                        help="files, folders, or - for standard input (default: the embedded picture)")
-    group.add_argument("--prompt", action="append", help="what to look for; repeat for more masks of the picture")
+    group.add_argument("--prompt", action="append", metavar="TEXT",
+                       help="what to look for; repeat for more masks of the picture")
     group.add_argument("--chat", metavar="QUESTION", help="ask a Janus checkpoint about the picture, in words")
     group.add_argument("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: out_masks)")
     group.add_argument("--json", metavar="FILE", help="also write JSON with COCO run-length masks; - for stdout")
@@ -628,51 +826,74 @@ def main(argv=None):
     group.add_argument("--any-weights", action="store_true",
                        help="take frozen parts other than those of the training")
     group.add_argument("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
-    group.add_argument("--draft", choices=DRAFTS, default="auto", help="how greedy decoding guesses tokens to verify "
-                       "several in a pass; the mask is the same (default: auto, the fastest)")
+    group.add_argument("--beams", type=int, metavar="N", help="sequences that beam keeps (default: %(default)s)")
+    group.add_argument("--top-k", type=int, metavar="K", help="tokens that top-k draws from (default: %(default)s)")
+    group.add_argument("--top-p", type=float, metavar="P", help="top-p draws from the fewest tokens that together have "
+                       "this probability (default: %(default)s)")
+    group.add_argument("--temperature", type=float, metavar="T", help="of top-k, top-p and random: below 1 the "
+                       "likelier tokens are drawn more often (default: %(default)s)")
+    group.add_argument("--seed", type=int, metavar="N", help="of top-k, top-p and random: the same seed draws the same "
+                       "mask of a picture, whatever else the run segments (default: %(default)s)")
+    group.add_argument("--draft", choices=DRAFTS, help="how greedy decoding guesses tokens to verify "
+                       "several in a pass (default: auto, the fastest); the mask is the same in float32, in bfloat16 "
+                       "rounding can change it")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                        help="of the weights; auto: bfloat16 where the device multiplies it fast (default: float32)")
+    parser.set_defaults(**USUAL)
     args = parser.parse_args(argv)
-    if args.chat is not None and (args.prompt or args.dataset or not args.chat.strip()):
-        parser.error("--chat is a question of its own, without --prompt and --dataset")
+    job = ("--bench" if args.bench else "--chat" if args.chat is not None else "--dataset" if args.dataset
+           else "pictures")  # fmt: skip
+    parser.check_read(args, job, READS[job])
+    if job == "--dataset":
+        kind = args.dataset.split(":")[0]
+        unread = {"scenes": "root", "jsonl": "split"}.get(kind)
+        parser.check_read(args, f"--dataset {kind}", READS[job] - {unread})
+    if job in ("--dataset", "pictures"):
+        parser.check_read(args, f"--decode {args.decode}", READS[job] - set(USUAL) | set(DECODING[args.decode]))
+    for text in (*(args.prompt or ()), *([] if args.chat is None else [args.chat])):
+        if not text.strip():
+            parser.error("empty --prompt or --chat: give it words, as in 'the red circle'")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            parser.error(f"{text[:40]}: a --prompt or --chat must be Unicode text in UTF-8")
     if args.image and not args.prompt and not args.chat:
         parser.error('--image needs at least one --prompt, as in --prompt "the red circle"')
-    if args.dataset and (args.image or args.prompt):
-        parser.error("--dataset brings its own pictures and phrases: drop --image and --prompt")
-    if any(not prompt.strip() for prompt in args.prompt or ()):
-        parser.error("empty --prompt: say what to segment, as in 'the red circle'")
-    if args.count is not None and args.count < 1:
-        parser.error(f"--count {args.count} must be at least 1")
+    for flag, value, fine in (
+        ("--count", args.count, args.count is None or args.count >= 1), ("--beams", args.beams, args.beams >= 1),
+        ("--top-k", args.top_k, args.top_k >= 1), ("--seed", args.seed, 0 <= args.seed < 2**32),
+    ):  # fmt: skip
+        if not fine:
+            parser.error(f"{flag} {value} must be a number from {0 if flag == '--seed' else 1} on")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p {args.top_p} must be above 0 and at most 1")
+    if not 0 < args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature} must be above 0")
     if (args.confidence or args.attention) and (len(args.prompt or ()) != 1 or len(args.image or ()) != 1):
         parser.error("--confidence and --attention are for one --image and one --prompt")
-    if args.decode != "greedy" and args.draft not in ("auto", "none"):
-        parser.error(f"--draft {args.draft} is for --decode greedy, not for {args.decode}")
     try:
         pick_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
     try:
-        if args.bench:
-            bench(args)
-        elif args.chat:
-            chat(args)
-        elif args.dataset:
-            score(args)
-        else:
-            segment(args)
+        code = {"--bench": bench, "--chat": chat, "--dataset": score, "pictures": segment}[job](args)
+        print(end="", flush=True)
     except (PromptTooLong, BadUsage) as error:
         parser.error(str(error))
+    except BrokenPipeError:  # nobody reads standard output any more: Python must not try again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         if torch.distributed.is_initialized():
             os._exit(1)  # the other ranks would wait for this one: torchrun ends them
         return 1
     except KeyboardInterrupt:
-        print("stopped: the same command goes on with a data set where it was", file=sys.stderr)
+        print("stopped" + (": the same command goes on where it was" if args.dataset else ""), file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:  # torchrun ends a rank that waits for another, which Python would not notice
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

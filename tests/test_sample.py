@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -168,7 +169,7 @@ def test_confidence_and_attention_are_pictures(sample, picture, tmp_path):
     done = sample("sample.py", "--image", picture, "--prompt", "a", "--prompt", "b", *flags)
     assert done.returncode == 2 and b"one --prompt" in done.stderr
     done = sample("sample.py", "--image", picture, "--prompt", "a", "--decode", "beam", "--draft", "row")
-    assert done.returncode == 2 and b"--decode greedy" in done.stderr
+    assert done.returncode == 2 and b"--draft has no use with --decode beam" in done.stderr
 
 
 def test_the_bench_measures(sample, tmp_path, tiny_checkpoint):
@@ -194,7 +195,9 @@ def test_scoring_prints_all_kinds_and_writes_json(sample, tmp_path, tiny_checkpo
 
 
 def scored(folder):
-    return json.loads((folder / "scenes-novel.json").read_text()), (folder / "scenes-novel.jsonl").read_text()
+    """The numbers and the lines of the one run in a folder."""
+    (numbers,), (lines,) = folder.glob("*.json"), folder.glob("*.jsonl")
+    return json.loads(numbers.read_text()), lines.read_text()
 
 
 def test_scores_do_not_depend_on_stops_or_ranks(sample, tmp_path, tiny_checkpoint, monkeypatch):
@@ -214,14 +217,16 @@ def test_scores_do_not_depend_on_stops_or_ranks(sample, tmp_path, tiny_checkpoin
 
     monkeypatch.setattr(S, "score_batch", dies)
     assert sample("sample.py", *flags, "--out", tmp_path / "broken").returncode == 130
-    part = tmp_path / "broken" / "scenes-novel.rank0.jsonl"
+    (part,) = (tmp_path / "broken").glob("scenes-novel-count70-*.rank0.jsonl")
     part.write_text(part.read_text() + '{"index": 32, "id": "half a li')
     monkeypatch.setattr(S, "score_batch", lambda *args: batches.append(args) or real(*args))
     assert sample("sample.py", *flags, "--out", tmp_path / "broken").returncode == 0
     assert len(batches) == 3 and scored(tmp_path / "broken")[0] == numbers  # of 32, 32 and 6: none came twice
     assert sorted(p.suffix for p in (tmp_path / "broken").iterdir()) == [".json", ".jsonl", ".png"]
-    done = sample("sample.py", *flags, "--out", tmp_path / "broken", "--decode", "beam")
-    assert done.returncode == 1 and b"is of another run (other decode, protocol)" in done.stderr
+    (whole,) = (tmp_path / "broken").glob("*.jsonl")
+    whole.write_text(whole.read_text().replace('"decode": "greedy"', '"decode": "beam"', 1))
+    done = sample("sample.py", *flags, "--out", tmp_path / "broken")
+    assert done.returncode == 1 and b"is of another run (other decode)" in done.stderr
 
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / "sample.py"),
@@ -239,7 +244,8 @@ def test_scores_do_not_depend_on_stops_or_ranks(sample, tmp_path, tiny_checkpoin
     assert total.compute() == numbers["all"]
     from metrics import main
 
-    assert main([str(tmp_path / "whole" / "scenes-novel.jsonl"), "--json", str(tmp_path / "again.json")]) == 0
+    (whole,) = (tmp_path / "whole").glob("*.jsonl")
+    assert main([str(whole), "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == numbers["all"]
 
 
@@ -266,7 +272,7 @@ def test_a_public_set_is_scored_per_class(sample, tmp_path, tiny_checkpoint):
         out = tmp_path / classes
         done = sample("sample.py", *flags, "--classes", classes, "--out", out)
         assert done.returncode == 0, done.stderr
-        numbers = json.loads((out / "voc20-val.json").read_text())
+        numbers = scored(out)[0]
         assert numbers["all"]["count"] == count and numbers["all"]["mIoU"] is not None
     assert b"of every class" in done.stdout
     assert "--root" in error_of(sample("sample.py", "--dataset", "voc20"), 2)
@@ -371,3 +377,374 @@ def test_what_was_broken_is_tried_again(sample, tmp_path, tiny_checkpoint):
     done = sample("sample.py", *flags, "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "s.json").read_text())["all"]["count"] == 1
+
+
+# --- decoding
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What model.generate was called with, call by call; the masks are all of code 0."""
+    from model import LlamaSeg
+
+    calls = []
+
+    def generate(self, text_ids, pixels, **options):
+        calls.append(options)
+        return torch.zeros(len(text_ids), self.config.mask_grid**2, dtype=torch.long)
+
+    monkeypatch.setattr(LlamaSeg, "generate", generate)
+    return calls
+
+
+@pytest.fixture
+def embedded(monkeypatch, tiny_checkpoint):
+    """The tiny checkpoint is the embedded one."""
+    monkeypatch.setattr("sample.ASSETS", tiny_checkpoint)
+
+
+def test_decoding_flags_reach_the_model(sample, picture, tmp_path, tiny_checkpoint, asked):
+    flags = ["--image", picture, "--prompt", "the star", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
+    for given, expected in (
+        ("--draft row", {"decode": "greedy", "draft": "row"}),
+        ("--decode beam --beams 5", {"decode": "beam", "beams": 5}),
+        ("--decode top-k --top-k 7 --seed 9", {"decode": "top-k", "top_k": 7, "temperature": 1.0, "seed": 9}),
+        ("--decode top-p --top-p 0.5", {"decode": "top-p", "top_p": 0.5, "temperature": 1.0, "seed": 0}),
+        ("--decode random --temperature 0.5", {"decode": "random", "temperature": 0.5, "seed": 0}),
+    ):
+        done = sample("sample.py", *flags, *given.split())
+        assert done.returncode == 0, done.stderr
+        assert asked.pop() == expected
+    for given, word in (
+        ("--seed 1", "--decode greedy"), ("--decode beam --top-k 2", "--decode beam"), ("--decode beam --beams 0", "0"),
+        ("--decode top-k --top-p 0.5", "--decode top-k"), ("--decode top-p --top-p 1.5", "1.5"),
+        ("--decode random --temperature 0", "0.0"), ("--decode random --temperature nan", "nan"),
+        ("--decode random --seed -1", "-1"), ("--decode top-k --top-k 33", "32"),
+    ):  # fmt: skip
+        assert word in error_of(sample("sample.py", *flags, *given.split()), 2)
+    help_text = sample("sample.py", "--help").stdout.decode()
+    assert "the mask is the same in float32" in " ".join(help_text.split())
+
+
+def test_the_seed_of_an_example_is_its_own(sample, tmp_path, tiny_checkpoint, asked, monkeypatch):
+    flags = ["--dataset", "scenes", "--decode", "random", "--checkpoint", tiny_checkpoint, "--out"]
+
+    def seeds(out, *more):
+        asked.clear()
+        done = sample("sample.py", *flags, tmp_path / out, *more)
+        assert done.returncode == 0, done.stderr
+        return [seed for options in asked for seed in options["seed"]]
+
+    import sample as S
+
+    monkeypatch.setattr(S, "SCORE_BATCH", 4)
+    whole = seeds("whole", "--count", 10)
+    assert len(set(whole)) == 10 and seeds("few", "--count", 7) == whole[:7]
+    assert not set(seeds("other", "--count", 10, "--seed", 1)) & set(whole)
+    header = json.loads(scored(tmp_path / "other")[1].splitlines()[0])["run"]
+    assert (header["seed"], header["temperature"], header["decode"]) == (1, 1.0, "random")
+
+    real = S.score_batch
+
+    def stops(segmenter, dataset, batch, *args):
+        if batch[0] == 4:
+            raise KeyboardInterrupt
+        return real(segmenter, dataset, batch, *args)
+
+    monkeypatch.setattr(S, "score_batch", stops)
+    done = sample("sample.py", *flags, tmp_path / "stopped", "--count", 10)
+    assert done.returncode == 130 and b"the same command goes on" in done.stderr
+    monkeypatch.setattr(S, "score_batch", real)
+    assert seeds("stopped", "--count", 10) == whole[4:]
+
+
+def test_all_decodings_are_scored_into_one_folder(sample, tmp_path, embedded, asked):
+    for decode in ("greedy", "beam", "top-k", "top-p", "random"):
+        done = sample("sample.py", "--dataset", "scenes", "--count", 2, "--decode", decode, "--out", tmp_path)
+        assert done.returncode == 0, done.stderr
+        name = "scenes-test" + f"-{decode}" * (decode != "greedy") + "-count2"
+        assert f"wrote {tmp_path / name}.jsonl".encode() in done.stdout
+        assert json.loads((tmp_path / f"{name}.json").read_text())["decode"] == decode
+    for more in (["--decode", "beam", "--beams", 2], ["--dtype", "bfloat16"], ["--checkpoint", REPO / "assets"],
+                 ["--split", "novel"], ["--count", 3]):  # fmt: skip
+        done = sample("sample.py", "--dataset", "scenes", "--count", 2, *more, "--out", tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.jsonl"))) == 10 and not list(tmp_path.glob(".*"))
+    image = {"image": "a.png", "phrase": "the square", "mask": [[5, 5, 20, 5, 20, 20, 5, 20]]}
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(image))
+    done = sample("sample.py", "--dataset", f"jsonl:{tmp_path / 'mine.jsonl'}", "--out", tmp_path / "plain")
+    assert done.returncode == 0, done.stderr
+    assert all(p.name.endswith(f"mine-jsonl-test{p.suffix}") for p in (tmp_path / "plain").iterdir())
+
+
+def test_two_processes_do_not_score_the_same_run_at_once(sample, tmp_path, embedded, asked):
+    lock = tmp_path / ".scenes-test-count2.lock"
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    flags = ["--dataset", "scenes", "--count", 2, "--out", tmp_path]
+    with subprocess.Popen([sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "another process" in error_of(sample("sample.py", *flags), 1)
+        assert not asked and [p.name for p in tmp_path.iterdir()] == [lock.name]
+        assert sample("sample.py", *flags[:2], "--count", 3, *flags[4:]).returncode == 0  # another run
+        other.stdin.close()
+    assert sample("sample.py", *flags).returncode == 0
+
+
+# --- what is written, and when
+
+
+def test_outputs_do_not_overwrite_inputs(sample, picture, tmp_path, tiny_checkpoint, asked):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    out, link = tmp_path / "o", tmp_path / "link.png"
+    link.symlink_to(picture)
+    second = out / "x-0-star-mask.png"
+    out.mkdir()
+    shutil.copyfile(picture, second)
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text(json.dumps({"image": "x.png", "phrase": "a", "mask": [[5, 5, 20, 5, 20, 20]]}) + "\n")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    base = ["--checkpoint", checkpoint, "--out", out]
+    one = ["--image", picture, "--prompt", "star", *base]
+    for flags in (
+        [*one, "--json", picture], [*one, "--json", link],
+        [*one, "--confidence", picture], [*one, "--attention", picture],
+        [*one, "--json", checkpoint / "model.safetensors"], [*one, "--confidence", checkpoint / "text.model"],
+        ["--image", out, picture, "--prompt", "star", *base], [*one, "--json", out],
+        ["--image", link, "--prompt", "star", *base, "--json", tmp_path / "." / "x.png"],
+        [*one, "--confidence", tmp_path / "c.png", "--attention", tmp_path / "c.png"],
+        ["--dataset", f"jsonl:{lines}", "--json", lines, *base],
+        ["--bench", "--checkpoint", checkpoint, "--json", checkpoint / "mask_tokenizer.safetensors"],
+    ):  # fmt: skip
+        error_of(sample("sample.py", *flags), 2)
+    assert not asked and before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    target = out / "scenes-test-count2.jsonl"
+    error_of(sample("sample.py", "--dataset", "scenes", "--count", 2, "--out", out, "--json", target), 2)
+    assert not asked and not target.exists()
+
+
+def test_a_broken_picture_is_told_and_the_others_are_segmented(sample, picture, tmp_path, tiny_checkpoint, asked):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        shutil.copyfile(picture, folder / name)
+    (folder / "b.png").write_bytes(picture.read_bytes()[:300])
+    (folder / "d.png").symlink_to("d.png")
+    done = sample("sample.py", "--image", folder, tmp_path / "none.png", "--prompt", "star", "--out", tmp_path / "o",
+                  "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)  # fmt: skip
+    assert done.returncode == 1
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 3 and all(name in line for name, line in zip(("b.png", "d.png", "none.png"), lines))
+    records = json.loads((tmp_path / "m.json").read_text())
+    assert [r["image"] for r in records] == [str(folder / "a.png"), str(folder / "c.png")]
+    assert len(list((tmp_path / "o").iterdir())) == 4
+
+
+@pytest.mark.parametrize("target", ["m.json", "-"])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, "No space left on device"), None])
+def test_json_is_whole_however_the_run_ends(sample, picture, tmp_path, embedded, asked, monkeypatch, end, target):
+    import sample as S
+
+    real, written = S.write_picture, []
+
+    def write(image, path):
+        if len(written) == 3:
+            raise end
+        written.append(path)
+        real(image, path)
+
+    if end:
+        monkeypatch.setattr(S, "write_picture", write)
+    target = target if target == "-" else tmp_path / target
+    done = sample("sample.py", "--image", picture, "--prompt", "star", "--prompt", "ring", "--out", tmp_path / "o",
+                  "--json", target)  # fmt: skip
+    assert done.returncode == {KeyboardInterrupt: 130, None: 0}.get(end, 1)
+    records = json.loads(done.stdout if target == "-" else target.read_text())
+    assert [r["prompt"] for r in records] == (["star"] if end else ["star", "ring"])
+    if end:
+        assert b"goes on" not in done.stderr and len(done.stderr.splitlines()) == 1 + (target == "-")
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
+
+
+def test_termination_ends_the_json_too(picture, tmp_path, tiny_checkpoint, asked, monkeypatch):
+    import runpy
+
+    import data
+
+    real, before = data.write_picture, signal.getsignal(signal.SIGTERM)
+
+    def write(image, path):
+        real(image, path)
+        if "ring" in str(path):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(data, "write_picture", write)
+    monkeypatch.setattr(sys, "argv", [
+        "sample.py", "--image", str(picture), "--prompt", "star", "--prompt", "ring", "--out", str(tmp_path / "o"),
+        "--json", str(tmp_path / "m.json"), "--checkpoint", str(tiny_checkpoint)])  # fmt: skip
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(REPO / "sample.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 130
+    assert [r["prompt"] for r in json.loads((tmp_path / "m.json").read_text())] == ["star"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json", "-"]])
+def test_a_reader_that_goes_away_is_no_error(sample, picture, tmp_path, embedded, asked, monkeypatch, flags):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        done = sample("sample.py", "--image", picture, "--prompt", "star", "--out", tmp_path / "o", *flags)
+        monkeypatch.undo()
+        print("Python's last words", file=pipe, flush=True)  # no BrokenPipeError at the exit
+    assert done.returncode == 1 and b"rror" not in done.stderr
+
+
+def test_no_two_masks_share_a_file(sample, picture, tmp_path, embedded, asked):
+    from sample import find_pictures
+
+    many = [f"{folder}/{i}.{kind}" for folder in "ab" for kind in ("png", "jpg") for i in range(10_000)]
+    assert len({name for name, _ in find_pictures(many)}) == 40_000  # 1.6e9 comparisons when each name is counted
+    named = dict((source, name) for name, source in find_pictures(["a/x.png", "b/x.png", "c/y.png", "c/x.png.bmp"]))
+    assert named["c/y.png"] == "y" and len(set(named.values())) == 4
+    folder = tmp_path / "in"
+    folder.mkdir()
+    long = "n" * 250 + ".png"
+    for name in ("a.png", "a-0.png", "a.jpg", "a.png.png", long):
+        Image.open(picture).save(folder / name)
+    flags = ["--prompt", "1 star", "--prompt", "star", "--json", tmp_path / "m.json", "--out", tmp_path / "o"]
+    done = sample("sample.py", "--image", folder, folder / "a.png", *flags)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "m.json").read_text())
+    assert len(records) == 12 and len({r["mask"] for r in records} | {r["overlay"] for r in records}) == 24
+    assert len(list((tmp_path / "o").iterdir())) == 24
+
+
+def test_pictures_in_memory_together_are_bounded(sample, picture, tmp_path, tiny_checkpoint, monkeypatch):
+    import sample as S
+
+    real, together = S.Segmenter.many, []
+    monkeypatch.setattr(S.Segmenter, "many", lambda self, images, *more, **options: (
+        together.append(len(images)) or real(self, images, *more, **options)))  # fmt: skip
+    flags = ["--prompt", "star", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
+    assert sample("sample.py", "--image", *[picture] * 33, *flags).returncode == 0
+    assert together == [32, 1]
+    together.clear()
+    monkeypatch.setattr(S, "MOST_PIXELS", 1.5 * np.prod(Image.open(picture).size))
+    assert sample("sample.py", "--image", *[picture] * 5, *flags).returncode == 0
+    assert together == [2, 2, 1]
+
+
+# --- flags and texts
+
+
+def test_flags_that_a_job_does_not_read_are_refused(sample, picture):
+    image = f"--image {picture} --prompt x"
+    for flags, flag in (
+        ("--bench --prompt x", "--prompt"), ("--bench --dataset scenes", "--dataset"), ("--bench --seed 1", "--seed"),
+        ("--chat x --json a", "--json"), ("--chat x --prompt y", "--prompt"), ("--chat x --out o", "--out"),
+        ("--chat x --dataset scenes", "--dataset"), ("--chat x --decode beam", "--decode"),
+        (f"{image} --count 3", "--count"), (f"{image} --split val", "--split"), (f"{image} --root .", "--root"),
+        (f"{image} --skip-broken", "--skip-broken"), ("--dataset scenes --image x.png", "--image"),
+        ("--dataset scenes --confidence c.png", "--confidence"), ("--dataset scenes --prompt x", "--prompt"),
+        ("--dataset scenes --root .", "--root"), ("--dataset jsonl:x --split val", "--split"),
+        ("--dataset scenes --classes all", "classes"), ("--dataset scenes --split-by umd", "split_by"),
+    ):  # fmt: skip
+        assert flag in error_of(sample("sample.py", *flags.split()), 2)
+    assert "--chat" in error_of(sample("sample.py", "--chat", " "), 2)
+
+
+def test_texts_that_are_not_unicode_or_hold_control_characters(sample, picture, tmp_path, tiny_checkpoint, asked):
+    flags = ["--out", tmp_path / "o", "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint]
+    odd = os.fsdecode(b"\xff\xfe")
+    assert "UTF-8" in error_of(sample("sample.py", "--image", picture, "--prompt", odd, *flags), 2)
+    assert "UTF-8" in error_of(sample("sample.py", "--chat", odd), 2)
+    assert not (tmp_path / "o").exists()
+    name = tmp_path / f"{odd}\x1b[31m.png"
+    shutil.copyfile(picture, name)
+    done = sample("sample.py", "--image", name, "--prompt", "a \x1b[2J star", *flags)
+    assert done.returncode == 0 and b"\x1b" not in done.stdout and rb"a \x1b[2J star" in done.stdout
+    (record,) = json.loads((tmp_path / "m.json").read_text())
+    assert record["prompt"] == "a \x1b[2J star" and record["image"] == str(name)
+    assert Image.open(record["mask"]).size == Image.open(picture).size
+    done = sample("sample.py", "--image", tmp_path / f"none{odd}\x1b.png", "--prompt", "star", *flags)
+    assert b"\x1b" not in done.stderr and "none" in error_of(done, 1)
+
+
+def test_a_phrase_that_is_too_long_is_a_broken_example(sample, tmp_path, tiny_checkpoint, asked):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    line = {"image": "a.png", "phrase": "the\nsquare\x1b", "mask": [[5, 5, 20, 5, 20, 20, 5, 20]]}
+    lines = [json.dumps(line), json.dumps(line | {"phrase": "the circle " * 40, "id": "long one"})]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    flags = ["--dataset", f"jsonl:{tmp_path / 'mine.jsonl'}", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    message = error_of(sample("sample.py", *flags), 1)
+    assert "long one" in message and "24" in message and "81" in message
+    done = sample("sample.py", *flags, "--skip-broken", "--allow-skipped")
+    assert done.returncode == 0, done.stderr
+    assert b"broken: example 1 (long one)" in done.stdout and scored(tmp_path / "o")[0]["skipped"] == 1
+
+
+def test_chat_answers_for_each_picture_that_opens(sample, picture, tmp_path, monkeypatch):
+    import sample as S
+
+    class Answers:
+        check = staticmethod(lambda prompts: None)
+        chat = staticmethod(lambda image, question: f"{question} {image.size}\n\x1b[2J")
+
+    monkeypatch.setattr(S, "load", lambda *args: Answers)
+    done = sample("sample.py", "--chat", "What?", "--image", picture, tmp_path / "none.png", picture)
+    size = Image.open(picture).size
+    assert done.returncode == 1 and done.stderr.count(b"none.png") == 1
+    assert done.stdout.decode() == f"x.png: What? {size}\n\\x1b[2J\nx.png-2: What? {size}\n\\x1b[2J\n"
+
+
+def test_standard_input_that_is_closed_or_empty(sample, tmp_path, tiny_checkpoint, monkeypatch):
+    from sample import read_picture
+
+    flags = ["--image", "-", "--prompt", "x", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
+    assert "standard input" in error_of(sample("sample.py", *flags), 1)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        read_picture("-")
+
+
+# --- pictures that are made
+
+
+def test_overlay_in_strips_is_that_of_the_whole_picture():
+    from metrics import boundary
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (700, 90, 3), dtype=np.uint8)
+    for mask in (np.zeros((700, 90), bool), np.ones((700, 90), bool), rng.random((700, 90)) < 0.9):
+        expected = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.array((255, 0, 160)), 0.75 * pixels + 0.25 * 255)
+        expected[boundary(mask)] = (255, 0, 160)
+        assert (np.asarray(overlay(Image.fromarray(pixels), mask)) == expected.round()).all()
+
+
+def test_an_overlay_takes_little_memory_beside_its_picture():
+    import tracemalloc
+
+    image, mask = Image.new("RGB", (4000, 3000)), np.ones((3000, 4000), bool)
+    tracemalloc.start()
+    overlay(image, mask)
+    peak = tracemalloc.get_traced_memory()[1]  # NumPy's; the result itself is Pillow's
+    tracemalloc.stop()
+    assert peak < 36e6  # the picture as uint8
+
+
+def test_confidence_of_a_padded_picture_leaves_the_padding_out():
+    from sample import confidence_picture
+
+    grid = np.zeros((4, 4), np.float32)
+    grid[1:3, :2], grid[1:3, 2:] = 1, 0.5
+    wide = np.asarray(confidence_picture(grid.ravel(), (80, 40), (0, 0.25, 1, 0.5)))  # in the middle two rows
+    assert wide.shape == (40, 80) and (wide[:, :30] == 255).all() and (wide[:, 50:] == 128).all()
+    tall = np.asarray(confidence_picture(grid.T.ravel(), (40, 80), (0.25, 0, 0.5, 1)))
+    assert (tall == wide.T).all()
+    whole = np.asarray(confidence_picture(grid.ravel(), (80, 80)))
+    resized = np.asarray(Image.fromarray(grid).resize((80, 80), Image.Resampling.BILINEAR))
+    assert (whole == (resized.clip(0, 1) * 255).round()).all()
