@@ -295,16 +295,15 @@ def attention_picture(weights, side=768):
 
 
 def check_outputs(files, inputs):
-    """Say before the work, not after it, which of the files cannot be written, or would overwrite an input.
+    """Raise, before the work, for a file that cannot be written or would overwrite another output or an input.
 
     An input is recognized by the file itself, whatever name or link leads to it.
     """
-    read, taken = {}, set()
+    read, taken, folders = {}, set(), {}
     for file in inputs:
         with suppress(OSError):  # whoever opens it says that it is missing
             status = os.stat(file)
             read[status.st_dev, status.st_ino] = file
-    folders = {}
     for file in files:
         folder, name = os.path.split(file)
         if folder not in folders:
@@ -316,19 +315,19 @@ def check_outputs(files, inputs):
         taken.add((folders[folder], name))
         with suppress(FileNotFoundError):
             status = os.stat(file)
-            if stat.S_ISDIR(status.st_mode):
-                raise BadUsage(f"{file}: a folder, expected the name of a file to write")
+            if not stat.S_ISREG(status.st_mode):
+                raise BadUsage(f"{file}: a folder or device, expected the name of a file to write")
             if (status.st_dev, status.st_ino) in read:
                 raise BadUsage(f"{file}: would overwrite {read[status.st_dev, status.st_ino]}, which this run reads")
 
 
 def checkpoint_files(args):
-    """The files that the model and its tokenizers are read from, as far as the flags name them."""
-    folders = [path for path in (checkpoint_file(args.checkpoint), locate(args.encoder)) if path and path.is_dir()]
-    file = checkpoint_file(args.checkpoint)
-    beside = [file.with_name(name) for name in (file.name, "mask_tokenizer.safetensors", "text.model")]
-    return [*beside, *(path for folder in folders for path in folder.iterdir()),
-            *([locate(args.mask_tokenizer)] if args.mask_tokenizer else [])]  # fmt: skip
+    """The files that model and tokenizers may be read from."""
+    file, encoder = checkpoint_file(args.checkpoint), locate(args.encoder)
+    folders = [folder for folder in (file, encoder, *WEIGHTS.glob("*")) if folder and folder.is_dir()]
+    return [*(file.with_name(name) for name in (file.name, "mask_tokenizer.safetensors", "text.model")),
+            *([locate(args.mask_tokenizer)] if args.mask_tokenizer else []),
+            *(path for folder in folders for path in folder.iterdir())]  # fmt: skip
 
 
 def make_folder(path):
@@ -401,7 +400,6 @@ def decoding(args):
 
 def segment(args):
     """Masks and overlays of pictures, one line a mask; returns the exit code, 1 if pictures could not be read."""
-    say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
     pictures = find_pictures(args.image or [EXAMPLE])
     prompts = args.prompt or EXAMPLE_PROMPTS
     if (args.confidence or args.attention) and len(pictures) > 1:
@@ -410,7 +408,7 @@ def segment(args):
     stems = list(unique(f"{os.fsdecode(os.fsencode(name)[:160])}-{k}" + f"-{slug}" * bool(slug)
                         for name, _ in pictures for k, slug in enumerate(slugs)))  # fmt: skip
     make_folder(args.out)
-    named = [file for file in (args.json, args.confidence, args.attention) if file and file != "-"]
+    named = [file for file in (None if args.json == "-" else args.json, args.confidence, args.attention) if file]
     check_outputs([*named, *(os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS)],
                   [*checkpoint_files(args), *(source for _, source in pictures if source != "-")])  # fmt: skip
     segmenter = load(args, args.device)
@@ -419,31 +417,35 @@ def segment(args):
     with json_list(args.json) as add:
         for i, (name, source) in enumerate(tqdm(pictures, desc="pictures", disable=len(pictures) <= together)):
             try:
-                waiting.append((i, name, source, read_picture(source)))
+                waiting.append((name, source, read_picture(source), stems[i * len(prompts):(i + 1) * len(prompts)]))
             except (ValueError, OSError) as error:
                 tqdm.write(f"error: {printable(error)}", file=sys.stderr)
                 broken += 1
-            pixels = sum(image.width * image.height for *_, image in waiting)
-            if not waiting or len(waiting) < together and pixels < MOST_PIXELS and i + 1 < len(pictures):
-                continue
-            images = [image for *_, image in waiting]
-            start, inside = time.perf_counter(), {}
-            masks = segmenter.many(images, prompts, inside, **decoding(args))
-            ms = 1000 * (time.perf_counter() - start) / (len(images) * len(prompts))
-            for (number, name, source, image), of_image in zip(waiting, masks):
-                for k, (prompt, mask) in enumerate(zip(prompts, of_image)):
-                    stem = stems[number * len(prompts) + k]
-                    add(keep(args, stem, name, source, image, prompt, mask, ms, say))
-            waiting = []
-            if args.confidence:
-                side, size = segmenter.model.config.siglip.image_size, images[0].size
-                box = [n / side for n in padded_box(*size, side)] if segmenter.padded else (0, 0, 1, 1)
-                sure = segmenter.model.confidence(**inside)[0].tolist()
-                write_picture(confidence_picture(sure, size, box), Path(args.confidence))
-            if args.attention:
-                weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
-                write_picture(attention_picture(weights), Path(args.attention))
+            pixels = sum(image.width * image.height for _, _, image, _ in waiting)
+            if waiting and (len(waiting) == together or pixels >= MOST_PIXELS or i + 1 == len(pictures)):
+                segment_batch(args, segmenter, waiting, prompts, add)
+                waiting.clear()
     return 1 if broken else 0
+
+
+def segment_batch(args, segmenter, batch, prompts, add):
+    """Segment some pictures together: (name, source, image, stems of its files), each asked all prompts."""
+    say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
+    images = [image for _, _, image, _ in batch]
+    start, inside = time.perf_counter(), {}
+    masks = segmenter.many(images, prompts, inside, **decoding(args))
+    ms = 1000 * (time.perf_counter() - start) / (len(images) * len(prompts))
+    for (name, source, image, stems), of_image in zip(batch, masks):
+        for stem, prompt, mask in zip(stems, prompts, of_image):
+            add(keep(args, stem, name, source, image, prompt, mask, ms, say))
+    if args.confidence:
+        side, size = segmenter.model.config.siglip.image_size, images[0].size
+        box = [n / side for n in padded_box(*size, side)] if segmenter.padded else (0, 0, 1, 1)
+        sure = segmenter.model.confidence(**inside)[0].tolist()
+        write_picture(confidence_picture(sure, size, box), Path(args.confidence))
+    if args.attention:
+        weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
+        write_picture(attention_picture(weights), Path(args.attention))
 
 
 def chat(args):
@@ -477,7 +479,7 @@ def keep(args, stem, name, source, image, prompt, mask, ms, say):
 
 
 KINDS = ("mask", "overlay")  # the two pictures of each mask
-MOST_PIXELS = 64_000_000  # of the pictures that are in memory together
+MOST_PIXELS = 48_000_000  # of the pictures that are in memory together
 SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
 
 
@@ -495,11 +497,15 @@ def score(args):
         raise ValueError(f"{args.dataset}:{args.split} has no examples")
     make_folder(args.out)
     target = [args.json] if args.json and args.json != "-" else []
-    check_outputs(target, [*checkpoint_files(args), *([dataset.path] if isinstance(dataset, JSONLines) else [])])
+    lines = [dataset.path] if isinstance(dataset, JSONLines) else []
+    check_outputs(target, [*checkpoint_files(args), *lines])
     segmenter = load(args, device)
     weights = next(segmenter.model.parameters())
-    run = {"dataset": args.dataset, "split": args.split, **options, **({"root": str(args.root)} if args.root else {}),
-           "count": count, **{name: value for name, value in decoding(args).items() if name != "draft"},
+    more = {"root": args.root, "data": sha256_of(lines[0]) if lines else None,
+            "encoder": args.encoder if args.any_weights else None}  # fmt: skip
+    run = {"dataset": args.dataset, "split": args.split, **options, "count": count,
+           **{name: str(value) for name, value in more.items() if value},
+           **{name: value for name, value in decoding(args).items() if name != "draft"},
            "dtype": str(weights.dtype).removeprefix("torch."), "model": identity(args.checkpoint, segmenter.model),
            "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
     stem = args.out / run_name(args, run, len(dataset))
@@ -597,6 +603,8 @@ def gather(stem, run):
         if header != run:
             changed = [key for key in run if header.get(key) != run[key]] if isinstance(header, dict) else ["run"]
             raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
+        if not all({"index", "rank"} <= record.keys() for record in records):
+            raise ValueError(f"{path}: holds lines that sample.py does not write: remove it, or --out elsewhere")
         done |= {record["index"]: record for record in records}
     return done
 
@@ -646,11 +654,11 @@ def report(args, run, records, dataset, stem):
     for table, width in ((rows, 10), (ahd, 18)):
         for row in table:
             print(f"{row[0]:12}" + "".join(f"{show(value):>{width}}" for value in row[1:]), file=say)
+    result = {**run, "skipped": len(broken), **tables}
+    write_json(stem.with_name(f"{stem.name}.json"), result)
     cells = [(printable(r["phrase"])[:100], [example.image, rle_decode(r["rle"]), example.mask])
              for r in records[:24] for example in [dataset[r["index"]]]]  # fmt: skip
     contact_sheet(cells, stem.with_name(f"{stem.name}.png"))
-    result = {**run, "skipped": len(broken), **tables}
-    write_json(stem.with_name(f"{stem.name}.json"), result)
     print(printable(f"wrote {stem}.jsonl, .json and .png (picture, predicted, truth)"), file=say)
     if args.json:
         put_json(result, args.json)
@@ -851,6 +859,12 @@ def main(argv=None):
         parser.check_read(args, f"--dataset {kind}", READS[job] - {unread})
     if job in ("--dataset", "pictures"):
         parser.check_read(args, f"--decode {args.decode}", READS[job] - set(USUAL) | set(DECODING[args.decode]))
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            parser.error(f"{action.option_strings[-1]} is empty")
+    if args.json and Path(args.json).suffix.lower() in PICTURES:
+        parser.error(f"--json {args.json}: this is a picture's name")
     for text in (*(args.prompt or ()), *([] if args.chat is None else [args.chat])):
         if not text.strip():
             parser.error("empty --prompt or --chat: give it words, as in 'the red circle'")

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,6 +378,12 @@ def test_what_was_broken_is_tried_again(sample, tmp_path, tiny_checkpoint):
     done = sample("sample.py", *flags, "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "s.json").read_text())["all"]["count"] == 1
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line | {"phrase": "the other square"}))
+    assert "is of another run (other data)" in error_of(sample("sample.py", *flags), 1)
+    (lines,) = (tmp_path / "o").glob("*.jsonl")
+    lines.write_text(lines.read_text().replace('"index"', '"unknown"'))
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    assert "does not write" in error_of(sample("sample.py", *flags), 1)
 
 
 # --- decoding
@@ -512,7 +519,8 @@ def test_outputs_do_not_overwrite_inputs(sample, picture, tmp_path, tiny_checkpo
         [*one, "--json", checkpoint / "model.safetensors"], [*one, "--confidence", checkpoint / "text.model"],
         ["--image", out, picture, "--prompt", "star", *base], [*one, "--json", out],
         ["--image", link, "--prompt", "star", *base, "--json", tmp_path / "." / "x.png"],
-        [*one, "--confidence", tmp_path / "c.png", "--attention", tmp_path / "c.png"],
+        [*one, "--confidence", tmp_path / "c.png", "--attention", tmp_path / "c.png"], [*one, "--json", os.devnull],
+        [*one, "--json", "new.png"],
         ["--dataset", f"jsonl:{lines}", "--json", lines, *base],
         ["--bench", "--checkpoint", checkpoint, "--json", checkpoint / "mask_tokenizer.safetensors"],
     ):  # fmt: skip
@@ -582,6 +590,7 @@ def test_termination_ends_the_json_too(picture, tmp_path, tiny_checkpoint, asked
     monkeypatch.setattr(sys, "argv", [
         "sample.py", "--image", str(picture), "--prompt", "star", "--prompt", "ring", "--out", str(tmp_path / "o"),
         "--json", str(tmp_path / "m.json"), "--checkpoint", str(tiny_checkpoint)])  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM would end Python here"))
     try:
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(REPO / "sample.py"), run_name="__main__")
@@ -655,6 +664,8 @@ def test_flags_that_a_job_does_not_read_are_refused(sample, picture):
     ):  # fmt: skip
         assert flag in error_of(sample("sample.py", *flags.split()), 2)
     assert "--chat" in error_of(sample("sample.py", "--chat", " "), 2)
+    for flags in (["--image", "", "--prompt", "x"], ["--prompt", ""], ["--checkpoint", ""], ["--dataset", ""]):
+        assert flags[0] in error_of(sample("sample.py", *flags), 2)
 
 
 def test_texts_that_are_not_unicode_or_hold_control_characters(sample, picture, tmp_path, tiny_checkpoint, asked):
@@ -736,13 +747,22 @@ def test_an_overlay_takes_little_memory_beside_its_picture():
     assert peak < 36e6  # the picture as uint8
 
 
-def test_confidence_of_a_padded_picture_leaves_the_padding_out():
+def test_confidence_of_a_padded_picture_leaves_the_padding_out(sample, tmp_path, monkeypatch):
     from sample import confidence_picture
 
     grid = np.zeros((4, 4), np.float32)
     grid[1:3, :2], grid[1:3, 2:] = 1, 0.5
     wide = np.asarray(confidence_picture(grid.ravel(), (80, 40), (0, 0.25, 1, 0.5)))  # in the middle two rows
     assert wide.shape == (40, 80) and (wide[:, :30] == 255).all() and (wide[:, 50:] == 128).all()
+    model = SimpleNamespace(config=SimpleNamespace(siglip=SimpleNamespace(image_size=64)),
+                            confidence=lambda **inside: torch.from_numpy(grid.reshape(1, 16)))  # fmt: skip
+    segmenter = SimpleNamespace(padded=True, model=model, check=lambda prompts: None,
+                                many=lambda *_, **__: [[np.zeros((40, 80), bool)]])  # fmt: skip
+    monkeypatch.setattr("sample.load", lambda *args: segmenter)
+    Image.new("RGB", (80, 40)).save(tmp_path / "x.png")
+    done = sample("sample.py", "--image", tmp_path / "x.png", "--prompt", "a", "--out", tmp_path / "o",
+                  "--confidence", tmp_path / "c.png")  # fmt: skip
+    assert done.returncode == 0 and (np.asarray(Image.open(tmp_path / "c.png")) == wide).all()
     tall = np.asarray(confidence_picture(grid.T.ravel(), (40, 80), (0.25, 0, 0.5, 1)))
     assert (tall == wide.T).all()
     whole = np.asarray(confidence_picture(grid.ravel(), (80, 80)))
