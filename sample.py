@@ -603,7 +603,7 @@ def gather(stem, run):
         if header != run:
             changed = [key for key in run if header.get(key) != run[key]] if isinstance(header, dict) else ["run"]
             raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
-        if not all({"index", "rank"} <= record.keys() for record in records):
+        if not all({"index", "rank"} | (set() if "broken" in r else {"phrase", "rle"}) <= r.keys() for r in records):
             raise ValueError(f"{path}: holds lines that sample.py does not write: remove it, or --out elsewhere")
         done |= {record["index"]: record for record in records}
     return done
@@ -678,6 +678,8 @@ def bench(args):
     device = pick_device(args.device)
     check_outputs([args.json] if args.json and args.json != "-" else [], checkpoint_files(args))
     checkpoint = load(args, device)
+    if checkpoint.padded:
+        raise BadUsage(f"--bench measures a LlamaSeg, {args.checkpoint} is a Janus checkpoint")
     model, mask_tokenizer = checkpoint.model, checkpoint.mask_tokenizer
     dataset = load_dataset("scenes", "test")
     examples = [dataset[i] for i in range(32)]
@@ -863,6 +865,8 @@ def main(argv=None):
         value = getattr(args, action.dest, None)
         if "" in (value if isinstance(value, list) else [value]):
             parser.error(f"{action.option_strings[-1]} is empty")
+    if args.allow_skipped and not args.skip_broken:
+        parser.error("--allow-skipped has no use without --skip-broken")
     if args.json and Path(args.json).suffix.lower() in PICTURES:
         parser.error(f"--json {args.json}: this is a picture's name")
     for text in (*(args.prompt or ()), *([] if args.chat is None else [args.chat])):

@@ -381,7 +381,7 @@ def test_what_was_broken_is_tried_again(sample, tmp_path, tiny_checkpoint):
     (tmp_path / "mine.jsonl").write_text(json.dumps(line | {"phrase": "the other square"}))
     assert "is of another run (other data)" in error_of(sample("sample.py", *flags), 1)
     (lines,) = (tmp_path / "o").glob("*.jsonl")
-    lines.write_text(lines.read_text().replace('"index"', '"unknown"'))
+    lines.write_text(lines.read_text().replace('"rank"', '"unknown"'))
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     assert "does not write" in error_of(sample("sample.py", *flags), 1)
 
@@ -660,7 +660,8 @@ def test_flags_that_a_job_does_not_read_are_refused(sample, picture):
         (f"{image} --skip-broken", "--skip-broken"), ("--dataset scenes --image x.png", "--image"),
         ("--dataset scenes --confidence c.png", "--confidence"), ("--dataset scenes --prompt x", "--prompt"),
         ("--dataset scenes --root .", "--root"), ("--dataset jsonl:x --split val", "--split"),
-        ("--dataset scenes --classes all", "classes"), ("--dataset scenes --split-by umd", "split_by"),
+        ("--dataset scenes --allow-skipped", "--allow-skipped"), ("--dataset scenes --classes all", "classes"),
+        ("--dataset scenes --split-by umd", "split_by"),
     ):  # fmt: skip
         assert flag in error_of(sample("sample.py", *flags.split()), 2)
     assert "--chat" in error_of(sample("sample.py", "--chat", " "), 2)
@@ -763,6 +764,7 @@ def test_confidence_of_a_padded_picture_leaves_the_padding_out(sample, tmp_path,
     done = sample("sample.py", "--image", tmp_path / "x.png", "--prompt", "a", "--out", tmp_path / "o",
                   "--confidence", tmp_path / "c.png")  # fmt: skip
     assert done.returncode == 0 and (np.asarray(Image.open(tmp_path / "c.png")) == wide).all()
+    assert "Janus" in error_of(sample("sample.py", "--bench"), 2)
     tall = np.asarray(confidence_picture(grid.T.ravel(), (40, 80), (0.25, 0, 0.5, 1)))
     assert (tall == wide.T).all()
     whole = np.asarray(confidence_picture(grid.ravel(), (80, 80)))
