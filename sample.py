@@ -248,8 +248,8 @@ def overlay(image, mask, color=(255, 0, 160)):
         image = image.convert("RGB")
     result = Image.new("RGB", image.size)
     for top in range(0, image.height, 256):  # strips: a large picture must not be in memory many times
-        rows = slice(top, top + 256)
-        pixels, inside = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height)))), mask[rows]
+        pixels = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))))
+        inside = mask[top:top + 256]
         strip = faded[pixels]
         strip[inside] = tinted[pixels[inside], np.arange(3)]
         above = min(top, 1)  # the boundary of a row depends on the rows beside it
@@ -356,7 +356,7 @@ def json_list(target):
         return
     path = None if target == "-" else Path(target)
     temporary = path and path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    file, before = open(temporary, "w") if path else sys.stdout, "["
+    file, before = open(temporary, "w") if path else sys.stdout, ""
 
     def add(record):
         nonlocal before
@@ -365,17 +365,17 @@ def json_list(target):
         before = ","
 
     try:
+        file.write("[")
         try:
             yield add
         finally:
-            file.write("[]\n" if before == "[" else "\n]\n")
-            file.flush()
+            print("\n]", file=file, flush=True)
             if path:
-                file.close()
                 os.replace(temporary, path)
     finally:
         if path:
             temporary.unlink(missing_ok=True)
+            file.close()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -876,12 +876,10 @@ def main(argv=None):
             parser.error(f"{text[:40]}: a --prompt or --chat must be Unicode text in UTF-8")
     if args.image and not args.prompt and not args.chat:
         parser.error('--image needs at least one --prompt, as in --prompt "the red circle"')
-    for flag, value, fine in (
-        ("--count", args.count, args.count is None or args.count >= 1), ("--beams", args.beams, args.beams >= 1),
-        ("--top-k", args.top_k, args.top_k >= 1), ("--seed", args.seed, 0 <= args.seed < 2**32),
-    ):  # fmt: skip
-        if not fine:
-            parser.error(f"{flag} {value} must be a number from {0 if flag == '--seed' else 1} on")
+    for flag, value, least in (("--count", args.count, 1), ("--beams", args.beams, 1), ("--top-k", args.top_k, 1),
+                               ("--seed", args.seed, 0)):  # fmt: skip
+        if value is not None and not least <= value < 2**32:
+            parser.error(f"{flag} {value} must be from {least} to 2^32 - 1")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p} must be above 0 and at most 1")
     if not 0 < args.temperature < math.inf:
@@ -906,7 +904,7 @@ def main(argv=None):
             os._exit(1)  # the other ranks would wait for this one: torchrun ends them
         return 1
     except KeyboardInterrupt:
-        print("stopped" + (": the same command goes on where it was" if args.dataset else ""), file=sys.stderr)
+        print("stopped" + (": type the same command to go on" if args.dataset else ""), file=sys.stderr)
         return 130
     return code or 0
 

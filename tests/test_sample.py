@@ -460,7 +460,7 @@ def test_the_seed_of_an_example_is_its_own(sample, tmp_path, tiny_checkpoint, as
 
     monkeypatch.setattr(S, "score_batch", stops)
     done = sample("sample.py", *flags, tmp_path / "stopped", "--count", 10)
-    assert done.returncode == 130 and b"the same command goes on" in done.stderr
+    assert done.returncode == 130 and b"type the same command to go on" in done.stderr
     monkeypatch.setattr(S, "score_batch", real)
     assert seeds("stopped", "--count", 10) == whole[4:]
 
@@ -570,8 +570,28 @@ def test_json_is_whole_however_the_run_ends(sample, picture, tmp_path, embedded,
     records = json.loads(done.stdout if target == "-" else target.read_text())
     assert [r["prompt"] for r in records] == (["star"] if end else ["star", "ring"])
     if end:
-        assert b"goes on" not in done.stderr and len(done.stderr.splitlines()) == 1 + (target == "-")
+        assert b"go on" not in done.stderr and len(done.stderr.splitlines()) == 1 + (target == "-")
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
+
+
+def test_a_full_disk_is_one_line(sample, picture, tmp_path, embedded, asked, monkeypatch):
+    import resource
+
+    import sample as S
+
+    flags = ["--image", picture, "--prompt", "star", "--out", tmp_path / "o", "--json", tmp_path / "m.json"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))  # a file of more bytes fails as on a full disk
+    try:
+        pictures = sample("sample.py", *flags)
+        monkeypatch.setattr(S, "write_picture", lambda image, path: None)
+        record = sample("sample.py", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for done in (pictures, record):
+        assert "File too large" in error_of(done, 1) and len(done.stderr.splitlines()) == 1
+    assert json.loads((tmp_path / "m.json").read_text()) == []  # of the first run; the second could not write it
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == {picture, tmp_path / "m.json"}
 
 
 def test_termination_ends_the_json_too(picture, tmp_path, tiny_checkpoint, asked, monkeypatch):
