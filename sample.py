@@ -66,7 +66,7 @@ from model import (
     read_header,
 )
 from tokenizer import VQGAN, JanusPrompt, TextTokenizer, VQGANConfig, decode_masks
-from train import ASSETS, check_fit, locate, peak_memory, predict, setup_ranks
+from train import ASSETS, check_fit, locate, one_rank_first, peak_memory, predict, setup_ranks
 
 SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
 EXAMPLE = ASSETS / "example.png"
@@ -491,7 +491,8 @@ def score(args):
     """
     rank, world_size, device = setup_ranks(args.device)
     options = {name: value for name, value in (("split_by", args.split_by), ("classes", args.classes)) if value}
-    dataset = load_dataset(args.dataset, args.split, args.root, **options)
+    with one_rank_first():
+        dataset = load_dataset(args.dataset, args.split, args.root, **options)
     count = min(args.count or len(dataset), len(dataset))
     if count == 0:
         raise ValueError(f"{args.dataset}:{args.split} has no examples")
