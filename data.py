@@ -568,17 +568,19 @@ def pack_counts(counts):
 
 def unpack_counts(text):
     """The inverse of pack_counts, for counts below 2^34."""
-    text = text if isinstance(text, bytes) else text.encode(errors="replace")
+    text = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
         return codes
     ends = np.flatnonzero(codes & 0x20 == 0)
+    if (codes < 0).any() or (codes > 63).any():
+        raise ValueError("the run-length string has characters that COCO does not use")
     if len(ends) == 0 or ends[-1] != len(codes) - 1:
         raise ValueError("the run-length string ends in the middle of a count")
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if (codes < 0).any() or (codes > 63).any() or lengths.max() > 7:
-        raise ValueError("the run-length string has characters or numbers that COCO does not use")
+    if lengths.max() > 7:
+        raise ValueError("the run-length string has a count that no mask has")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     values = np.add.reduceat((codes & 0x1F) << 5 * place, starts)
     values -= np.where(codes[ends] & 0x10, 1 << 5 * lengths, 0)
@@ -698,9 +700,9 @@ def to_rgb(image):
             row[:] = line.clip(0, top) * (255.0 / top) + 0.5
         image = Image.fromarray(grey)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
+        white.paste(image, mask=image)
         return white
     return image.convert("RGB")
 
