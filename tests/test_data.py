@@ -315,8 +315,8 @@ BIG = [10**6, 10**6]
     ({"size": [2, 3], "counts": "\ud800"}, "COCO does not use"),
     ({"size": [2, 3], "counts": "o" * 11 + "0"}, "a count that no mask has"),  # 60 bits: sums of them leave int64
     ({"size": [2, 3], "counts": []}, "add up to 0"), ({"size": [2, 3], "counts": ""}, "add up to 0"),
-    ({"counts": [6]}, "with size and counts"), ({"size": [2, 3]}, "with size and counts"), ([6], "with size and counts"),
-    (None, "with size and counts"), ("6", "with size and counts"),
+    ({"counts": [6]}, "with size and counts"), ({"size": [2, 3]}, "with size and counts"),
+    ([6], "with size and counts"), (None, "with size and counts"), ("6", "with size and counts"),
 ])  # fmt: skip
 def test_hostile_run_lengths_end_in_one_line(rle, message):
     with pytest.raises(ValueError, match=message) as caught:
