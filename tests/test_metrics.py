@@ -632,7 +632,7 @@ def lines(path, *rows):
     (ROW | {"task": None}, "task None"), (ROW | {"index": "0"}, "index '0'"),
     ({key: value for key, value in ROW.items() if key != "task"}, "no 'task'"),
     (ROW, "example counted twice: id 'a', label None"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_hostile_records_end_in_one_line(tmp_path, capsys, row, found):
     assert metrics.main([str(lines(tmp_path / "a.jsonl", RUN, ROW, {"index": 1, "broken": "why"}))]) == 0
     assert "gIoU        0.8000       1" in capsys.readouterr().out
