@@ -24,6 +24,7 @@ from array import array
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from reprlib import repr as short  # of a value that may be long
@@ -653,11 +654,12 @@ def segmentation_to_mask(segmentation, height, width):
         # The picture's size is known, so a larger one that a file declares is never allocated.
         if isinstance(part, dict) and "size" in part and check_size(part["size"]) != (height, width):
             raise ValueError(f"a run-length mask of {tuple(part['size'])}, not {(height, width)}")
-    masks = [rle_decode(part) for part in parts if isinstance(part, dict)]
     polygons = [part for part in parts if not isinstance(part, dict)]
-    if polygons or not masks:
-        masks.append(polygons_to_mask(polygons, height, width))
-    return masks[0] if len(masks) == 1 else np.logical_or.reduce(masks)
+    masks = (rle_decode(part) for part in parts if isinstance(part, dict))  # one at a time: a file can hold thousands
+    if len(polygons) == len(parts):
+        return polygons_to_mask(polygons, height, width)
+    mask = reduce(np.logical_or, masks)
+    return mask | polygons_to_mask(polygons, height, width) if polygons else mask
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1333,11 +1335,11 @@ class JSONLines:
     """
 
     def __init__(self, path, root=None):
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
         self.path, self.root = path, Path(root) if root else path.parent
         rows, start = array("q"), 0  # 32 bytes per line
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:

@@ -1,6 +1,7 @@
 """The public data sets against small trees in their official layouts; expected.json and masks.npz are independent."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -469,6 +470,29 @@ def test_a_bad_line_is_named(lines, record, message):
     with pytest.raises(ValueError, match=f"mine.jsonl: {message}") as caught:
         dataset[1]
     assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_several_parts_is_their_union(lines):
+    write, mask = lines
+    other = np.zeros_like(mask)
+    other[5, 7] = True
+    corners = [0.6, 1.6, 4.6, 1.6, 4.6, 3.6, 0.6, 3.6]  # as a polygon, `mask`
+    parts = ([rle_encode(mask), rle_encode(other)], [corners, rle_encode(other)], [rle_encode(other)] * 3 + [corners])
+    dataset = write(*({"image": "a.png", "phrase": "x", "mask": list(part)} for part in parts))
+    assert all(np.array_equal(dataset[i].mask, mask | other) for i in range(3))
+
+
+@pytest.mark.parametrize("name,message", [("", "not a file"), ("pipe", "not a file"), ("none", "no such file")])
+def test_jsonl_is_a_file(tmp_path, name, message):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_dataset(f"jsonl:{tmp_path / name}", "val")
+
+
+def test_jsonl_may_begin_with_a_byte_order_mark(lines, tmp_path):
+    write, mask = lines
+    dataset = write(b"\xef\xbb\xbf" + json.dumps(X).encode() + b"\r", X)
+    assert np.array_equal(dataset[0].mask, mask) and [dataset[i].id for i in range(2)] == ["1", "2"]
 
 
 def test_sa_ovrs_is_a_folder_of_such_lines(tmp_path):
