@@ -523,7 +523,7 @@ def rle_encode(mask):
     return {"size": list(mask.shape), "counts": pack_counts(counts)}
 
 
-MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
+MOST_PIXELS = 178_956_970  # of a mask. Paper: not stated; we use Pillow's limit for pictures
 
 
 def check_size(size):
@@ -598,8 +598,8 @@ def polygons_to_mask(polygons, height, width):
     ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
     mask = np.zeros((height, width), bool)
-    # Our bounds, which no annotation of this picture comes near: coordinates up to twice its longer side, and an
-    # outline of a million pixels.
+    # Paper: not stated; we use coordinates up to twice the longer side and an outline of up to a million pixels, so
+    # that no file makes us walk for ever. Real annotations stay far below both.
     far = 2 * max(height, width)
     for polygon in polygons:
         if not isinstance(polygon, list):
@@ -699,7 +699,7 @@ def to_rgb(image):
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0 if values.max() > 1 else 1.0
         grey = np.empty(values.shape, np.uint8)
         for row, line in zip(grey, values):  # one row at a time: float64 takes eight times the picture's memory
-            row[:] = line.clip(0, top) * (255.0 / top) + 0.5
+            row[:] = line.astype(np.float64).clip(0, top) * (255.0 / top) + 0.5
         image = Image.fromarray(grey)
     if image.has_transparency_data:
         image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
@@ -1335,11 +1335,11 @@ class JSONLines:
     """
 
     def __init__(self, path, root=None):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         self.path, self.root = path, Path(root) if root else path.parent
         rows, start = array("q"), 0  # 32 bytes per line
-        with open(regular(path), "rb") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:

@@ -275,7 +275,7 @@ def parse_json(content):
 def regular(path):
     """The path itself; ValueError for a folder, a pipe or a device: reading a pipe can wait for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path}: a folder, a pipe or a device, not a file")
+        raise ValueError("a folder, a pipe or a device, not a file")
     return path
 
 
