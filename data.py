@@ -20,10 +20,14 @@ import re
 import shutil
 import sys
 import time
+from array import array
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from reprlib import repr as short  # of a value that may be long
 
 import numpy as np
 import torch
@@ -31,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from metrics import Parser, printable
+from metrics import Parser, parse_json, printable, read_mask, regular, values_in
 
 # ----------------------------------------------------------------------------------------------------------
 # Example: what every data set yields
@@ -519,14 +523,32 @@ def rle_encode(mask):
     return {"size": list(mask.shape), "counts": pack_counts(counts)}
 
 
+MOST_PIXELS = 178_956_970  # of a mask. Paper: not stated; we use Pillow's limit for pictures
+
+
+def check_size(size):
+    """(height, width) as a file declares it; ValueError if no picture has this size."""
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n >= 0 for n in size)
+            and size[0] * size[1] <= MOST_PIXELS):  # fmt: skip
+        raise ValueError(f"a mask of size {short(size)}: expected [height, width], at most {MOST_PIXELS:,} pixels")
+    return tuple(size)
+
+
 def rle_decode(rle):
     """COCO run-length encoding, compressed (str or bytes) or a plain list of counts -> bool (H, W).
 
-    Raises ValueError where the counts do not fill the size.
+    Raises ValueError for anything else, and where the counts do not fill the size.
     """
-    height, width = rle["size"]
+    if not (isinstance(rle, dict) and "size" in rle and "counts" in rle):
+        raise ValueError(f"a run-length mask is an object with size and counts, got {short(rle)}")
+    height, width = check_size(rle["size"])
     counts = rle["counts"]
-    counts = np.asarray(counts, np.int64) if isinstance(counts, list) else unpack_counts(counts)
+    if isinstance(counts, list) and all(type(n) is int and 0 <= n <= MOST_PIXELS for n in counts):
+        counts = np.asarray(counts, np.int64)
+    elif isinstance(counts, (str, bytes)):
+        counts = unpack_counts(counts)
+    else:
+        raise ValueError(f"run-length counts are a string or a list of whole numbers, got {short(counts)}")
     if counts.sum() != height * width or (counts < 0).any():
         raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
     values = np.arange(len(counts)) % 2 == 1
@@ -546,17 +568,20 @@ def pack_counts(counts):
 
 
 def unpack_counts(text):
-    """The inverse of pack_counts."""
-    codes = np.frombuffer(text if isinstance(text, bytes) else text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    """The inverse of pack_counts, for counts below 2^34."""
+    text = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
         return codes
     ends = np.flatnonzero(codes & 0x20 == 0)
+    if (codes < 0).any() or (codes > 63).any():
+        raise ValueError("the run-length string has characters that COCO does not use")
     if len(ends) == 0 or ends[-1] != len(codes) - 1:
         raise ValueError("the run-length string ends in the middle of a count")
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if (codes < 0).any() or (codes > 63).any() or lengths.max() > 12:
-        raise ValueError("the run-length string has characters that COCO does not use")
+    if lengths.max() > 7:
+        raise ValueError("the run-length string has a count that no mask has")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     values = np.add.reduceat((codes & 0x1F) << 5 * place, starts)
     values -= np.where(codes[ends] & 0x10, 1 << 5 * lengths, 0)
@@ -570,14 +595,26 @@ def polygons_to_mask(polygons, height, width):
 
     Each part is filled by even-odd at pixel centres as pycocotools does it (cocoapi, common/maskApi.c): vertices on a
     grid five times as fine, the outline walked there, its crossings of pixel columns kept.
-    ValueError for a polygon of fewer than three points.
+    ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
     mask = np.zeros((height, width), bool)
+    # Paper: not stated; we use coordinates up to twice the longer side and an outline of up to a million pixels, so
+    # that no file makes us walk for ever. Real annotations stay far below both.
+    far = 2 * max(height, width)
     for polygon in polygons:
-        points = np.asarray(polygon, np.float64).ravel()
-        if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
-            raise ValueError(f"a polygon of {len(points) / 2:g} points: at least three (x, y) are needed")
-        mask |= _fill(points.reshape(-1, 2), height, width)
+        if not isinstance(polygon, list):
+            raise ValueError(f"a polygon is a list of numbers x0, y0, x1, y1, ..., got {short(polygon)}")
+        for value in polygon:
+            if not (type(value) in (int, float) and -far <= value <= far):
+                raise ValueError(f"a polygon holds {short(value)}: expected numbers from {-far} to {far} in a picture "
+                                 f"of {width} x {height}")  # fmt: skip
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon of {len(polygon) / 2:g} points: at least three (x, y) are needed")
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+        outline = np.abs(points - np.roll(points, -1, axis=0)).max(1).sum()
+        if outline > 1_000_000:
+            raise ValueError(f"a polygon with an outline of {outline:,.0f} pixels: expected at most 1,000,000")
+        mask |= _fill(points, height, width)
     return mask
 
 
@@ -611,14 +648,18 @@ def _fill(points, height, width):
 def segmentation_to_mask(segmentation, height, width):
     """A COCO segmentation, polygons, one RLE or a list of RLEs -> bool (height, width), the union of the parts."""
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    masks = [rle_decode(part) for part in parts if isinstance(part, dict)]
+    if not isinstance(parts, list):
+        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(segmentation)}")
+    for part in parts:
+        # The picture's size is known, so a larger one that a file declares is never allocated.
+        if isinstance(part, dict) and "size" in part and check_size(part["size"]) != (height, width):
+            raise ValueError(f"a run-length mask of {tuple(part['size'])}, not {(height, width)}")
     polygons = [part for part in parts if not isinstance(part, dict)]
-    if polygons or not masks:
-        masks.append(polygons_to_mask(polygons, height, width))
-    for mask in masks:
-        if mask.shape != (height, width):
-            raise ValueError(f"a run-length mask of {mask.shape}, not {(height, width)}")
-    return masks[0] if len(masks) == 1 else np.logical_or.reduce(masks)
+    masks = (rle_decode(part) for part in parts if isinstance(part, dict))  # one at a time: a file can hold thousands
+    if len(polygons) == len(parts):
+        return polygons_to_mask(polygons, height, width)
+    mask = reduce(np.logical_or, masks)
+    return mask | polygons_to_mask(polygons, height, width) if polygons else mask
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -631,15 +672,16 @@ def open_picture(source):
     EXIF rotation is applied, transparency goes onto white, 16-bit grey is scaled to 8 bits.
     Raises FileNotFoundError, or ValueError with one line for a file that is no whole picture.
     """
-    name = source if isinstance(source, (str, Path)) else "standard input"
+    path = isinstance(source, (str, Path))
+    name = source if path else "standard input"
     try:
-        with Image.open(source) as image:
+        with Image.open(regular(source) if path else source) as image:
+            if image.format == "EPS":
+                raise ValueError("a PostScript program, which is not run")  # Pillow would start Ghostscript
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture") from None
-    except IsADirectoryError:
-        raise ValueError(f"{name}: a folder, not a picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name}: not a picture that Pillow can read") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
@@ -652,13 +694,18 @@ def to_rgb(image):
     if image.mode == "RGB":
         return image
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64)
+        values = np.asarray(image)
         # I;16 has a known range; I and F do not say theirs
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0 if values.max() > 1 else 1.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top) + 0.5).astype(np.uint8))
+        grey = np.empty(values.shape, np.uint8)
+        for row, line in zip(grey, values):  # one row at a time: float64 takes eight times the picture's memory
+            row[:] = line.astype(np.float64).clip(0, top) * (255.0 / top) + 0.5
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
 
 
@@ -894,6 +941,8 @@ class LabelMaps:
         if classes not in ("present", "all"):
             raise BadUsage(f"classes {classes!r}: choose present or all")
         self.pairs = []
+        if len(values) < len(items):
+            raise ValueError(f"{items[0][1].parent}: the split's list names a picture twice")
         for i, (picture_id, _, source) in enumerate(items):
             unknown = sorted(set(values[picture_id]) - set(names) - set(ignored))
             if unknown:
@@ -925,13 +974,17 @@ def _values_of_maps(items, read, cache, stamp):
     while the `stamp` of the maps is the same."""
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     try:
-        content = json.loads(cache.read_text())
-        if content["stamp"] == digest:
-            return content["values"]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = parse_json(regular(cache).read_bytes())
+        values = content["values"]
+        if content["stamp"] == digest and values.keys() == {picture_id for picture_id, _, _ in items} and all(
+                type(value) is int for row in values.values() for value in row):  # fmt: skip
+            return values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # none there yet, or not ours: make it
-    bar = tqdm(items, desc=f"index {cache.name}", disable=len(items) < 200)
-    values = {picture_id: np.unique(read(source)).tolist() for picture_id, _, source in bar}
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
+        rows = pool.imap(lambda item: values_in(read(item[2])), items)
+        bar = tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200)
+        values = {picture_id: row for (picture_id, _, _), row in zip(items, bar)}
     try:
         write_text(cache, json.dumps({"stamp": digest, "values": values}))
     except OSError:
@@ -948,16 +1001,15 @@ def _stamp(files):
 def read_label_map(path):
     """A PNG or TIFF of class numbers -> integer array (H, W): raw indices, never colors."""
     try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "I;16", "I"):
-                raise ValueError(f"{path}: a picture of mode {image.mode}, expected a map of class numbers")
-            return np.asarray(image).astype(np.int64)
+        with Image.open(regular(path)) as image:
+            mode, labels = image.mode, np.asarray(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such label map") from None
-    except ValueError:
-        raise
     except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
         raise ValueError(f"{path}: broken label map ({error})") from None
+    if mode not in ("L", "P", "I;16", "I"):
+        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of class numbers")
+    return labels
 
 
 def _map_files(folder, pattern, what):
@@ -984,7 +1036,7 @@ def _ade20k(root, split, classes="present"):
 def _cocostuff(root, split, classes="present", labels=None, label_root=None):
     """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
     folder = _choose(split, {"train": "train2017", "val": "val2017"}, "cocostuff")
-    if list(root.glob("**/COCO_train2014_*.mat")) or (root / "imageLists").exists():
+    if any(root.glob("annotations/COCO_train2014_*.mat")) or (root / "imageLists").exists():
         raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
                          "and the pictures of COCO 2017")  # fmt: skip
     usual = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
@@ -1034,7 +1086,7 @@ def _cocostuff_kind(values, base, used):
 
 
 def _ids(file):
-    return file.read_text().split()
+    return file.read_text(errors="replace").split()
 
 
 def _voc20(root, split, classes="present"):
@@ -1098,7 +1150,7 @@ def _read_label_mat(path):
     from scipy.io import loadmat
 
     try:
-        return loadmat(path, variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
+        return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
     except Exception as error:  # scipy raises many kinds for a damaged file
         raise ValueError(f"{path}: broken label map ({error})") from None
 
@@ -1107,21 +1159,27 @@ def _pascal_in_detail(base, split, names, classes):
     """trainval_merged.json: run-length masks of the 59 classes by their 459 ids, painted in the order of the file."""
     file = base / "trainval_merged.json"
     content = _read_json(file)
-    pictures = {image["image_id"]: image for image in content["images"] if image["phase"] == split}
-    masks = {image_id: [] for image_id in pictures}
-    for annotation in content["annos_segmentation"]:
-        if annotation["image_id"] in masks:
-            masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
+    try:
+        pictures = {image["image_id"]: image for image in content["images"] if image["phase"] == split}
+        masks = {image_id: [] for image_id in pictures}
+        for annotation in content["annos_segmentation"]:
+            if annotation["image_id"] in masks:
+                masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
+        items = [(Path(image["file_name"]).stem, base / "JPEGImages" / image["file_name"], image_id)
+                 for image_id, image in pictures.items()]  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not as PASCAL in Detail has it ({error!r})") from None
 
     def read(image_id):
-        image = pictures[image_id]
-        labels = np.zeros((image["height"], image["width"]), np.int64)
-        for category, segmentation in masks[image_id]:
-            labels[segmentation_to_mask(segmentation, *labels.shape)] = category
+        try:
+            image = pictures[image_id]
+            labels = np.zeros(check_size([image["height"], image["width"]]), np.int64)
+            for category, segmentation in masks[image_id]:
+                labels[segmentation_to_mask(segmentation, *labels.shape)] = category
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file}: image {image_id}: {error}") from None
         return labels
 
-    items = [(Path(image["file_name"]).stem, base / "JPEGImages" / image["file_name"], image_id)
-             for image_id, image in pictures.items()]  # fmt: skip
     ignored = tuple(value for value in range(460) if value not in names)
     cache = base / f"pc59_{split}.trainval_merged.index.json"
     values = _values_of_maps(items, read, cache, _stamp([file]))
@@ -1130,7 +1188,7 @@ def _pascal_in_detail(base, split, names, classes):
 
 def _read_json(file):
     try:
-        return json.loads(file.read_bytes())
+        return parse_json(regular(file).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except ValueError as error:
@@ -1183,22 +1241,29 @@ class Refer:
             found = sorted(path.name for path in (root / name).glob("refs(*).p"))
             raise FileNotFoundError(f"{file}: no such file" + (f", found {', '.join(found)}" if found else ""))
         content = _read_json(self.instances)
-        images = {image["id"]: image for image in content["images"]}
-        annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
+        try:
+            images = {image["id"]: image for image in content["images"]}
+            annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.instances}: not the instances of a refer set ({error!r})") from None
         folders = ["images/saiapr_tc-12"] if name == "refclef" else [
             "images/mscoco/images/train2014", "images/train2014", "train2014"]  # fmt: skip
-        self.pictures, self.refs = _find(root, *folders), 0
-        self.rows, splits = [], set()  # rows: (image, annotation, sentence)
+        self.file, self.pictures, self.refs = file, _find(root, *folders), 0
+        self.rows, splits = [], set()  # rows: (image, annotation, sentence, id of the ref)
         for ref in read_refs(file):
             try:
-                splits.add(ref["split"])
-                if self._in(ref["split"], split):
+                splits.add(str(ref["split"]))
+                if self._in(str(ref["split"]), split):
                     self.refs += 1
                     image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
-                    self.rows += [(image, annotation, sentence) for sentence in ref["sentences"]]
+                    self.rows += [(image, annotation, {"sent": s["sent"], "sent_id": s["sent_id"]}, ref.get("ref_id"))
+                                  for s in ref["sentences"]]  # fmt: skip
             except KeyError as error:
                 raise ValueError(f"{file}: ref {ref.get('ref_id')}: {error} is missing, there or in "
                                  f"{self.instances.name}") from None  # fmt: skip
+            except (TypeError, AttributeError) as error:
+                raise ValueError(f"{file}: ref {short(ref.get('ref_id'))}: not as the refer sets have it ({error})"
+                                 ) from None  # fmt: skip
         usual = ("testA", "testB", "testC", "testAB", "testBC") if name == "refclef" else ("testA", "testB")
         if not self.rows and split not in ("train", "val", "test", *usual):  # those are empty, as refer.py has it
             raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of {', '.join(sorted(splits))}")
@@ -1212,23 +1277,39 @@ class Refer:
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, i):
-        image, annotation, sentence = self.rows[i]
-        number = image["id"]
-        flat, foldered = f"{number}.jpg", f"{number // 1000:02d}/images/{number}.jpg"  # refclef's file names vary
-        path = next((self.pictures / file for file in (image["file_name"], foldered, flat)
-                     if (self.pictures / file).exists()), self.pictures / image["file_name"])  # fmt: skip
-        # parts of fewer than three points enclose nothing
-        parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
+    def phrase(self, i):
+        """The sentence of example i; ValueError if it has no words. This opens no picture."""
+        _, _, sentence, ref = self.rows[i]
         try:
+            return _words(sentence["sent"])
+        except ValueError as error:
+            raise ValueError(f"{self.file}: ref {ref}: sentence {sentence['sent_id']}: {error}") from None
+
+    def __getitem__(self, i):
+        image, annotation, sentence, _ = self.rows[i]
+        phrase, number = self.phrase(i), image["id"]
+        try:
+            flat, foldered = f"{number}.jpg", f"{number // 1000:02d}/images/{number}.jpg"  # refclef's file names vary
+            path = next((self.pictures / file for file in (image["file_name"], foldered, flat)
+                         if (self.pictures / file).exists()), self.pictures / image["file_name"])  # fmt: skip
+            picture = open_picture(path)
+            if picture.size != (image["width"], image["height"]):
+                raise ValueError(f"{path}: {picture.size[0]} x {picture.size[1]} pixels, the annotation is of "
+                                 f"{image['width']} x {image['height']}")  # fmt: skip
+            # parts of fewer than three points enclose nothing
+            parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
             mask = segmentation_to_mask(parts, image["height"], image["width"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.instances}: annotation {annotation['id']}: {error}") from None
-        picture = open_picture(path)
-        if picture.size != (image["width"], image["height"]):
-            raise ValueError(f"{path}: {picture.size[0]} x {picture.size[1]} pixels, annotation {annotation['id']} "
-                             f"is of {image['width']} x {image['height']}")  # fmt: skip
-        return Example(picture, sentence["sent"].strip(), mask, f"{number}:{sentence['sent_id']}", "referring")
+        return Example(picture, phrase, mask, f"{number}:{sentence['sent_id']}", "referring")
+
+
+def _words(phrase):
+    """A phrase without the white space around it; ValueError if it is no text or has no words."""
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise ValueError(f"phrase {short(phrase)}: expected words")
+    phrase.encode()  # half of a surrogate pair is no text: UnicodeEncodeError, a ValueError
+    return phrase.strip()
 
 
 # --- one JSON object a line
@@ -1241,9 +1322,13 @@ class JSONLines:
         {"image": "photos/1.jpg", "phrase": "the table", "mask": {"size": [480, 640], "counts": "..."}}
         {"image": "photos/2.jpg", "phrase": "dogs", "mask": [[10, 10, 60, 10, 60, 40]], "label": "dog"}
 
-    image: a path, from the folder of the file (or from `root`). mask: a PNG whose pixels above 0 are the object (of
-    two values at most), a COCO run-length mask, or COCO polygons [x0, y0, x1, y1, ...] in pixels.
-    Optional: id (default: the line's number), task (default: referring), label (the class name, for mIoU).
+    image: a path, from the folder of the file (or from `root`). mask: a PNG of one channel, black where there is no
+    object (metrics.read_mask), a COCO run-length mask, or COCO polygons [x0, y0, x1, y1, ...] in pixels.
+    Optional: id, a string or a number (default: the line's number); task (default: referring); label, a string (the
+    class name, for mIoU). Lines with the same label need different ids, which is checked when the file is opened.
+    A line that is broken in another way raises ValueError when it is read.
+
+    picture_of: int64 per line, a hash of `image`, the same in every process; 0 for a broken line.
 
     SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl (or, for train, ROOT/sa-ovrs.jsonl) of such lines, images
     from ROOT. There the mask is called `segmentation`; annotation_ids, score and provenance are not read here.
@@ -1251,48 +1336,72 @@ class JSONLines:
 
     def __init__(self, path, root=None):
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+            raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         self.path, self.root = path, Path(root) if root else path.parent
-        self.lines = []  # where each line begins: (offset, line number)
+        rows, start = array("q"), 0  # 32 bytes per line
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    self.lines.append((file.tell() - len(line), number))
+                    try:
+                        record = parse_json(line)
+                        picture, key = _hash(str(record["image"])), _hash(repr(_id_and_label(record, number)))
+                    except (ValueError, TypeError, KeyError, AttributeError):
+                        picture = key = 0
+                    rows.extend((start, number, picture, key))
+                start += len(line)
+        self.starts, self.numbers, self.picture_of, keys = np.array(rows).reshape(-1, 4).T.copy()
+        order = np.argsort(keys, kind="stable")
+        again = np.flatnonzero((np.diff(keys[order]) == 0) & (keys[order][1:] != 0))
+        if len(again):
+            one = order[again[0]]
+            lines = " and ".join(str(self.numbers[i]) for i in order[again[0]:again[0] + 2])
+            id, label = _id_and_label(parse_json(self._line(one)), self.numbers[one])
+            raise ValueError(f"{path}: lines {lines} have the same id {short(id)} and label {short(label)} (the id of "
+                             "a line without one is its number)")  # fmt: skip
 
     def __len__(self):
-        return len(self.lines)
+        return len(self.starts)
+
+    def _line(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[i])
+            return file.readline()
 
     def __getitem__(self, i):
-        offset, number = self.lines[i]
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            line = file.readline()
+        number = int(self.numbers[i])
         try:
-            record = json.loads(line)
-            image, phrase = record["image"], record["phrase"]
+            record = parse_json(self._line(i))
+            image, phrase = record["image"], _words(record["phrase"])
+            id, label = _id_and_label(record, number)
             mask = record["segmentation"] if "segmentation" in record else record["mask"]
+            task = record.get("task", "referring")
+            if task not in ("semantic", "referring", "reasoning"):
+                raise ValueError(f"task {short(task)}: expected semantic, referring or reasoning")
             picture = open_picture(self.root / image)
             size = picture.size[::-1]
-            mask = self._png(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
+            mask = read_mask(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
             if mask.shape != size:
                 raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]}, {image} is {size[1]} x {size[0]}")
-            task = record.get("task", "referring")
-            if not isinstance(phrase, str) or not phrase.strip():
-                raise ValueError(f"phrase {phrase!r}: expected words")
-            if task not in ("semantic", "referring", "reasoning"):
-                raise ValueError(f"task {task!r}: expected semantic, referring or reasoning")
         except KeyError as error:
             raise ValueError(f"{self.path}: line {number}: no {error}") from None
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{self.path}: line {number}: {error}") from None
-        return Example(picture, phrase.strip(), mask, str(record.get("id", number)), task, record.get("label"))
+        return Example(picture, phrase, mask, id, task, label)
 
-    @staticmethod
-    def _png(path):
-        values = read_label_map(path)
-        if len(np.unique(values)) > 2:
-            raise ValueError(f"{path}: has {len(np.unique(values))} values, a mask has two")
-        return values > 0
+
+def _hash(text):
+    """64 bits of a hash that is the same in every process, as Python's own is not."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _id_and_label(record, number):
+    """Of one of the JSON lines: (id as text, label or None); ValueError for values of another type."""
+    id, label = record.get("id", number), record.get("label")
+    if not isinstance(id, (str, int, float)) or isinstance(id, bool):
+        raise ValueError(f"id {short(id)}: expected a string or a number")
+    if not isinstance(label, (str, type(None))):
+        raise ValueError(f"label {short(label)}: expected a string")
+    return str(id), label
 
 
 def _sa_ovrs(root, split):
@@ -1449,6 +1558,7 @@ def contact_sheet(cells, path, columns=4, tile=112):
     draw = ImageDraw.Draw(sheet)
     for i, (caption, tiles) in enumerate(cells):
         x, y = gap + i % columns * width, gap + i // columns * height
+        caption = printable(caption[:200])
         while font.getlength(caption) > width - 8:
             caption = caption[:-2].rstrip("… ") + "…"
         draw.text((x, y), caption, fill="black", font=font)
@@ -1680,10 +1790,12 @@ def download(args):
     HF_ENDPOINT names a mirror of the hub, HF_TOKEN is sent for gated files, HTTPS_PROXY is respected.
     """
     place, files = DOWNLOADS[args.name]
+    (args.root / args.name).mkdir(parents=True, exist_ok=True)
     token = None if place.startswith("gs://") else os.environ.get("HF_TOKEN", "").strip()
-    for file in files:
-        path = args.root / args.name / file
-        print(f"{path}: sha256 {fetch(address(place, file, args.revision), path, token)}")
+    with only_one(args.root / args.name / ".lock"):  # two writers of one file would leave a mix of both
+        for file in files:
+            path = args.root / args.name / file
+            print(f"{path}: sha256 {fetch(address(place, file, args.revision), path, token)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1706,7 +1818,7 @@ def check(args):
                 raise
             published = (args.name, *splitter, split) in PUBLISHED
             if args.split or published or args.name.startswith("jsonl:"):  # else the set just has no such split
-                print(f"{args.name}:{split}: {error}")
+                print(printable(f"{args.name}:{split}: {error}"))
                 broken += 1
             continue
         if len(dataset) == 0:
@@ -1715,7 +1827,7 @@ def check(args):
         if isinstance(dataset, LabelMaps):
             have, kinds = (len(dataset.items),), ("pictures",)
         elif isinstance(dataset, Refer):
-            images = {image["id"] for image, _, _ in dataset.rows}
+            images = {image["id"] for image, *_ in dataset.rows}
             have, kinds = (dataset.refs, len(images), len(dataset)), ("refs", "pictures", "sentences")
         else:
             have, kinds = (), ()
@@ -1723,16 +1835,21 @@ def check(args):
         published = published if isinstance(published, tuple) else (published,)
         counts = [f"{count:,} {kind} (published: {'?' if known is None else f'{known:,}'})"
                   for count, kind, known in zip(have, kinds, published)]  # fmt: skip
-        print(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}")
+        print(printable(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}"))
         step = 1 if args.all else max(1, len(dataset) // args.count)
-        for i in tqdm(range(0, len(dataset), step), desc=f"open {split}", disable=len(dataset) // step < 200):
-            opened += 1
+        phrases = isinstance(dataset, Refer)  # looking at all of them takes no time
+        looked_at = range(0, len(dataset), 1 if phrases else step)
+        for i in tqdm(looked_at, desc=f"open {split}", disable=len(looked_at) < 200):
             try:
+                if i % step:
+                    dataset.phrase(i)
+                    continue
+                opened += 1
                 example = dataset[i]
                 if example.mask.shape != example.image.size[::-1]:
                     raise ValueError(f"{example.id}: a mask of {example.mask.shape} for {example.image.size}")
             except (ValueError, OSError) as error:
-                tqdm.write(f"broken: {error}")
+                tqdm.write(printable(f"broken: {error}"))
                 broken += 1
         if args.name.startswith("jsonl:"):
             break
@@ -1750,7 +1867,8 @@ def preview(args):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
     contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out)
-    print(f"wrote {args.out}: examples {args.first} to {args.first + len(chosen) - 1} of {args.name}:{args.split}")
+    last = args.first + len(chosen) - 1
+    print(printable(f"wrote {args.out}: examples {args.first} to {last} of {args.name}:{args.split}"))
 
 
 def main(argv=None):
@@ -1765,7 +1883,7 @@ def main(argv=None):
     p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
     p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
     p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
-    p.set_defaults(job=preview)
+    p.set_defaults(job=preview, parser=p)
     p = commands.add_parser("check", help="count a data set, open its files, name the broken ones",
                             description=check.__doc__)  # fmt: skip
     p.add_argument("name", help="data set, as for preview")
@@ -1774,16 +1892,27 @@ def main(argv=None):
     p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
     p.add_argument("--count", type=int, default=100, help="examples to open of each split (default: 100)")
     p.add_argument("--all", action="store_true", help="open every example")
-    p.set_defaults(job=check)
+    p.set_defaults(job=check, parser=p)
     p = commands.add_parser("download", help="fetch official weights", description=download.__doc__)
     p.add_argument("name", choices=DOWNLOADS, metavar="NAME", help=", ".join(DOWNLOADS))
     p.add_argument("--root", type=Path, default=Path(__file__).parent / "weights",
                    help="default: weights/ beside this file, where train.py and sample.py look")
     p.add_argument("--revision", default="main", help="of the repository (default: main)")
-    p.set_defaults(job=download)
+    p.set_defaults(job=download, parser=p)
     args = parser.parse_args(argv)
     if getattr(args, "count", 1) < 1 or getattr(args, "first", 0) < 0:
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
+    if args.command == "preview" and args.out.suffix.lower() != ".png":
+        parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
+    unread = {"rich"} if args.name != "scenes" else {"root"}
+    unread |= {"split_by"} if args.name not in Refer.SPLITTERS else set()
+    if args.command == "download":
+        unread = {"revision"} if DOWNLOADS[args.name][0].startswith("gs://") else set()
+    elif args.name.startswith("jsonl:"):
+        unread |= {"split"}
+    args.parser.check_read(args, f"{args.command} {args.name}", vars(args).keys() - unread)
+    if getattr(args, "all", False):
+        args.parser.check_read(args, "--all", vars(args).keys() - {"count"})
     try:
         return args.job(args) or 0
     except BadUsage as error:
@@ -1792,7 +1921,7 @@ def main(argv=None):
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: run this again to go on", file=sys.stderr)
+        print("stopped" + ": run this again to go on" * (args.command == "download"), file=sys.stderr)
         return 130
     return 0
 

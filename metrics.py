@@ -23,13 +23,19 @@ import argparse
 import json
 import math
 import os
+import re
+import stat
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
 from tqdm import tqdm
+
+# Pillow refuses pictures above 179 megapixels. Its warning about those above 89 would only disturb the output.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 AHD_SIDE = 256
 # Literals, not arange(0.5, 1, 0.1): that gives 0.7999999999999999, which an IoU of exactly 4/5 would exceed.
@@ -252,6 +258,27 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def parse_json(content):
+    """JSON (UTF-8 bytes or str) -> value; ValueError with one line for everything that is wrong with it."""
+    text = content.decode().removeprefix("\ufeff") if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text)
+        if "\\u" in text and re.search(r"\\u[dD][89abcdefABCDEF]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    return value
+
+
+def regular(path):
+    """The path itself; ValueError for a folder, a pipe or a device: reading a pipe can wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, a pipe or a device, not a file")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
     """The argument parser of all scripts: an error is one line, and a flag must be written in full."""
 
@@ -265,7 +292,7 @@ class Parser(argparse.ArgumentParser):
         """Error for a flag that was given although `job` does not read it; names: of the flags that it reads."""
         for action in self._actions:
             if action.dest not in names and getattr(args, action.dest, action.default) != action.default:
-                self.error(f"{action.option_strings[-1]} has no use with {job}")
+                self.error(f"{action.option_strings[0]} has no use with {job}")
 
 
 HELP = """\
@@ -303,19 +330,28 @@ Examples:
 """
 
 
-def _read_mask(path):
+def values_in(labels):
+    """The sorted values in an integer array. Small ones are counted: np.unique sorts all pixels, which is slow."""
+    if labels.min(initial=0) < 0 or labels.max(initial=0) > 65535:
+        return np.unique(labels).tolist()
+    return np.flatnonzero(np.bincount(labels.ravel())).tolist()
+
+
+def read_mask(path):
     """The PNG at path as bool (H, W), by the rules in HELP; ValueError names the file and what it holds."""
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with Image.open(regular(path), formats=["PNG"]) as picture:
             if picture.mode == "P":
                 picture = picture.convert("L")  # by its colours: index 0 of a palette need not be black
             mode, pixels = picture.mode, np.asarray(picture)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such mask") from None
     except Exception as error:  # Pillow meets damage with OSError, SyntaxError, ValueError, zlib.error, ...
         raise ValueError(f"{path}: not a readable PNG ({type(error).__name__}: {error})") from error
     if pixels.ndim != 2:
         raise ValueError(f"{path}: a mask has one channel, this picture has mode {mode}")
-    values = np.unique(pixels)
-    if np.count_nonzero(values) > 1 and not set(values.tolist()) <= {0, 1, 255}:
+    values = values_in(pixels)
+    if len(set(values) - {0}) > 1 and not set(values) <= {0, 1, 255}:
         raise ValueError(f"{path}: a mask holds 0 and one other value, this holds {_some_values(values)}")
     return pixels != 0
 
@@ -348,7 +384,7 @@ def _compare_folders(pred_dir, gt_dir):
     # disable=None: no bar when stderr is a file; `with` ends the bar's line before an error is printed.
     with tqdm(preds, unit="pair", disable=None) as stems:
         for stem in stems:
-            pred, gt = _read_mask(preds[stem]), _read_mask(gts[stem])
+            pred, gt = read_mask(preds[stem]), read_mask(gts[stem])
             if pred.shape != gt.shape:
                 sizes = " and ".join(f"{mask.shape[1]} x {mask.shape[0]}" for mask in (pred, gt))
                 raise ValueError(f"{preds[stem]}, {gts[stem]}: different sizes, {sizes} pixels")
@@ -367,18 +403,35 @@ def read_records(path):
             if not line.endswith(b"\n"):
                 break
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if number == 1:
                     header = record["run"]
-                else:
-                    if "broken" not in record:  # an example that could not be opened has no numbers
-                        record["intersection"], record["union"], record["ahd"], record["label"], record["id"]  # noqa: B018
-                    records.append(record)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: line {number} is not what sample.py writes ({error!r})") from None
+                    continue
+                _check_record(record)
+                records.append(record)
+            except KeyError as error:
+                raise ValueError(f"{path}: line {number} is not what sample.py writes: no {error}") from None
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: line {number} is not what sample.py writes: {error}") from None
     if header is None:
         raise ValueError(f"{path}: empty, expected what sample.py --dataset writes")
     return header, records
+
+
+def _check_record(record):
+    """KeyError or ValueError for a record with missing parts, or with numbers that no example can have."""
+    if type(record["index"]) is not int:
+        raise ValueError(f"index {record['index']!r}: expected a whole number")
+    if "broken" in record:  # an example that could not be opened has no numbers
+        return
+    intersection, union, ahd = record["intersection"], record["union"], record["ahd"]
+    if not (type(intersection) is type(union) is int and 0 <= intersection <= union):
+        raise ValueError(f"intersection {intersection!r} and union {union!r}: expected pixels, union the larger")
+    if ahd is not None and not (type(ahd) in (int, float) and 0 <= ahd <= 2 * AHD_SIDE):
+        raise ValueError(f"ahd {ahd!r}: expected pixels of a picture of {AHD_SIDE} x {AHD_SIDE}, or null")
+    for name in ("id", "task", "label"):
+        if not isinstance(record[name], str) and not (name == "label" and record[name] is None):
+            raise ValueError(f"{name} {record[name]!r}: expected a string")
 
 
 def add_up(records):
@@ -419,6 +472,8 @@ def main(argv=None) -> int:
     parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, nargs="?", help="folder of ground-truth masks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE, unrounded")
     args = parser.parse_args(argv)
+    if args.json and args.json.suffix.lower() in (".png", ".jsonl"):
+        parser.error(f"--json {args.json}: a name as masks and records have it, which this could overwrite")
     if args.gt_dir is None and args.pred_dir.suffix != ".jsonl":
         parser.error("GT_DIR is missing: give two folders, or one .jsonl that sample.py --dataset wrote")
     try:
@@ -434,6 +489,9 @@ def main(argv=None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(_table(numbers))
     return 0
 

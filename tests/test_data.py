@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +15,18 @@ from safetensors.torch import load_file
 from scipy import ndimage
 
 import data
-from data import NOVEL, Batches, Scenes, load_dataset, open_picture, resize_mask, rle_decode, rle_encode
+from data import (
+    NOVEL,
+    Batches,
+    Scenes,
+    load_dataset,
+    open_picture,
+    polygons_to_mask,
+    resize_mask,
+    rle_decode,
+    rle_encode,
+    segmentation_to_mask,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -285,6 +299,54 @@ def test_rle_that_does_not_fill_the_size_is_refused():
 # --- pictures
 
 
+BIG = [10**6, 10**6]
+
+
+@pytest.mark.parametrize("rle,message", [
+    ({"size": BIG, "counts": [10**12]}, "a mask of size"), ({"size": BIG, "counts": "PPYo1"}, "a mask of size"),
+    ({"size": [-2, -3], "counts": [6]}, "a mask of size"), ({"size": [2.0, 3], "counts": [6]}, "a mask of size"),
+    ({"size": [True, 6], "counts": [6]}, "a mask of size"), ({"size": ["2", "3"], "counts": [6]}, "a mask of size"),
+    ({"size": [6], "counts": [6]}, "a mask of size"), ({"size": None, "counts": [6]}, "a mask of size"),
+    ({"size": [2, 3], "counts": [3.5, 2.5]}, "whole numbers"), ({"size": [2, 3], "counts": ["6"]}, "whole numbers"),
+    ({"size": [2, 3], "counts": [True, 5]}, "whole numbers"), ({"size": [2, 3], "counts": [-1, 7]}, "whole numbers"),
+    ({"size": [2, 3], "counts": [10**30]}, "whole numbers"), ({"size": [2, 3], "counts": [[6]]}, "whole numbers"),
+    ({"size": [2, 3], "counts": None}, "whole numbers"), ({"size": [2, 3], "counts": {}}, "whole numbers"),
+    ({"size": [2, 3], "counts": "\u00e9"}, "COCO does not use"),
+    ({"size": [2, 3], "counts": "\ud800"}, "COCO does not use"),
+    ({"size": [2, 3], "counts": "o" * 11 + "0"}, "a count that no mask has"),  # 60 bits: sums of them leave int64
+    ({"size": [2, 3], "counts": []}, "add up to 0"), ({"size": [2, 3], "counts": ""}, "add up to 0"),
+    ({"counts": [6]}, "with size and counts"), ({"size": [2, 3]}, "with size and counts"),
+    ([6], "with size and counts"), (None, "with size and counts"), ("6", "with size and counts"),
+])  # fmt: skip
+def test_hostile_run_lengths_end_in_one_line(rle, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        rle_decode(rle)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_declared_size_is_compared_with_the_picture_first(monkeypatch):
+    monkeypatch.setattr(np, "repeat", lambda *a: pytest.fail("allocated"))
+    with pytest.raises(ValueError, match=r"a run-length mask of \(9000, 9000\), not \(2, 3\)"):
+        segmentation_to_mask({"size": [9000, 9000], "counts": [9000 * 9000]}, 2, 3)
+    for other in (None, 5, "m", True):
+        with pytest.raises(ValueError, match="a run-length mask or a list of polygons"):
+            segmentation_to_mask(other, 2, 3)
+
+
+@pytest.mark.parametrize("polygon,message", [
+    ([0, 0, 5, 0, 5, float("nan")], "holds nan"), ([0, 0, 5, 0, 5, float("inf")], "holds inf"),
+    ([0, 0, 1e300, 0, 5, 5], r"holds 1e\+300: expected numbers from -18 to 18 in a picture of 9 x 7"),
+    ([0, 0, 10**400, 0, 5, 5], "holds 1000"), ([0, 0, -19, 0, 5, 5], "holds -19"), ([0, 0, "5", 0, 5, 5], "holds '5'"),
+    ([0, 0, True, 0, 5, 5], "holds True"), ([0, 0, None, 0, 5, 5], "holds None"), ([[0, 0], [5, 0], [5, 5]], "holds "),
+    (5, "a polygon is a list"), ("abcdef", "a polygon is a list"), (None, "a polygon is a list"),
+    ([0, 0, 5, 0, 5], "of 2.5 points"), ([-18, 0, 18, 0] * 20_000, "an outline of 1,440,000 pixels"),
+])  # fmt: skip
+def test_hostile_polygons_end_in_one_line(polygon, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        polygons_to_mask([polygon], 7, 9)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
 def test_pictures_of_every_kind_open_as_rgb(tmp_path):
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (20, 30), np.uint8)
@@ -306,6 +368,14 @@ def test_pictures_of_every_kind_open_as_rgb(tmp_path):
 def test_transparent_pixels_become_white(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (np.asarray(open_picture(tmp_path / "clear.png")) == 255).all()
+
+
+def test_transparent_pixels_are_blended_as_alpha_compositing_does():
+    value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    for image in (Image.fromarray(np.stack([value, 255 - value, value // 2, alpha], -1)),
+                  Image.fromarray(np.stack([value, alpha], -1))):  # fmt: skip
+        blended = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        assert np.array_equal(data.to_rgb(image), blended.convert("RGB"))
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -330,6 +400,75 @@ def test_broken_pictures_end_in_one_line(tmp_path):
         open_picture(tmp_path / "nowhere.png")
 
 
+@pytest.fixture
+def pipe(tmp_path):
+    """A named pipe from which 100 bytes can be read; whoever wants more waits for ever."""
+    path = tmp_path / "pipe.png"
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDWR)
+    os.write(end, b"x" * 100)
+    yield path
+    os.close(end)
+
+
+def test_only_files_are_read_as_pictures_and_masks(pipe, tmp_path):
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        for read in (open_picture, data.read_label_map, data.read_mask):
+            with pytest.raises(ValueError, match=f"{path}: .*not a file"):
+                read(path)
+    for read in (open_picture, data.read_label_map, data.read_mask):
+        with pytest.raises(ValueError, match="null byte"):
+            read(tmp_path / "a\0.png")
+
+
+def test_pictures_of_many_pixels(tmp_path, monkeypatch):
+    Image.new("L", (20, 10)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)  # Pillow refuses twice as many
+    for read in (open_picture, data.read_label_map, data.read_mask):
+        with pytest.raises(ValueError, match="a.png: .*exceeds limit of 198 pixels") as caught:
+            read(tmp_path / "a.png")
+        assert "\n" not in str(caught.value)
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("the program was run"))
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="a.jpg: .*PostScript"):
+        open_picture(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "RGBA", "LA", "turned"])
+def test_a_picture_is_held_in_memory_at_most_twice(tmp_path, mode):
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        pytest.skip("the peak of memory is read from Linux's /proc")
+    width, height, exif = 4000, 2000, Image.Exif()
+    if mode == "turned":
+        exif[0x0112] = 6
+    array = np.full((height, width), 4660, np.uint16 if mode == "I;16" else np.int32)
+    image = Image.fromarray(array) if mode[0] == "I" else Image.new("RGB", (width, height), (9, 8, 7))
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+    image.save(tmp_path / "a.tif", exif=exif)
+    del array, image
+
+    def megabytes(line):
+        return int(next(row for row in status.read_text().splitlines() if row.startswith(line)).split()[1]) / 1024
+
+    before = megabytes("VmRSS")
+    reset.write_text("5")  # forget the peak
+    opened = open_picture(tmp_path / "a.tif")
+    assert opened.mode == "RGB" and megabytes("VmHWM") - before < 2.5 * width * height * 4 / 2**20
+
+
+def test_a_contact_sheet_takes_any_caption(tmp_path):
+    tile = Image.new("RGB", (8, 8))
+    data.contact_sheet([("two\nlines", [tile]), ("long " * 100_000, [tile])], tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+
+
 # --- the command
 
 
@@ -343,6 +482,38 @@ def test_preview_writes_a_contact_sheet(tmp_path, capsys):
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2
+
+
+@pytest.mark.parametrize("line,flag", [
+    ("preview ade20k --root . --rich", "--rich"), ("preview scenes --root .", "--root"),
+    ("check scenes --root .", "--root"), ("check ade20k --root . --split-by unc", "--split-by"),
+    ("check scenes --count 5 --all", "--count"), ("check jsonl:x --split val", "--split"),
+    ("preview jsonl:x --split val", "--split"), ("download gemma-tokenizer --revision x", "--revision"),
+])  # fmt: skip
+def test_flags_that_a_job_does_not_read_are_refused(line, flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        data.main(line.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"error: {flag} has no use") and error.count("\n") == 1
+
+
+def test_preview_overwrites_no_data(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as stopped:
+        data.main(["preview", f"jsonl:{tmp_path / 'x.jsonl'}", "--out", str(tmp_path / "x.jsonl")])
+    assert stopped.value.code == 2 and "ends in .png" in capsys.readouterr().err
+    assert (tmp_path / "x.jsonl").read_text() == "{}\n"
+
+
+def test_a_stop_promises_only_what_is_true(monkeypatch, tmp_path, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load_dataset", stop)
+    monkeypatch.setattr(data, "fetch", stop)
+    assert data.main(["check", "scenes"]) == 130 and capsys.readouterr().err == "stopped\n"
+    assert data.main(["download", "var-vq", "--root", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped: run this again to go on\n"
 
 
 # --- mixtures
@@ -580,6 +751,19 @@ def test_the_command_uses_mirror_and_token(server, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stopped:
         data.main(["download", "siglip3"])
     assert stopped.value.code == 2
+
+
+def test_two_downloads_never_write_into_one_file(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    (tmp_path / "gemma-tokenizer").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", code, tmp_path / "gemma-tokenizer" / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert data.main(["download", "gemma-tokenizer", "--root", str(tmp_path)]) == 1
+        assert "another process" in capsys.readouterr().err and not server.requests
+        other.communicate(b"\n")
+    assert data.main(["download", "gemma-tokenizer", "--root", str(tmp_path)]) == 0
 
 
 def test_every_frozen_part_that_a_preset_needs_can_be_downloaded():

@@ -1,6 +1,8 @@
 """The public data sets against small trees in their official layouts; expected.json and masks.npz are independent."""
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -139,6 +141,77 @@ def test_the_index_follows_its_files(tree, monkeypatch):
     assert len(load_dataset("ade20k", "val", root)) == 5
 
 
+@pytest.mark.parametrize("content", [
+    "[]", "5", "{", '"x"', "[" * 100_000, "\udcff", {"values": []}, {"values": 5}, {"values": {}},
+    {"values": {"ADE_val_00000001": [1], "ADE_val_00002000": "13"}},
+    {"values": {"ADE_val_00000001": [1], "ADE_val_00002000": [[]]}},
+    {"values": {"ADE_val_00000001": [1.0], "ADE_val_00002000": [1]}},
+    {"values": {"ADE_val_00000001": [1]}}, {"values": {"ADE_val_00000001": 1, "ADE_val_00002000": 1}},
+], ids=lambda content: str(content)[:60])  # fmt: skip
+def test_an_index_of_another_shape_is_made_again(tree, content):
+    root = tree("ade20k")
+    assert len(load_dataset("ade20k", "val", root)) == 7
+    (cache,) = root.rglob("*.index.json")
+    good = cache.read_text()
+    if isinstance(content, dict):
+        content = json.dumps({"stamp": json.loads(good)["stamp"]} | content)
+    cache.write_text(content, errors="surrogateescape")
+    assert len(load_dataset("ade20k", "val", root)) == 7 and cache.read_text() == good
+
+
+def test_a_folder_that_cannot_be_written_to(tree, monkeypatch):
+    def refuse(*args):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(data, "write_text", refuse)
+    assert len(load_dataset("ade20k", "val", tree("ade20k"))) == 7
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_the_values_of_a_map_are_those_that_numpy_finds(dtype):
+    rng = np.random.default_rng(0)
+    top = min(np.iinfo(dtype).max, 70_000)
+    for low, high in ((0, 9), (top - 9, top), *(((-5, 5),) if np.iinfo(dtype).min else ())):
+        labels = rng.integers(low, high, (40, 30), endpoint=True).astype(dtype)
+        assert data.values_in(labels) == np.unique(labels).tolist()
+    assert data.values_in(np.zeros((0, 5), dtype)) == []
+
+
+def test_a_picture_that_is_listed_twice_is_refused(tree):
+    root = tree("pascal_voc")
+    names = next(root.rglob("Segmentation/val.txt"))
+    names.write_text(names.read_text() * 2)
+    with pytest.raises(ValueError, match="names a picture twice"):
+        load_dataset("voc20", "val", root)
+
+
+def test_cocostuff_10k_is_looked_for_only_where_it_lies(tree):
+    root = tree("cocostuff")
+    (root / "other" / "deep").mkdir(parents=True)
+    (root / "other" / "deep" / "COCO_train2014_000000000001.mat").touch()
+    assert len(load_dataset("cocostuff", "val", root))  # not all of ROOT is walked
+    (root / "annotations" / "COCO_train2014_000000000001.mat").touch()
+    with pytest.raises(ValueError, match="COCO-Stuff 10k"):
+        load_dataset("cocostuff", "val", root)
+
+
+@pytest.mark.parametrize("content", [
+    [], 5, {"images": 5}, {"images": [], "annos_segmentation": [5]}, {"images": [5], "annos_segmentation": []},
+    {"images": [{"image_id": [], "phase": "val"}], "annos_segmentation": []},
+    *({"images": [{"image_id": 1, "phase": "val", "file_name": "a.jpg", "height": height, "width": 10**6}],
+       "annos_segmentation": [{"image_id": 1, "category_id": 1, "segmentation": []}]} for height in (10**6, "6", -1)),
+    {"images": [{"image_id": 1, "phase": "val", "file_name": "a.jpg", "height": 6, "width": 8}],
+     "annos_segmentation": [{"image_id": 1, "category_id": 10**30, "segmentation": []}]},
+], ids=lambda content: str(content)[:60])  # fmt: skip
+def test_hostile_annotations_in_detail_end_in_one_line(tmp_path, content):
+    base = tmp_path / "VOCdevkit" / "VOC2010"
+    (base / "JPEGImages").mkdir(parents=True)
+    (base / "trainval_merged.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="trainval_merged.json: ") as caught:
+        load_dataset("pc59", "val", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_opening_reads_no_picture(tree, monkeypatch):
     root = tree("ade20k")
     monkeypatch.setattr(data, "open_picture", lambda path: pytest.fail(f"opened {path}"))
@@ -180,6 +253,75 @@ def test_pickles_that_name_anything_are_refused(tree, file):
     assert file.name in str(caught.value) and "\n" not in str(caught.value)
 
 
+REF = {"ref_id": 7, "image_id": 581857, "ann_id": 1719310, "split": "val",
+       "sentences": [{"sent_id": 70, "sent": "the dog"}, {"sent_id": 71, "sent": "left dog"}]}  # fmt: skip
+
+
+@pytest.fixture
+def refs(tree):
+    """Opens refCOCO with other refs or instances than the fixture's."""
+    root = tree("refcoco")
+    file, instances = root / "refcoco" / "refs(unc).p", root / "refcoco" / "instances.json"
+
+    def write(refs=(REF,), change=None):
+        file.write_bytes(pickle.dumps(list(refs), protocol=2))
+        if change is not None:
+            content = json.loads(instances.read_text())
+            instances.write_text(json.dumps(change(content)))
+        return load_dataset("refcoco", "val", root)
+
+    write.root = root
+    return write
+
+
+@pytest.mark.parametrize("words", ["", " \t", None, 5, [], "\ud800"])
+def test_a_sentence_without_words_is_named_by_every_check(refs, words, capsys):
+    many = [REF | {"ref_id": 1000 + i} for i in range(20)]
+    dataset = refs([REF, REF | {"ref_id": 8, "sentences": [{"sent_id": 72, "sent": words}]}, *many])
+    assert dataset[1].phrase == "left dog" and dataset[1].id == "581857:71"
+    with pytest.raises(ValueError, match=r"refs\(unc\).p: ref 8: sentence 72: ") as caught:
+        dataset[2]
+    assert "\n" not in str(caught.value)
+    assert data.main(["check", "refcoco", "--root", str(refs.root), "--split", "val", "--count", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "ref 8: sentence 72: " in out and "1 examples opened, 1 broken" in out
+
+
+@pytest.mark.parametrize("change", [
+    {"sentences": "the dog"}, {"sentences": 5}, {"sentences": ["the dog"]}, {"sentences": [{"sent": "x"}]},
+    {"image_id": []}, {"ann_id": {}}, {"image_id": 5},
+], ids=str)  # fmt: skip
+def test_hostile_refs_end_in_one_line(refs, change):
+    with pytest.raises(ValueError, match="ref 7: ") as caught:
+        refs([REF | change])
+    assert "\n" not in str(caught.value)
+
+
+def put(key, **values):
+    """A change of the entries of instances.json."""
+    return lambda content: content | {key: [entry | values for entry in content[key]]}
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda content: [content], "not the instances"), (lambda content: 5, "not the instances"),
+    (lambda content: {"images": []}, "not the instances"),
+    (lambda content: content | {"images": 5}, "not the instances"),
+    (lambda content: content | {"annotations": [5]}, "not the instances"), (put("images", id=[]), "not the instances"),
+    (put("images", width=10**6), "the annotation is of 1000000 x 48"),
+    (put("images", file_name=5), "annotation 1719310"),
+    (put("images", height="48"), "the annotation is of 64 x 48"),
+    (put("annotations", segmentation=5), "annotation 1719310"),
+    (put("annotations", segmentation=[5]), "annotation 1719310"),
+    (put("annotations", segmentation=[{"size": [10**6, 10**6], "counts": [10**12]}]), "a mask of size"),
+    (put("annotations", segmentation=[[0, 0, 1e300, 0, 5, 5]]), r"holds 1e\+300"),
+    (lambda content: content | {"images": [{"id": image["id"]} for image in content["images"]]}, "annotation 1719310"),
+])  # fmt: skip
+def test_hostile_instances_end_in_one_line(refs, change, message):
+    with pytest.raises(ValueError, match=f"instances.json: .*{message}") as caught:
+        refs(change=change)[0]
+    assert "\n" not in str(caught.value)
+
+
 def test_polygons_are_filled_as_pycocotools_does():
     cases = json.loads((FIXTURES / "rle" / "rle.json").read_text())["polygons"]
     assert len(cases) >= 24
@@ -215,7 +357,8 @@ def lines(tmp_path):
 
     def write(*records):
         path = tmp_path / "mine.jsonl"
-        path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n\n")
+        rows = (r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in records)
+        path.write_bytes(b"\n".join(rows) + b"\n\n")
         return load_dataset(f"jsonl:{path}", "val")
 
     return write, mask
@@ -233,7 +376,84 @@ def test_jsonl_with_each_kind_of_mask(lines):
         assert (example.id, example.task, example.label) == (id, task, label)
 
 
+def test_jsonl_reads_masks_as_metrics_does(lines, tmp_path):
+    write, mask = lines
+    palette = Image.fromarray(1 - mask.astype(np.uint8)).convert("P")
+    palette.putpalette([255, 255, 255, 0, 0, 0])  # index 0 is white: the object
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(mask).save(tmp_path / "bit.png")
+    Image.fromarray(mask.astype(np.uint16) * 65535).save(tmp_path / "deep.png")
+    Image.fromarray(mask.astype(np.uint8) + 100).save(tmp_path / "none.png")
+    names = ("palette.png", "bit.png", "deep.png", "none.png")
+    dataset = write(*({"image": "a.png", "phrase": "x", "mask": name} for name in names))
+    for i in range(3):
+        assert np.array_equal(dataset[i].mask, mask)
+    with pytest.raises(ValueError, match="line 4: .*none.png: .*this holds the values 100, 101"):
+        dataset[3]
+
+
+X = {"image": "a.png", "phrase": "x", "mask": "m.png"}
+
+
+@pytest.mark.parametrize("records,twice", [
+    (({"id": "7"}, {"id": "8"}, {"id": 7}), "lines 1 and 3 have the same id '7' and label None"),
+    (({"id": "2"}, {}), "lines 1 and 2 have the same id '2'"),  # the second line's own number
+    (({"id": 7, "label": "cat"}, {"id": 7, "label": "cat"}), "lines 1 and 2 have the same id '7' and label 'cat'"),
+    (({"id": 7, "label": "cat"}, {"id": 7, "label": "dog"}, {"id": 7}, {"id": "7 "}, {"id": 7.0}), None),
+    (({"id": []}, {"id": []}, "{", "{", "[" * 100_000, {"label": 5}), None),  # broken lines are found later
+])  # fmt: skip
+def test_ids_are_compared_when_the_file_is_opened(lines, records, twice):
+    from metrics import SegmentationMetrics
+
+    write, _ = lines
+    records = [record if isinstance(record, str) else X | record for record in records]
+    if twice is None:
+        dataset, metrics = write(*records), SegmentationMetrics()
+        assert len(dataset) == len(records)
+        for i in range(len(dataset)):
+            try:
+                example = dataset[i]
+            except ValueError as error:
+                assert f"line {i + 1}: " in str(error)
+                continue
+            metrics.update(example.mask, example.mask, example.label, example.id)  # and it agrees
+        return
+    with pytest.raises(ValueError, match=f"mine.jsonl: {twice}"):
+        write(*records)
+
+
+def test_pictures_of_lines_are_told_apart_in_every_process(lines):
+    write, _ = lines
+    dataset = write(X, X | {"image": "b.png"}, "", X, "{", "[1]", {"phrase": "x"})
+    one, other, again, *broken = dataset.picture_of.tolist()
+    assert one == again != other and broken == [0, 0, 0]
+    assert one == int.from_bytes(bytes.fromhex("e203797de73bf656"), "little", signed=True)  # b2sum -l 64 of a.png
+
+
 @pytest.mark.parametrize("record,message", [
+    ("[" * 100_000, "line 2: its brackets are nested too deeply"), (b"\xff{}", "line 2: .*invalid start byte"),
+    ({"image": "a.png", "phrase": "\ud800", "mask": "m.png"}, "line 2: it holds half of a surrogate pair"),
+    (b'{"image": "a.png", "phrase": "x", "mask": "m.png", "\\uDFFF": 1}', "line 2: it holds half of a surrogate pair"),
+    (b'{"image": "a.png", "phrase": "\xed\xa0\x80", "mask": "m.png"}', "line 2: .*invalid continuation byte"),
+    ({"image": "a.png\0", "phrase": "x", "mask": "m.png"}, "line 2: .*null byte"),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png\0"}, "line 2: .*null byte"),
+    ({"image": ".", "phrase": "x", "mask": "m.png"}, "line 2: .*not a file"),
+    ({"image": "a.png", "phrase": "x", "mask": "."}, "line 2: .*not a file"),
+    ({"image": 5, "phrase": "x", "mask": "m.png"}, "line 2: "),
+    ({"image": None, "phrase": "x", "mask": "m.png"}, "line 2: "),
+    ({"image": "a.png", "phrase": "x", "mask": None}, "line 2: a mask is a run-length mask or a list"),
+    ({"image": "a.png", "phrase": "x", "mask": {"size": [10**6, 10**6], "counts": [10**12]}}, "line 2: a mask of size"),
+    ({"image": "a.png", "phrase": "x", "mask": {"size": [6, 8]}}, "line 2: .*with size and counts"),
+    ({"image": "a.png", "phrase": "x", "mask": [[0, 0, 1e300, 0, 5, 5]]}, r"line 2: .*holds 1e\+300"),
+    (b'{"image": "a.png", "phrase": "x", "mask": [[0, 0, NaN, 0, 5, 5]]}', "line 2: .*holds nan"),
+    ({"image": "a.png", "phrase": 5, "mask": "m.png"}, "line 2: phrase 5"),
+    ({"image": "a.png", "phrase": ["x"], "mask": "m.png"}, "line 2: phrase "),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png", "label": ["a"]}, r"line 2: label \['a'\]: expected a string"),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png", "label": 5}, "line 2: label 5: expected a string"),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png", "id": {}}, "line 2: id {}: expected a string or a number"),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png", "id": None}, "line 2: id None: expected a string or a number"),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png", "id": True}, "line 2: id True: expected a string or a number"),
+    ({"image": "a.png", "phrase": "x", "mask": "m.png", "task": []}, r"line 2: task \[\]"),
     ("{", "line 2: "), ("[1]", "line 2: "), ({"image": "a.png", "phrase": "x"}, "line 2: no 'mask'"),
     ({"image": "b.png", "phrase": "x", "mask": "m.png"}, "line 2: .*b.png: no such picture"),
     ({"image": "a.png", "phrase": " ", "mask": "m.png"}, "line 2: phrase ' '"),
@@ -250,6 +470,29 @@ def test_a_bad_line_is_named(lines, record, message):
     with pytest.raises(ValueError, match=f"mine.jsonl: {message}") as caught:
         dataset[1]
     assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_several_parts_is_their_union(lines):
+    write, mask = lines
+    other = np.zeros_like(mask)
+    other[5, 7] = True
+    corners = [0.6, 1.6, 4.6, 1.6, 4.6, 3.6, 0.6, 3.6]  # as a polygon, `mask`
+    parts = ([rle_encode(mask), rle_encode(other)], [corners, rle_encode(other)], [rle_encode(other)] * 3 + [corners])
+    dataset = write(*({"image": "a.png", "phrase": "x", "mask": list(part)} for part in parts))
+    assert all(np.array_equal(dataset[i].mask, mask | other) for i in range(3))
+
+
+@pytest.mark.parametrize("name,message", [("", "not a file"), ("pipe", "not a file"), ("none", "no such file")])
+def test_jsonl_is_a_file(tmp_path, name, message):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / name}: {message}"):
+        load_dataset(f"jsonl:{tmp_path / name}", "val")
+
+
+def test_jsonl_may_begin_with_a_byte_order_mark(lines, tmp_path):
+    write, mask = lines
+    dataset = write(b"\xef\xbb\xbf" + json.dumps(X).encode() + b"\r", X)
+    assert np.array_equal(dataset[0].mask, mask) and [dataset[i].id for i in range(2)] == ["1", "2"]
 
 
 def test_sa_ovrs_is_a_folder_of_such_lines(tmp_path):

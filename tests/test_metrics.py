@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -541,6 +542,12 @@ def make_folder(pred, gt):
     (pred / "a.png").mkdir()
 
 
+def make_no_rows(pred, gt):
+    content = (pred / "a.png").read_bytes()
+    header = b"IHDR" + (0).to_bytes(4, "big") + content[20:29]
+    (pred / "a.png").write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
+
+
 def make_grey_levels(pred, gt):
     save(pred / "a.png", np.array([[0, 100], [200, 255]], np.uint8))
 
@@ -580,6 +587,7 @@ def make_same_stem(pred, gt):
         (make_cut_off, "a.png: not a readable PNG"),
         (make_jpeg, "a.png: not a readable PNG"),
         (make_folder, "a.png: not a readable PNG"),
+        (make_no_rows, "a.png: "),
         (
             make_grey_levels,
             "a.png: a mask holds 0 and one other value, this holds the values 0, 100, 200, 255",
@@ -603,6 +611,62 @@ def test_command_refuses_with_one_line(tmp_path, capsys, make, found):
     assert (code, captured.out) == (1, "")
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and found in captured.err
     assert not (tmp_path / "out.json").exists()
+
+
+RUN = {"run": {"dataset": "x"}}
+ROW = {"index": 0, "rank": 0, "id": "a", "task": "referring", "label": None, "intersection": 8, "union": 10, "ahd": 1.5}
+
+
+def lines(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("row,found", [
+    ("[" * 100_000, "nested too deeply"), ("{", "Expecting"), ("[1]", "list indices"), ("5", "int"),
+    ('{"index": 0, "id": "\\ud800"}', "half of a surrogate pair"),
+    *((ROW | {"intersection": value}, "intersection") for value in ("8", -1, 11, 8.0, True, None, float("nan"))),
+    *((ROW | {"union": value}, "union") for value in ("10", float("inf"), 7)),
+    *((ROW | {"ahd": value}, "ahd") for value in ("1", -1, float("nan"), float("inf"), 1e300, True)),
+    (ROW | {"id": 5}, "id 5"), (ROW | {"id": []}, "id []"), (ROW | {"label": {}}, "label {}"),
+    (ROW | {"task": None}, "task None"), (ROW | {"index": "0"}, "index '0'"),
+    ({key: value for key, value in ROW.items() if key != "task"}, "no 'task'"),
+    (ROW, "example counted twice: id 'a', label None"),
+])  # fmt: skip
+def test_hostile_records_end_in_one_line(tmp_path, capsys, row, found):
+    assert metrics.main([str(lines(tmp_path / "a.jsonl", RUN, ROW, {"index": 1, "broken": "why"}))]) == 0
+    assert "gIoU        0.8000       1" in capsys.readouterr().out
+    assert metrics.main([str(lines(tmp_path / "a.jsonl", RUN, ROW, row))]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and found in captured.err
+    assert captured.out == "" and len(captured.err) < 400
+
+
+def test_command_overwrites_no_input(tmp_path, capsys):
+    path = lines(tmp_path / "a.jsonl", RUN, ROW)
+    for target in (path, tmp_path / "mask.PNG"):
+        with pytest.raises(SystemExit) as stopped:
+            metrics.main([str(path), "--json", str(target)])
+        assert stopped.value.code == 2 and "--json" in capsys.readouterr().err
+    assert path.read_text().count("\n") == 2
+
+
+def test_large_pictures_are_read_without_a_warning(tmp_path):
+    save(tmp_path / "pred" / "a.png", A)
+    save(tmp_path / "gt" / "a.png", A)
+    code = "import sys; from PIL import Image; Image.MAX_IMAGE_PIXELS = 20; import metrics; metrics.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, tmp_path / "pred", tmp_path / "gt"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert result.stderr == "" and "gIoU        1.0000       1" in result.stdout
+
+
+def test_a_stop_ends_in_one_line(folders, monkeypatch, capsys):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "read_mask", stop)
+    assert metrics.main([str(folders / "pred"), str(folders / "gt")]) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_command_refuses_a_json_file_it_cannot_write(folders, capsys):
