@@ -455,21 +455,22 @@ class Fused:
     """Several linear layers of one input as one product, for decoding, where each product is a walk through memory.
 
     `lay` puts their weights behind each other; the layers' own parameters become views of that, so nothing is there
-    twice, names stay, and in-place changes reach both. Whatever gives a layer other memory (`to` another device or
-    dtype) ends it, and the layers are asked one by one again.
+    twice, names stay, and in-place changes reach both. Whatever gives one of the layers other memory (`to` another
+    device or dtype, merging or unmerging LoRA) ends it, and the layers are asked one by one again.
     """
 
     def __init__(self, *layers):
-        self.layers, self.weight = layers, None
+        self.layers, self.weight, self.places = layers, None, []
 
     def lay(self):
         self.weight = decoding_layout(torch.cat([layer.weight.data for layer in self.layers]))
         for layer, part in zip(self.layers, self.weight.split([layer.out_features for layer in self.layers])):
             layer.weight.data = part
+        self.places = [layer.weight.data_ptr() for layer in self.layers]
 
     def __call__(self, x):
         """x (B,T,D) -> the output of each layer."""
-        if self.weight is None or self.weight.data_ptr() != self.layers[0].weight.data_ptr():
+        if self.weight is None or self.places != [layer.weight.data_ptr() for layer in self.layers]:
             return [layer(x) for layer in self.layers]
         return F.linear(x, self.weight).split([layer.out_features for layer in self.layers], dim=-1)
 
@@ -572,7 +573,9 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def fuse(self):
-        """Lay out the weights for decoding, see Fused; nothing else changes. Not for a model in training."""
+        """Lay out the weights for decoding, see Fused, with LoRA merged first. Not for a model in training."""
+        for lora in (module for module in self.modules() if isinstance(module, LoRALinear)):
+            lora.merge()
         for layer in self.layers:
             layer.self_attn.qkv.lay()
             layer.mlp.gate_up.lay()
@@ -721,7 +724,7 @@ class MaskWriter(nn.Module):
         self.load_state_dict(weights, strict=False)  # checked above: only what is frozen is absent
 
     def fuse(self):
-        """Lay out the weights for decoding; nothing else changes. Not for a model in training."""
+        """Lay out the weights for decoding, with LoRA merged first. Not for a model in training."""
         self.llama.fuse()
         if isinstance(self.head, nn.Linear):  # JanusSeg has two layers there, of another shape
             self.head.weight.data = decoding_layout(self.head.weight.data)
@@ -787,9 +790,13 @@ class MaskWriter(nn.Module):
 
         decode: "greedy"; "beam", the best of `beams` sequences kept by summed log-probability; or a draw at
         `temperature` from the `top_k` likeliest tokens ("top-k"), from the fewest that together reach
-        probability `top_p` ("top-p"), or from all ("random"). The same `seed` draws the same tokens.
+        probability `top_p` ("top-p"), or from all ("random").
+        seed: an int for all masks, or a list with one int per mask. The same seed draws the same tokens for a mask,
+        whatever else is in its batch.
         draft: how greedy decoding guesses tokens to verify several in a pass, see `greedy`: "row", "jacobi", "hidden",
-        "none" (or None) for one a pass, "auto" for the fastest. The mask is the same. window: tokens in a pass.
+        "none" (or None) for one a pass, "auto" for the fastest. window: tokens in a pass, with a draft.
+        In float32 the mask does not depend on the draft. In bfloat16 the logits of two tokens are often equal or one
+        rounding step apart, and the rounding depends on the shape of a pass: some masks change by a few tokens.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
         ValueError for an unknown decode or draft or a value out of range.
@@ -807,6 +814,11 @@ class MaskWriter(nn.Module):
             raise ValueError(f"top_p {top_p} must be in (0, 1], temperature {temperature} above 0")
         if window is not None and window < 1:
             raise ValueError(f"window {window} must be at least 1")
+        if window is not None and window > 1 and (decode != "greedy" or draft == "none"):
+            raise ValueError(f"window {window} has no use with decode {decode!r} and draft {draft!r}")
+        seeds = seed if isinstance(seed, list) else [seed] * len(text_ids)
+        if len(seeds) != len(text_ids) or any(type(s) is not int or not 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"seed is {seed!r:.100}, want an int from 0 to 2^63 - 1, or {len(text_ids)} of them")
         start = clock(device)
         prefix = self.prefix(text_ids, pixels)
         B, P = prefix.shape[:2]
@@ -830,12 +842,13 @@ class MaskWriter(nn.Module):
         elif window > 1:
             tokens, mask_passes = self.greedy(logits, cache, draft, window, guesses)
         else:
-            generator = torch.Generator(device).manual_seed(seed)
+            # drawn on the CPU, so that every device gets the same numbers
+            uniform = torch.stack([torch.rand(M, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
             tokens = torch.empty(B, M, dtype=torch.long, device=device)
             for t in range(M):
                 if t > 0:
                     logits = self.next_logits(self.mask_embedding(tokens[:, t - 1:t]), cache)
-                tokens[:, t] = choose(logits, decode, top_k, top_p, temperature, generator)
+                tokens[:, t] = choose(logits, decode, top_k, top_p, temperature, uniform[:, t])
         if stats is not None:
             stats["passes"], stats["mask_passes"] = max(mask_passes), mask_passes
             stats["prefill_ms"] = 1000 * (prefilled - start)
@@ -928,8 +941,8 @@ class MaskWriter(nn.Module):
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), place)
         T, k = q.shape[2], k.repeat_interleave(c.heads // c.kv_heads, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
+        visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if place.visible is None else place.visible
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def new_cache(self, prefix, more):
@@ -973,7 +986,8 @@ class LlamaSeg(MaskWriter):
     def __init__(self, config: LlamaSegConfig, encoder=None):
         super().__init__()
         self.config = config
-        self.frozen = {"encoder": encoder.source} if encoder is not None and encoder.source else {}
+        known = config.freeze_encoders and encoder is not None and encoder.source
+        self.frozen = {"encoder": encoder.source} if known else {}
         D, K, siglip = config.llama.width, config.codebook_size, config.siglip
         if encoder is not None and encoder.config != siglip:
             raise ValueError(f"the encoder has the shape {encoder.config}, the model wants {siglip}")
@@ -1067,7 +1081,7 @@ class LlamaSeg(MaskWriter):
         path = Path(path)
         config, frozen, weights = read_own(path, "llamaseg", LlamaSegConfig, dtype)
         siglip = None
-        if "encoder" in frozen:
+        if config.freeze_encoders and "encoder" in frozen:
             siglip = SigLIP.from_pretrained(encoder or WEIGHTS / frozen["encoder"]["name"], dtype=dtype)
             if not any_weights:
                 check_source(path, "encoder", frozen, siglip.source)
@@ -1285,7 +1299,7 @@ class JanusSeg(MaskWriter):
         path = Path(path)
         if path.is_dir() or not path.suffix:
             return cls._from_directory(path, dtype)
-        config, frozen, weights = read_own(path, "janusseg", JanusConfig, dtype)
+        config, frozen, weights = read_own(path, "janusseg", JanusConfig, torch.float32)  # LoRA stays in float32
         model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)
         if not any_weights:
             check_source(path, "mllm", frozen, model.frozen["mllm"])
@@ -1411,20 +1425,27 @@ def check_source(path, part, frozen, source):
                          "give that one, or --any-weights to take this one")
 
 
-def choose(logits, decode, top_k, top_p, temperature, generator):
-    """One token a row from logits (B,K) float32 -> (B,); see LlamaSeg.generate for the ways to choose."""
+def choose(logits, decode, top_k, top_p, temperature, uniform):
+    """One token a row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to choose.
+
+    uniform (B,): numbers in [0, 1). A row draws the first token at which the summed probabilities exceed its number.
+    """
     if decode == "greedy":
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
     if decode in ("top-k", "top-p"):
-        probs, index = probs.sort(dim=-1, descending=True)
+        probs, index = probs.sort(dim=-1, descending=True, stable=True)
         if decode == "top-k":
             probs[:, top_k:] = 0
         else:
             before = probs.cumsum(-1) - probs  # what the likelier tokens have together
             probs[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0)
-        return index.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    sums = probs.cumsum(-1)
+    chosen = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    if decode == "random":
+        return chosen[:, 0]
+    chosen = chosen.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1)  # a GPU may round sums of equal value differently
+    return index.gather(1, chosen)[:, 0]
 
 
 # ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import re
 import struct
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,23 @@ def mask_to_image(masks):
 def image_to_mask(images):
     """Binarize: float (B, 3, H, W) -> bool (B, H, W), True where the channel mean is >= 0 (paper, section 3)."""
     return images.mean(1) >= 0
+
+
+@contextmanager
+def full_float32(device_type):
+    """Compute in float32 while the block runs: without autocast, and without TF32 in matrix products and convolutions.
+
+    The settings are PyTorch's older ones, as train.py's are: the older and the newer ones must not be mixed.
+    """
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -231,7 +249,7 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, latents):
         """Latents (B, C, h, w) -> code indices (B, h*w), raster order."""
-        with torch.autocast(latents.device.type, enabled=False):  # near codes differ by less than bfloat16 can say
+        with full_float32(latents.device.type):  # codes that lie close together differ by less than bfloat16 resolves
             z = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)  # (B, h*w, C)
             codebook = self.codebook.float()
             # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, as the official code writes it; |z| is shared by all e
@@ -259,11 +277,12 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def latents(self, images):
-        """(B, 3, H, W) in [-1, 1] -> latents before quantization (B, codebook_dim, h, w)."""
+        """(B, 3, H, W) in [-1, 1] -> latents before quantization (B, codebook_dim, h, w), in full float32."""
         height, width = images.shape[-2:]
         if height % self.config.downsample or width % self.config.downsample:
             raise ValueError(f"picture of {height}x{width}: both sides must divide by {self.config.downsample}")
-        return self.quant_conv(self.encoder(images))
+        with full_float32(images.device.type):
+            return self.quant_conv(self.encoder(images))
 
     def decode_latents(self, quantized):
         """Quantized latents (B, codebook_dim, h, w) -> (B, 3, H, W), not clamped."""
@@ -289,8 +308,7 @@ class VQGAN(nn.Module):
         commitment weight of 0.25). With `noise` (a float) nothing is quantized: the latents only get Gaussian
         noise of that size, which is how the model starts before there is a codebook.
         """
-        with torch.autocast(images.device.type, enabled=False):  # float32, as the codes are chosen later
-            z = F.normalize(self.latents(images), dim=1)  # (B, C, h, w), unit length
+        z = F.normalize(self.latents(images), dim=1)  # (B, C, h, w), unit length
         loss = self.flat_loss(images, z)
         if noise is not None:
             z = F.normalize(z + noise * torch.randn_like(z), dim=1)
@@ -627,6 +645,7 @@ class BPETokenizer:
                     continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""])  # fmt: skip
         ranks = self._read_vocabulary(content["model"]["vocab"], content["model"]["merges"])
         self._read_added_tokens(content["added_tokens"], content["model"]["vocab"])
+        self.splits = []
         pattern = self._read_pre_tokenizer(content["pre_tokenizer"] or {})
         self.vocab_size = len(self.bytes)
         self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -692,8 +711,9 @@ class BPETokenizer:
         return parts, rank
 
     def _read_added_tokens(self, added, vocab):
-        """Sets self.special_tokens and begins self.splits: (pattern, {piece: its id if it is an added token})."""
-        self.special_tokens, self.splits = {}, []
+        """Sets self.special_tokens, and as (pattern, {name: id}) self.names of all added tokens, to be cut out of a
+        text, and self.letters of those that are one character, as DeepSeek's "ü", to be cut out of a user's words."""
+        self.special_tokens, self.names, self.letters = {}, [], []
         for token in added:
             name, id = token["content"], token["id"]
             # The id is the one that Hugging Face gives, whatever the file says. A token that takes white space with
@@ -708,8 +728,9 @@ class BPETokenizer:
             self.special_tokens[name] = id
         for normalized in (False, True):  # in this order; of those that begin at a character the longest counts
             ids = {token["content"]: token["id"] for token in added if token["normalized"] == normalized}
-            names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
-            self.splits += [(re.compile(f"({names})"), ids)] if ids else []
+            for found, kept in ((self.names, ids), (self.letters, {name: ids[name] for name in ids if len(name) == 1})):
+                names = "|".join(re.escape(name) for name in sorted(kept, key=len, reverse=True))
+                found += [(re.compile(f"({names})"), kept)] if kept else []
 
     def _read_pre_tokenizer(self, content):
         """Adds the patterns of the Splits to self.splits; returns tiktoken's pattern, which does the Digits."""
@@ -737,20 +758,32 @@ class BPETokenizer:
                             use_regex=[False])  # fmt: skip
         return digits
 
-    def encode(self, text):
-        """Text -> list of ids; where the text has the name of an added token, that token.
+    def encode(self, *parts):
+        """Text -> list of ids. The name of an added token in the text becomes that token.
 
-        UnicodeEncodeError, a ValueError, on half of a surrogate pair: UTF-8 has no bytes for it.
+        Several parts are, in turn, text and words of a user, text again and so on. They are encoded as one text, but in
+        the words the name of an added token is text like any other. UnicodeEncodeError, a ValueError, on half of a
+        surrogate pair: UTF-8 has no bytes for it.
         """
-        text.encode()
-        pieces = [text]  # strings, and the ids of added tokens that were found
-        for pattern, added in self.splits:
-            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
-            pieces = [added.get(part, part) for part in parts if part != ""]
+        pieces = []  # strings, and the ids of added tokens that were found
+        for i, part in enumerate(parts):
+            part.encode()
+            for piece in self._cut([part], self.letters if i % 2 else self.names):
+                if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                    piece = pieces.pop() + piece  # two parts meet here
+                pieces.append(piece)
         ids = []
-        for piece in pieces:
+        for piece in self._cut(pieces, self.splits):
             ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
         return ids
+
+    @staticmethod
+    def _cut(pieces, steps):
+        """Cut strings by the pattern of each step; a piece with the name of one of its added tokens becomes its id."""
+        for pattern, added in steps:
+            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
+            pieces = [added.get(part, part) for part in parts]
+        return [piece for piece in pieces if piece != ""]
 
     def decode(self, ids):
         """ids -> text; bytes that are not UTF-8, as half a character's, become U+FFFD. ValueError on an unknown id."""
@@ -808,13 +841,14 @@ class JanusPrompt:
 
     def too_long(self, text):
         """How many tokens `text` needs if that is more than fit, else 0."""
-        needed = len(self.bpe.encode(text))
+        needed = len(self.bpe.encode("", text.strip()))
         return needed if needed > self.length else 0
 
-    def ids(self, prompt):
-        """A prompt with <image_placeholder> -> list of ids: begin of sentence first, N places for the picture."""
+    def ids(self, *parts):
+        """A prompt in parts, as BPETokenizer.encode takes them -> list of ids: begin of sentence first, and N places
+        for the picture where the text has <image_placeholder>."""
         special, ids = self.special, [self.special["bos"]]
-        for id in self.bpe.encode(prompt):
+        for id in self.bpe.encode(*parts):
             ids += ([special["begin"]] + self.image_tokens * [special["image"]] + [special["end"]]
                     if id == special["image"] else [id])  # fmt: skip
         return ids
@@ -824,21 +858,15 @@ class JanusPrompt:
 
         The paper: `<|User|>: [text]<image>  <|Assistant|>: <begin_of_mask>`, in Janus' own white space.
         """
-        rows = [self.ids(f"<|User|>: {self._plain(phrase)}<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
+        rows = [self.ids("<|User|>: ", phrase.strip(), "<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
                 for phrase in phrases]  # fmt: skip
         longest = max(map(len, rows))
         return torch.tensor([[self.special["pad"]] * (longest - len(row)) + row for row in rows])
 
     def chat(self, question):
         """A question about a picture -> int64 (1, L)."""
-        text = self._plain(question)
-        return torch.tensor([self.ids(f"{self.system}\n\n<|User|>: <image_placeholder>\n{text}\n\n<|Assistant|>:")])
-
-    def _plain(self, text):
-        """The words of a user, who must not write special tokens: the picture's place is not theirs to choose."""
-        for name in self.bpe.special_tokens:
-            text = text.replace(name, "")
-        return text.strip()
+        system = f"{self.system}\n\n<|User|>: <image_placeholder>\n"
+        return torch.tensor([self.ids(system, question.strip(), "\n\n<|Assistant|>:")])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -390,6 +390,20 @@ def test_a_checkpoint_holds_only_what_was_trained(tmp_path):
 
 
 @torch.no_grad()
+def test_an_encoder_that_is_trained_on_is_not_asked_for(tmp_path):
+    """It starts from official weights, but the file holds it."""
+    encoder = SigLIP.from_pretrained(FIXTURES / "siglip")
+    model = LlamaSeg(replace(TINY, siglip=encoder.config), encoder)
+    assert model.frozen == {}
+    batch = tiny_batch(config=model.config)
+    for frozen in ({}, {"encoder": encoder.source}):  # the second as files had it that were written before
+        model.frozen = frozen
+        model.save_pretrained(tmp_path / "m.safetensors")
+        loaded = LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
+        assert torch.equal(loaded(*batch)[0], model(*batch)[0])
+
+
+@torch.no_grad()
 def test_another_encoder_is_refused_unless_told(tmp_path):
     frozen_model().save_pretrained(tmp_path / "m.safetensors")
 
@@ -754,6 +768,27 @@ def test_mask_attention_is_what_the_last_layer_mixes(monkeypatch):
     assert last.config.kv_heads == 2  # grouped heads are in it
 
 
+@torch.no_grad()
+def test_mask_attention_does_not_look_at_padding():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch(rows=2, pictures=2)
+    prefix, pad = model.prefix(text_ids, pixels), torch.tensor([0, 4])
+    model.prefix = lambda *_: prefix
+    model.padding = lambda _: pad
+    got = model.mask_attention(text_ids, pixels, tokens)
+    x = torch.cat([prefix, model.mask_embedding(tokens[:, :-1])], dim=1)
+    place, last = model.llama.place(x, padding=pad), model.llama.layers[-1]
+    for i, layer in enumerate(model.llama.layers[:-1]):
+        x = layer(x, i, place)
+    q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), place)
+    T, start = x.shape[1], prefix.shape[1]
+    for b, row in ((0, start + 3), (1, start), (1, T - 1)):
+        columns = range(pad[b], row + 1)  # what decoding looks at
+        scores = torch.tensor([[q[b, h, row] @ k[b, h // 2, column] / 4 for column in columns] for h in range(4)])
+        want = scores.softmax(-1).mean(0)[start - pad[b]:]
+        torch.testing.assert_close(got[b, row - start, :row - start + 1], want, atol=1e-5, rtol=0)
+
+
 def test_generate_leaves_no_gradient_and_works_under_autocast():
     model = tiny_model()
     text_ids, pixels, _ = tiny_batch()
@@ -807,6 +842,13 @@ def test_a_seed_reproduces_its_draw(decode):
     torch.rand(5)  # the global generator has no say
     assert torch.equal(model.generate(text_ids, pixels, decode=decode, seed=3), first)
     assert not torch.equal(model.generate(text_ids, pixels, decode=decode, seed=4), first)
+    several = model.generate(text_ids, pixels, decode=decode, seed=[3, 8, 3, 2**63 - 1])
+    assert torch.equal(several[::2], first[::2]) and not torch.equal(several[1], first[1])
+    for row, seed in enumerate([3, 8, 3, 2**63 - 1]):  # the batch has no say either
+        alone = model.generate(text_ids[row:row + 1], pixels[row:row + 1], decode=decode, seed=seed)
+        assert torch.equal(alone, several[row:row + 1])
+    with pytest.raises(ValueError, match="seed is .3, 4., want .* or 4 of them"):
+        model.generate(text_ids, pixels, decode=decode, seed=[3, 4])
 
 
 @torch.no_grad()
@@ -815,7 +857,7 @@ def test_random_draws_from_the_softmax():
     model = tiny_model(config)
     text_ids, pixels, tokens = tiny_batch(rows=1, pictures=1, config=config)
     logits, _ = model(text_ids, pixels, tokens)
-    drawn = model.generate(text_ids.expand(5000, -1), pixels, decode="random", temperature=0.7)
+    drawn = model.generate(text_ids.expand(5000, -1), pixels, decode="random", temperature=0.7, seed=list(range(5000)))
     frequency = torch.bincount(drawn.flatten(), minlength=6) / 5000
     want = (logits[0, 0] / 0.7).softmax(-1)
     assert want.max() < 0.9
@@ -825,14 +867,29 @@ def test_random_draws_from_the_softmax():
 @pytest.mark.parametrize("decode, kept", [("top-k", [3, 0, 4]), ("top-p", [3, 0])])
 def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
     probs = torch.tensor([0.3, 0.02, 0.08, 0.5, 0.1])  # top_p 0.7: 0.5 does not reach it, 0.5 + 0.3 does
-    generator = torch.Generator().manual_seed(0)
-    logits = probs.log().expand(5000, -1)
-    drawn = M.choose(logits, decode, top_k=3, top_p=0.7, temperature=1.0, generator=generator)
+    uniform = torch.arange(5000) / 5000  # each share of the numbers from 0 to 1 draws its token, but for rounding
+    drawn = M.choose(probs.log().expand(5000, -1), decode, top_k=3, top_p=0.7, temperature=1.0, uniform=uniform)
     frequency = torch.bincount(drawn, minlength=5) / 5000
     want = torch.zeros(5)
     want[kept] = probs[kept] / probs[kept].sum()
-    torch.testing.assert_close(frequency, want, atol=0.025, rtol=0)
+    torch.testing.assert_close(frequency, want, atol=0.001, rtol=0)
     assert (frequency[want == 0] == 0).all()
+
+
+@pytest.mark.parametrize("decode", ["top-k", "top-p", "random"])
+def test_no_draw_leaves_what_may_be_drawn(decode):
+    """The ends of [0, 1), many tokens, a few of them impossible."""
+    logits = torch.randn(64, 4096) * 5
+    logits[:, ::3] = -math.inf
+    for number in (0.0, 1 - 2**-24):
+        drawn = M.choose(logits, decode, 7, 0.9, 1.0, torch.full((64,), number))
+        probs = logits.softmax(-1).gather(1, drawn[:, None])[:, 0]
+        assert (probs > 0).all()
+        better = (logits > logits.gather(1, drawn[:, None])).sum(-1)
+        assert decode != "top-k" or (better == (0 if number == 0 else 6)).all()
+    want = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.6999, 0.7001, 0.9999])
+    assert M.choose(want.log().expand(6, -1), "random", 3, 0.9, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -840,7 +897,10 @@ def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
     ({"draft": "rows"}, "unknown draft 'rows', choose from auto, none, row"), ({"window": 0}, "window 0"),
     ({"decode": "beam", "draft": "row"}, "draft 'row' is for greedy decoding, not for 'beam'"),
     ({"beams": 25}, "beams 25 .* 24"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5"),
-    ({"temperature": 0.0}, "temperature 0.0"),
+    ({"temperature": 0.0}, "temperature 0.0"), ({"draft": "none", "window": 8}, "window 8 has no use .* draft 'none'"),
+    ({"decode": "beam", "window": 8}, "window 8 has no use with decode 'beam'"), ({"seed": -1}, "seed is -1, want"),
+    ({"seed": 2**63}, "seed is 9223372036854775808"), ({"seed": [1, 2, 3]}, "seed is .1, 2, 3., want .* or 4 of them"),
+    ({"seed": [0, 1, 2, None]}, "seed is"), ({"seed": 1.5}, "seed is 1.5"),
 ], ids=str)
 def test_generate_refuses_what_it_cannot_do(options, message):
     text_ids, pixels, _ = tiny_batch()

@@ -205,6 +205,35 @@ def test_codes_do_not_depend_on_autocast():
     assert torch.equal(tokens, model.quantize.nearest(latents))
 
 
+def test_codes_are_chosen_without_tf32_whatever_the_rest_does(monkeypatch):
+    model, images = tiny(), mask_to_image(torch.rand(1, 32, 32) > 0.5)
+
+    def settings():
+        return (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32,
+                torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"))  # fmt: skip
+
+    found, before = [], settings()
+    model.encoder.register_forward_hook(lambda *_: found.append(settings()))
+    kind, real = type(model.quantize), type(model.quantize).codebook
+    monkeypatch.setattr(kind, "codebook", property(lambda q: found.append(settings()) or real.fget(q)))
+    try:
+        torch.set_float32_matmul_precision("high")  # as train.py does; convolutions have TF32 as PyTorch's default
+        high = settings()
+        assert high[:3] == ("high", True, True)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = model.encode(images)
+            assert settings() == (*high[:3], True)
+        assert found == [("highest", False, False, False)] * 2 and settings() == high
+        with pytest.raises(ValueError, match="30x30"):
+            model.encode(images[:, :, :30, :30])
+        with pytest.raises(RuntimeError):
+            model.encode(images[:, :2])
+        assert settings() == high
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert settings() == before and torch.equal(model.encode(images), tokens)
+
+
 def test_k_means_finds_the_clusters():
     centers = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
     points = F.normalize(centers.repeat(200, 1) + 0.01 * torch.randn(1000, 8), dim=-1)
