@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import struct
 import sys
 import zipfile
@@ -335,6 +336,8 @@ class VQGAN(nn.Module):
         """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
         tensors = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
         path = Path(path)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{path}: not written, the weights are no longer finite: try a smaller learning rate")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata={"format": "vqgan", "config": json.dumps(asdict(self.config))})
@@ -813,6 +816,8 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
                 minloglevel=2,
             )
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot write ({error.strerror})") from None
     except RuntimeError as error:
         raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
     finally:
@@ -953,6 +958,12 @@ def evaluate(model, dataset, size, count, batch=32, device="cpu"):
     return scores.compute(), int(used.sum()), shown[:24], own.compute()
 
 
+def summary(scores):
+    """The numbers of SegmentationMetrics.compute as a phrase; "-" stands for a number that is not defined."""
+    total, mean, ahd = ("-" if scores[k] is None else f"{scores[k]:.4f}" for k in ("cIoU", "gIoU", "mAHD@0.5"))
+    return f"total IoU {total}, mean IoU {mean}, mAHD@0.5 {ahd} px"
+
+
 def train(args):
     """Train a mask tokenizer in three phases; any of them can be left out by giving it 0 steps.
 
@@ -960,31 +971,56 @@ def train(args):
     codes    a codebook from k-means, then VQ training of everything;
     decoder  k-means once more, so that no code is wasted; then encoder and codebook stay and the decoder alone
              goes on. Given --init-from and only this phase, every mask keeps the mask tokens it had.
+
+    A run that is stopped saves its weights and says how to go on.
     """
-    from data import load_dataset
-
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    dataset, val_set = (load_dataset(args.data, split, rich=args.rich) for split in ("train", "val"))
-    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
-    encoder_moved = False
-    for phase, steps in (("free", args.free_steps), ("codes", args.steps), ("decoder", args.decoder_steps)):
-        if steps:
-            if encoder_moved:
-                learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
-                codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
-                model.quantize.embedding.weight.data.copy_(codebook)
-            train_phase(model, dataset, val_set, phase, steps, args, device)
-            encoder_moved = phase != "decoder"
-        args.start += steps * args.batch_size * 2  # the next phase sees new masks
-
-
-def train_phase(model, dataset, val_set, phase, steps, args, device):
-    """One phase of `train`; saves and evaluates as it goes."""
     from tqdm import tqdm
 
+    from data import BadUsage, load_dataset
+
+    torch.manual_seed(args.seed)
+    device, first = torch.device(args.device), args.start
+    options = {"rich": True} if args.rich else {}
+    dataset, val_set = (load_dataset(args.data, split, **options) for split in ("train", "val"))
+    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
+    if args.size % (2 * model.config.downsample):
+        raise BadUsage(f"--size {args.size} must be a multiple of {2 * model.config.downsample}: crops have half of it")
+    phases = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
+    encoder_moved, has_codebook = False, bool(args.init_from)
+    try:
+        with tqdm(total=sum(phases.values()), smoothing=0.05) as bar:
+            for phase, steps in phases.items():
+                if steps:
+                    if encoder_moved:
+                        learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
+                        codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
+                        model.quantize.embedding.weight.data.copy_(codebook)
+                    encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
+                    train_phase(model, dataset, val_set, phase, steps, args, device, bar)
+                args.start += steps * args.batch_size * 2  # the next phase sees new masks
+    except BaseException:  # Ctrl-C, SIGTERM or an error
+        done = bar.n
+        if done == 0:
+            print("nothing was saved: no step was done", file=sys.stderr)
+            raise
+        model.save_pretrained(args.out, torch.float16)
+        print(f"saved {args.out} after {done:,} of {bar.total:,} steps"
+              f"{'' if has_codebook else '; its codebook is not trained yet'}", file=sys.stderr)  # fmt: skip
+        flags, to_skip = f"--init-from {args.out} --start {first + done * args.batch_size * 2}", done
+        for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
+            # the codebook is made at the end of the free steps, so one of them is needed until there is one
+            flags += f" {flag} {max(steps - to_skip, 0 if has_codebook or flag != '--free-steps' else 1)}"
+            to_skip = max(0, to_skip - steps)
+        if done < bar.total:
+            print(f"to go on, with a new warm-up: the same command with {flags}", file=sys.stderr)
+        raise
+
+
+def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
+    """One phase of `train`; saves and evaluates as it goes."""
     from data import contact_sheet
 
+    bar.set_description(f"mask tokenizer, {phase}")
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
     model.requires_grad_(False)
     parameters = [p.requires_grad_(True) for module in learning for p in module.parameters()]
@@ -996,8 +1032,7 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
         torch.optim.AdamW([p for p in parameters if p.dim() != 4], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     position = args.start
-    bar = tqdm(range(steps), desc=f"mask tokenizer, {phase}", smoothing=0.05)
-    for step in bar:
+    for step in range(steps):
         fraction = step / steps
         if phase == "codes" and step % 200 == 0 and fraction < 0.7:
             reseed_codes(model, mask_batch(dataset, args.size, position, 512).to(device))
@@ -1019,18 +1054,17 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
             for group in optimizer.param_groups:  # short warm-up, flat, then down to 2 %
                 group["lr"] = args.lr * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
             optimizer.step()
+        bar.update()
         if step % 50 == 0:
             wrong = (image_to_mask(decoded.detach()) ^ masks).sum() / masks.sum()
             bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
             if phase != "free":
-                scores, used, shown, _ = evaluate(model, val_set, args.size, 128, device=device)
+                scores, used, shown, _ = evaluate(model, val_set, args.size, min(128, len(val_set)), device=device)
                 contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown],
                               args.out.with_suffix(".png"))  # fmt: skip
-                ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
-                tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {ahd} px, "
-                           f"{used} of {model.config.codebook_size} codes used")
+                bar.write(f"step {step + 1}: {summary(scores)}, {used} of {model.config.codebook_size} codes used")
 
 
 @torch.no_grad()
@@ -1079,10 +1113,12 @@ def report(args):
 
     At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
     """
-    from data import contact_sheet, load_dataset
+    from data import BadUsage, contact_sheet, load_dataset
     from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
+    if args.size % model.config.downsample:
+        raise BadUsage(f"--size {args.size} must be a multiple of {model.config.downsample}")
     dataset = load_dataset(args.data, args.split)
     count = min(args.count, len(dataset))
     scores, used, shown, own = evaluate(model, dataset, args.size, count)
@@ -1090,8 +1126,7 @@ def report(args):
               "codebook_size": model.config.codebook_size, "square": scores, "own_size": own}  # fmt: skip
     print(f"{args.data}:{args.split}, {count} masks, {used} of {model.config.codebook_size} codes used")
     for name, row in ((f"at {args.size} x {args.size} px", scores), ("at the pictures' own sizes", own)):
-        ahd = "-" if row["mAHD@0.5"] is None else f"{row['mAHD@0.5']:.3f}"
-        print(f"{name:28} total IoU {row['cIoU']:.4f}, mean IoU {row['gIoU']:.4f}, mAHD@0.5 {ahd} px")
+        print(f"{name:28} {summary(row)}")
     contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown], f"{args.out}.png")
     write_json(f"{args.out}.json", result)
     print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
@@ -1152,6 +1187,7 @@ def read_tokens(path, data, source, shape):
 def parse_args(argv=None):
     """The flags of the sub-commands."""
     from metrics import Parser
+    from model import pick_device
 
     assets = Path(__file__).parent / "assets"
     parser = Parser(description=__doc__)
@@ -1160,7 +1196,7 @@ def parse_args(argv=None):
     p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
                             description=train.__doc__)  # fmt: skip
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
-    p.add_argument("--data", default="scenes", help="data set whose masks to learn (default: scenes)")
+    p.add_argument("--data", default="scenes", help="masks to learn: scenes or jsonl:PATH (default: scenes)")
     p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="more of everything")
     p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
@@ -1181,7 +1217,7 @@ def parse_args(argv=None):
     p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks",
                             description=report.__doc__)  # fmt: skip
     p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
-    p.add_argument("--data", default="scenes", help="data set (default: scenes)")
+    p.add_argument("--data", default="scenes", help="scenes or jsonl:PATH (default: scenes)")
     p.add_argument("--split", default="test", help="default: test")
     p.add_argument("--count", type=int, default=2000, help="masks (default: 2000)")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
@@ -1202,19 +1238,43 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, default=Path("text.model"), help="file to write")
     p.add_argument("--vocab-size", type=int, default=768)
     args = parser.parse_args(argv)
-    for name in ("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    parser = commands.choices[args.command]
+    least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"), 1)
+    least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start", "seed", "noise"), 0)
+    for name, value in vars(args).items():
+        if name in least and value is not None and not least[name] <= value < 2**63:  # true of NaN as well
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least[name]} and below 2^63")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out.is_dir() and args.command in ("train", "text"):
+        parser.error(f"--out {args.out} is a folder: give the file to write")
+    if args.command in ("train", "eval") and args.data != "scenes" and not args.data.startswith("jsonl:"):
+        parser.error(f"--data {args.data}: choose scenes or jsonl:PATH")
+    if args.command == "train" and args.out.suffix != ".safetensors":
+        parser.error(f"--out {args.out}: the file's name must end in .safetensors")
+    if args.command == "train" and not 0 < args.lr < float("inf"):
+        parser.error(f"--lr {args.lr} must be a positive number")
+    if args.command == "train" and not any((args.free_steps, args.steps, args.decoder_steps)):
+        parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
+    if hasattr(args, "device"):
+        try:
+            args.device = str(pick_device(args.device))
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
 def main(argv=None):
-    """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
+    """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage, 130 after Ctrl-C."""
+    from data import BadUsage
     from metrics import printable
 
     args = parse_args(argv)
+
+    def terminate(*_):
+        raise SystemExit(143)  # so that temporary files go and `train` saves
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         if args.command == "train":
             train(args)
@@ -1227,10 +1287,12 @@ def main(argv=None):
             print(f"wrote {args.out}: {args.vocab_size} pieces")
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadUsage) else 1
     except KeyboardInterrupt:
-        print("stopped: --init-from goes on with what is saved", file=sys.stderr)
+        print("stopped" if args.command == "train" else "stopped: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -3,6 +3,9 @@ import itertools
 import json
 import os
 import random
+import re
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -390,13 +393,129 @@ def test_cached_mask_tokens_are_those_of_the_encoder(tmp_path, tiny_checkpoint, 
         tokenizer.read_tokens(tmp_path / "t.npy", name, index["mask_tokenizer"], (7, 16))
 
 
-def test_wrong_use_of_the_command():
+@pytest.mark.parametrize("flags, message", [
+    ("train --save-every 0", "--save-every 0 must be at least 1"),
+    ("eval --count 0", "--count 0"),
+    ("text --out no/such/folder/x", "there is no folder no/such/folder"),
+    ("train --steps 0 --free-steps 0 --decoder-steps 0", "there is nothing to train"),
+    ("train --steps -1", "--steps -1 must be at least 0"),
+    ("train --start -1", "--start -1"),
+    (f"train --seed {2**63}", "below 2.63"),
+    ("train --device nope", "unknown device 'nope'"),
+    ("train --device cuda:99", "'cuda:99' is not there"),
+    ("train --size 48", "--size 48 must be a multiple of 32"),
+    ("eval --size 100", "--size 100 must be a multiple of 16"),
+    ("train --lr nan", "--lr nan must be a positive number"),
+    ("train --lr 0", "--lr 0.0"),
+    ("train --noise nan", "--noise nan"),
+    ("train --data typo", "--data typo: choose scenes or jsonl:PATH"),
+    ("eval --data refcoco", "--data refcoco"),
+    ("eval --split typo", "scenes has no split 'typo'"),
+    ("train --out tests", "--out tests"),
+    ("text --out tests", "--out tests is a folder"),
+    ("train --out vq.png", "must end in .safetensors"),
+    ("text --lr 3", "unrecognized arguments: --lr 3"),
+])
+def test_wrong_use_of_the_command(flags, message, tmp_path, monkeypatch, capsys):
     import tokenizer
 
-    for flags in (["train", "--save-every", "0"], ["eval", "--count", "0"], ["text", "--out", "no/such/folder/x"]):
-        with pytest.raises(SystemExit) as stopped:
-            tokenizer.main(flags)
-        assert stopped.value.code == 2
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = tokenizer.main(flags.split())
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and re.search(message, error), error
+    assert [path.name for path in tmp_path.rglob("*")] == ["tests"]
+
+
+@pytest.mark.parametrize("at", range(6))  # two steps in each of three phases; at 2 the codebook cannot be made
+def test_training_that_is_stopped_saves_and_says_how_to_go_on(at, tmp_path, monkeypatch, capsys):
+    import tokenizer
+
+    monkeypatch.setattr(tokenizer, "SCENES", tiny().config)
+    monkeypatch.setattr(tokenizer, "mask_batch", lambda data, size, start, n: torch.rand(n, size, size) > 0.5)
+    steps, real = [], tokenizer.reconstruction_loss
+
+    def k_means(points, count, start):
+        if len(steps) == at == 2:
+            raise ValueError("3 different latents cannot fill a codebook")
+        return F.normalize(torch.randn(count, 8), dim=-1)
+
+    monkeypatch.setattr(tokenizer, "k_means", k_means)
+
+    def loss(images, masks):
+        steps.append(len(masks))
+        if len(steps) == at + 1:
+            os.kill(os.getpid(), signal.SIGTERM if at % 2 else signal.SIGINT)
+        return real(images, masks)
+
+    monkeypatch.setattr(tokenizer, "reconstruction_loss", loss)
+    out, before = tmp_path / "vq.safetensors", signal.getsignal(signal.SIGTERM)
+    flags = ["train", "--size", "32", "--batch-size", "1", "--device", "cpu", "--out", str(out), "--save-every", "99",
+             "--fit-masks", "20"]  # fmt: skip
+    monkeypatch.setattr(tokenizer, "evaluate", lambda *args, **more: (dict.fromkeys(["cIoU", "gIoU", "mAHD@0.5"]), 0, [
+        (load_dataset("scenes", "val")[0], np.zeros((4, 4), bool), np.zeros((4, 4), bool))], None))  # fmt: skip
+    asked = [*flags, "--free-steps", "2", "--steps", "2", "--decoder-steps", "2"]
+    try:
+        code = tokenizer.main(asked)
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before and "Traceback" not in error
+    assert code == (1 if at == 2 else 143 if at % 2 else 130)
+    if at == 0:
+        assert "nothing was saved: no step was done" in error and not list(tmp_path.iterdir())
+        return
+    VQGAN.from_pretrained(out)
+    assert f"saved {out} after {at} of 6 steps" in error and ("codebook is not trained yet" in error) == (at <= 2)
+    more = re.search(r"the same command with (.*)", error)[1].split()
+    left = {1: (1, 2, 2), 2: (1, 2, 2), 3: (0, 1, 2), 4: (0, 0, 2), 5: (0, 0, 1)}[at]
+    assert more == ["--init-from", str(out), "--start", str(2 * at), "--free-steps", str(left[0]), "--steps",
+                    str(left[1]), "--decoder-steps", str(left[2])]  # fmt: skip
+    steps.clear()
+    monkeypatch.setattr(tokenizer, "reconstruction_loss", lambda *args: steps.append(1) or real(*args))
+    assert tokenizer.main([*flags, *more]) == 0 and len(steps) == sum(left)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    model = tiny()
+    model.save_pretrained(tmp_path / "vq.safetensors")
+    before = (tmp_path / "vq.safetensors").read_bytes()
+    model.quant_conv.bias.data[0] = 1e6  # more than float16 holds
+    with pytest.raises(ValueError, match="vq.safetensors: not written, the weights are no longer finite"):
+        model.save_pretrained(tmp_path / "vq.safetensors", torch.float16)
+    assert (tmp_path / "vq.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line_with_the_path(tmp_path, tiny_checkpoint, capsys):
+    import tokenizer
+    from model import LlamaSeg
+
+    vqgan, model = tiny(), LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers = {"vq.safetensors": vqgan.save_pretrained, "model.safetensors": model.save_pretrained,
+               "text.model": lambda path: tokenizer.train_text_tokenizer(["the red circle"] * 9, path, 70)}  # fmt: skip
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes: as a full disk, writing ends in an error
+        try:
+            with pytest.raises(OSError) as caught:
+                write(tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_that_nothing_was_written(tmp_path, monkeypatch, capsys):
+    import tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    for command, inside in (("eval", "evaluate"), ("text", "text_sentences")):
+        monkeypatch.setattr(tokenizer, inside, lambda *_, **more: os.kill(os.getpid(), signal.SIGINT))
+        assert tokenizer.main([command]) == 130
+        assert capsys.readouterr().err == "stopped: nothing was written\n" and not list(tmp_path.iterdir())
 
 
 def test_plain_background_is_one_code():
