@@ -63,11 +63,16 @@ def attention(q, k, v, causal):
 
 
 def check_numbers(config):
-    """ValueError unless the numbers of a config are what their fields say: positive integers, positive floats."""
+    """ValueError unless the fields of a config hold what their types say: integers and floats are positive.
+
+    No integer may be above 2^20, so that the size of a tensor, a product of three at most, fits 63 bits.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.type in (int, int | None) and (type(value) is not int or not 0 < value < 2**31):
-            raise ValueError(f"{f.name} is {value!r}, expected a positive integer")
+        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= 2**20):
+            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to 2^20")
+        if f.type is bool and type(value) is not bool:
+            raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
         if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise ValueError(f"{f.name} is {value!r}, expected a positive number")
         if f.name.endswith("layers") and value > 1000:
@@ -1145,8 +1150,9 @@ def add_lora(llama, rank, alpha, dropout, targets):
     unknown = [name for name in targets if name not in LORA_TARGETS]
     if unknown or not targets:
         raise ValueError(f"LoRA targets {', '.join(unknown) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
-    if not (rank >= 1 and alpha > 0 and 0 <= dropout < 1):
-        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want at least 1, above 0, in [0, 1)")
+    if not (type(rank) is int and 1 <= rank <= llama.config.width and 0 < alpha < math.inf and 0 <= dropout < 1):
+        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the model's "
+                         f"width {llama.config.width}, above 0, in [0, 1)")
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
             for name in [name for name, _ in part.named_children() if name in targets]:
@@ -1300,15 +1306,17 @@ class JanusSeg(MaskWriter):
         if path.is_dir() or not path.suffix:
             return cls._from_directory(path, dtype)
         config, frozen, weights = read_own(path, "janusseg", JanusConfig, torch.float32)  # LoRA stays in float32
+        if "mllm" not in frozen:
+            raise ValueError(f"{path}: its header does not name the Janus model that it belongs to")
         model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)
         if not any_weights:
             check_source(path, "mllm", frozen, model.frozen["mllm"])
-        model.add_lora(**config.lora)
-        model.config.hide, model.frozen = config.hide, frozen
         try:
+            model.add_lora(**config.lora)
             model.load_trained_state(weights)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+        model.config.hide, model.frozen = config.hide, frozen
         return model.eval()
 
     @classmethod
@@ -1368,11 +1376,13 @@ def janus_config(directory):
     for part, expected in (("vision", "CLIPVisionTower"), ("aligner", "MlpProjector"), ("gen_vision", "VQ-16"),
                            ("gen_aligner", "MlpProjector"), ("gen_head", "vision_head")):  # fmt: skip
         try:
-            parts[part] = hf[f"{part}_config"]["params"]
+            parts[part] = dict(hf[f"{part}_config"]["params"])
             check_config(path, {f"{part}_config.cls": hf[f"{part}_config"]["cls"]}, {f"{part}_config.cls": expected})
         except (KeyError, TypeError):
             raise ValueError(f"{path}: has no {part}_config with cls and params") from None
     vision, aligner, language = parts["vision"], parts["aligner"], hf.get("language_config") or {}
+    if not isinstance(language, dict):
+        raise ValueError(f"{path}: language_config is {language!r:.100}, expected an object")
     check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1})
     for part in ("aligner", "gen_aligner"):
         check_config(path, parts[part], {"projector_type": "mlp_gelu", "depth": aligner.get("depth", 2)})
@@ -1389,14 +1399,15 @@ def janus_config(directory):
             head_width=parts["gen_head"].get("image_token_embed", 2048),
             projector_layers=aligner.get("depth", 2),
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
     if (directory / "tokenizer.json").is_file():
         try:
             added = json.loads((directory / "tokenizer.json").read_bytes())["added_tokens"]
             ids = {token["content"]: token["id"] for token in added}
             config.image_id, config.pad_id = ids["<image_placeholder>"], ids["<｜▁pad▁｜>"]
-        except (ValueError, KeyError, TypeError) as error:
+            check_numbers(config)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{directory / 'tokenizer.json'}: no special token {error}") from None
     return config
 
@@ -1485,7 +1496,11 @@ def read_own(path, kind, make, dtype):
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+            weights = {}
+            for name in file.keys():  # noqa: SIM118
+                weights[name] = file.get_tensor(name)
+                check_kinds(path, {name: weights[name]})
+                weights[name] = weights[name].to(dtype)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
                          "copy it again or take another") from None
@@ -1496,10 +1511,12 @@ def read_own(path, kind, make, dtype):
     try:
         config = make(**json.loads(header["config"]))
         frozen = json.loads(header.get("frozen", "{}"))
-        if not isinstance(frozen, dict) or any(set(part) != {"name", "sha256"} for part in frozen.values()):
-            raise ValueError(f"frozen parts {frozen!r}")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config does not fit this version of model.py ({error})") from None
+        for part in frozen.values():
+            known = set(part) == {"name", "sha256"} and isinstance(part["sha256"], str)
+            if not known or Path(part["name"]).name != part["name"]:
+                raise ValueError(f"frozen parts {frozen!r}")
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its config does not fit this version of model.py ({error!s:.300})") from None
     return config, frozen, weights
 
 
@@ -1542,10 +1559,10 @@ def read_weights(directory, wanted):
             try:
                 places = json.loads((directory / f"{name}.index.json").read_bytes())["weight_map"]
                 files = sorted({file for tensor, file in places.items() if wanted(tensor)})
-                if not all(isinstance(file, str) for file in files):
-                    raise ValueError("a file's name is no text")
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{directory / name}.index.json: holds no weight_map") from None
+                if any(Path(file).name != file for file in files):
+                    raise ValueError("a file outside the directory")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                raise ValueError(f"{directory / name}.index.json: holds no weight_map of files beside it") from None
             break
         if (directory / name).is_file():
             files = [name]
@@ -1560,10 +1577,10 @@ def read_weights(directory, wanted):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    weights |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
+                    found = {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
             else:
                 tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-                weights |= {name: tensor for name, tensor in tensors.items() if wanted(name)}
+                found = {name: tensor for name, tensor in tensors.items() if wanted(name)}
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(f"{file}: refused, this pickle holds {found[1] if found else 'no tensors'}; "
@@ -1571,15 +1588,15 @@ def read_weights(directory, wanted):
         except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{file}: damaged or not what its name says ({line}); get it again") from None
+        for name in found.keys() & weights.keys():
+            raise ValueError(f"{file}: another file of {directory} holds {name} too")
+        weights |= found
     return weights
 
 
 def build_from(make, weights, directory, dtype):
     """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
-    for name, w in weights.items():
-        if not isinstance(w, torch.Tensor) or not w.dtype.is_floating_point or w.layout != torch.strided:
-            kind = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
-            raise ValueError(f"{directory}: {name} holds {kind}, expected floating-point numbers")
+    check_kinds(directory, weights)
     with torch.device("meta"):
         model = make()
     problems = compare_weights(model.state_dict(), weights)
@@ -1589,13 +1606,23 @@ def build_from(make, weights, directory, dtype):
     return model.eval()
 
 
+def check_kinds(path, weights):
+    """ValueError unless all weights are tensors of floating-point numbers of 16 bits or more."""
+    for name, w in weights.items():
+        kind = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+        known = kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if not known or w.layout != torch.strided or w.is_meta:
+            raise ValueError(f"{path}: {name} holds {kind}, expected plain floating-point numbers of 16 bits or more")
+
+
 def compare_weights(want, have):
     """Two dicts of tensors -> one line with what is missing, left over, of a wrong shape or not finite; "" if
     they agree."""
+    fit = [n for n in want if n in have and have[n].shape == want[n].shape]
     shapes = [f"{n} {tuple(have[n].shape)}, expected {tuple(want[n].shape)}"
               for n in want if n in have and have[n].shape != want[n].shape]
     kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
-             "wrong shape": shapes, "not finite": [n for n in have if not finite(have[n])]}
+             "wrong shape": shapes, "not finite": [n for n in fit if not finite(have[n])]}
     parts = []
     for kind, names in kinds.items():
         if names:
@@ -1606,7 +1633,7 @@ def compare_weights(want, have):
 
 def finite(w):
     """Are all numbers of a tensor finite? By its ends, which takes no memory beside it: NaN is both."""
-    return not w.numel() or all(math.isfinite(end) for end in map(float, w.aminmax()))
+    return not w.numel() or all(math.isfinite(end) for end in map(float, w.detach().aminmax()))
 
 
 def fingerprint(weights):

@@ -82,12 +82,16 @@ class VQGANConfig:
         self.channel_mult = tuple(self.channel_mult)  # JSON has lists
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
         if not 0 < len(self.decoder_mult) == len(self.channel_mult) < 10:
-            raise ValueError(f"channel_mult {self.channel_mult} and decoder_mult {self.decoder_mult}: one entry each "
-                             "for at most 9 resolutions")  # fmt: skip
+            raise ValueError(f"channel_mult {self.channel_mult!s:.99} and decoder_mult {self.decoder_mult!s:.99}: "
+                             "one entry each for at most 9 resolutions")  # fmt: skip
         numbers = [value for value in asdict(self).values() if not isinstance(value, tuple)]
-        if any(type(n) is not int or n < 1 for n in [*numbers, *self.channel_mult, *self.decoder_mult]):
-            raise ValueError(f"{self}: all of its numbers must be positive integers")
+        if any(type(n) is not int or not 0 < n <= 2**20 for n in [*numbers, *self.channel_mult, *self.decoder_mult]):
+            raise ValueError(f"{self!s:.300}: all of its numbers must be integers from 1 to 2^20")
+        if self.res_blocks > 100:
+            raise ValueError(f"res_blocks is {self.res_blocks}, expected at most 100")
         for width in {self.channels * m for m in self.channel_mult + self.decoder_mult} | {self.channels}:
+            if width > 2**20:
+                raise ValueError(f"{width} channels, expected at most 2^20")
             if width % self.norm_groups:
                 raise ValueError(f"{width} channels do not divide into {self.norm_groups} groups")
 
@@ -362,12 +366,13 @@ class VQGAN(nn.Module):
         header, tensors = read_checkpoint(path)
         tensors = {key: tensor for key, tensor in tensors.items() if key not in VQGAN_DROPPED}
         for key, tensor in tensors.items():
-            if not isinstance(key, str) or not tensor.dtype.is_floating_point or tensor.layout != torch.strided:
-                raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected floating-point numbers")
+            known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            if not isinstance(key, str) or not known or tensor.layout != torch.strided or tensor.is_meta:
+                raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected plain floating-point numbers")
         try:
             config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(tensors)
             config = VQGANConfig(**config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error})") from None
         with torch.device("meta"):  # shapes only: the weights come from the file
             model = cls(config)
@@ -415,12 +420,15 @@ def read_checkpoint(path):
             try:
                 with safe_open(file, "pt") as opened:
                     header = opened.metadata() or {}
-                    tensors |= {key: opened.get_tensor(key) for key in opened.keys()
-                                if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
+                    found = {key: opened.get_tensor(key) for key in opened.keys()
+                             if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: not a whole safetensors file ({error}): get it again") from None
         else:
-            tensors |= read_pickle(file)
+            found = read_pickle(file)
+        for key in found.keys() & tensors.keys():
+            raise ValueError(f"{file}: another file of {path} holds {key} too")
+        tensors |= found
     if any(str(key).startswith(JANUS) for key in tensors):
         tensors = {key.removeprefix(JANUS): w for key, w in tensors.items() if str(key).startswith(JANUS)}
     return header, tensors
@@ -529,6 +537,7 @@ class TextTokenizer:
         self.length = length
 
     def _ids(self, text):
+        text.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
         # character by character, as SigLIP2's tokenizer lowers: "Σ" at the end of a word stays non-final
         return self.model.encode("".join(c.lower() for c in text))
 
@@ -560,6 +569,7 @@ def sentencepiece_from_json(path):
         vocab = sorted(bpe["vocab"], key=bpe["vocab"].get)
         if [bpe["vocab"][piece] for piece in vocab] != list(range(len(vocab))):
             raise ValueError("its ids have gaps")
+        "".join(vocab).encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
         missing = [piece for piece in ("<pad>", "<eos>", "<bos>", "<unk>") if piece not in bpe["vocab"]]
         if missing:
             raise ValueError(f"it has no {missing[0]}")

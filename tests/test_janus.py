@@ -1,6 +1,7 @@
 """The MLLM route: Janus-Pro's parts against the official outputs, LoRA, prompts, and from train.py to sample.py."""
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -138,8 +139,11 @@ def test_official_files_of_every_kind_load_the_same(janus, tmp_path):
     (lambda c, w: c["gen_vision_config"].update(cls="VQ-8"), "gen_vision_config.cls is 'VQ-8'"),
     (lambda c, w: c.pop("gen_head_config"), "has no gen_head_config"),
     (lambda c, w: c.update(model_type="llama"), "model_type is 'llama'"),
+    (lambda c, w: c["gen_head_config"].update(params=None), "has no gen_head_config with cls and params"),
+    (lambda c, w: c.update(language_config=5), "language_config is 5"),
+    (lambda c, w: c["vision_config"]["params"].update(mlp_ratio=1e308), "cannot convert float infinity"),
     (lambda c, w: w.update({"gen_embed.weight": torch.full((96, 8), float("nan"))}), "not finite: gen_embed.weight"),
-], ids=range(8))  # fmt: skip
+], ids=range(11))  # fmt: skip
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     content = json.loads((FIXTURE / "config.json").read_text())
     tensors = load_file(FIXTURE / "model.safetensors")
@@ -149,6 +153,15 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         JanusSeg.from_pretrained(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("id", ["x", None, -5, 10**30])
+def test_odd_ids_of_special_tokens_end_in_one_line(tmp_path, id):
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    tokens = [{"content": "<image_placeholder>", "id": 4}, {"content": "<｜▁pad▁｜>", "id": id}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    with pytest.raises(ValueError, match="tokenizer.json: .*pad_id is"):
+        JanusSeg.from_pretrained(tmp_path)
 
 
 # --- LoRA
@@ -241,6 +254,23 @@ def test_a_lora_file_is_small_and_knows_its_base(janus, io, tmp_path):
     with pytest.raises(ValueError, match="was trained with the mllm janus_pro"):
         JanusSeg.from_pretrained(tmp_path / "lora.safetensors", other)
     JanusSeg.from_pretrained(tmp_path / "lora.safetensors", other, any_weights=True)
+
+
+@pytest.mark.parametrize("lora, frozen, message", [
+    (None, {}, "must be a mapping"), (5, {}, "must be a mapping"), ({"rank": 10**9}, {}, "want an integer from 1 to"),
+    ({"rank": 1.5}, {}, "LoRA rank 1.5"), ({"alpha": "x"}, {}, "not supported"), ({"alpha": math.inf}, {}, "alpha inf"),
+    ({"targets": 5}, {}, "not iterable"), ({"targets": ["lm_head"]}, {}, "targets lm_head"), ({"new": 1}, {}, "new"),
+    ({"rank": 3}, {}, "wrong shape"), ({}, None, "does not name the Janus model"),
+], ids=str)  # fmt: skip
+def test_a_lora_file_that_does_not_fit_ends_in_one_line(janus, tmp_path, lora, frozen, message):
+    janus.add_lora(rank=2)
+    known = janus.config.lora
+    janus.config.lora = known | lora if isinstance(lora, dict) else lora
+    janus.frozen = {} if frozen is None else janus.frozen
+    janus.save_pretrained(tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        JanusSeg.from_pretrained(tmp_path / "lora.safetensors", FIXTURE)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_dropout_is_for_training_alone():

@@ -314,6 +314,40 @@ def test_tensors_of_another_kind_are_refused(tmp_path):
         Llama.from_pretrained(edited(tmp_path, "hf_llama", weights=whole_numbers))
 
 
+@pytest.mark.parametrize("change", [
+    lambda w: w.to(torch.float8_e4m3fn), lambda w: w.to(torch.complex64), lambda w: w.bool(), lambda w: w.to_sparse(),
+    lambda w: w.to("meta"), lambda w: [1.0] * len(w), lambda w: torch.ones(1).expand(10**12),
+], ids=range(7))
+def test_a_pickle_of_other_tensors_ends_in_one_line(tmp_path, change):
+    folder = edited(tmp_path, "hf_llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = change(tensors["model.norm.weight"])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="norm.weight (holds|.1000000000000,., expected)") as caught:
+        Llama.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight_map, message", [
+    ("../outside.safetensors", "index.json: holds no weight_map of files beside it"), ("/etc/passwd", "of files"),
+    (".", "of files beside it"), (5, "of files beside it"), ("both", "b.safetensors: another file of .* holds .* too"),
+    (None, "of files beside it"),
+])
+def test_an_index_names_files_beside_it(tmp_path, weight_map, message):
+    folder = edited(tmp_path, "hf_llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for file in (tmp_path / "outside.safetensors", folder / "a.safetensors", folder / "b.safetensors"):
+        save_file(tensors, file)
+    files = ("a.safetensors", "b.safetensors") if weight_map == "both" else (weight_map, weight_map)
+    places = {name: files[i % 2] for i, name in enumerate(tensors)}
+    text = "[" * 100_000 if weight_map is None else json.dumps({"weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("config,weights,message", [
     (None, rename("text_model.final_layer_norm.bias", "text_model.final_layer_norm.bais"),
      "missing: text_model.final_layer_norm.bias; left over: text_model.final_layer_norm.bais"),
@@ -977,6 +1011,17 @@ def change_header(path, **entries):
     (lambda p: change_header(p, config="{"), "config"),
     (lambda p: change_header(p, config="[1]"), "config"),
     (lambda p: change_header(p, config='{"depth": 3}'), "config .*depth"),
+    (lambda p: change_header(p, config='{"a":' * 100_000), "config does not fit .*recursion"),
+    (lambda p: change_header(p, config='{"hide": "no"}'), "hide is 'no', expected true or false"),
+    (lambda p: change_header(p, config='{"codebook_size": 1e9}'), "codebook_size is 1000000000.0, expected an integer"),
+    (lambda p: change_header(p, config='{"mask_grid": 2000000000}'), "mask_grid is 2000000000, expected an integer"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": null}'), "config"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": {"name": 5, "sha256": "x"}}'), "config"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": {"name": "../x", "sha256": "x"}}'), "frozen parts"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": {"name": "x", "sha256": 5}}'), "frozen parts"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=w["bom"].to(torch.int8))), "bom holds torch.int8"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=w["bom"].to(torch.float8_e5m2))), "bom holds torch.float8"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=w["bom"].to(torch.complex64))), "bom holds torch.complex64"),
     (lambda p: change_weights(p, lambda w: w.pop("head.weight")), "missing: head.weight"),
     (lambda p: change_weights(p, lambda w: w.update(spare=torch.zeros(1))), "left over: spare"),
     (lambda p: change_weights(p, lambda w: w.update(bom=torch.zeros(3))), r"wrong shape: bom \(3,\), expected \(64,\)"),

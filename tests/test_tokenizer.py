@@ -199,6 +199,36 @@ def test_broken_files_end_in_one_line(tmp_path, tiny_checkpoint):
         VQGAN.from_pretrained(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("config", [
+    {"channels": 10**9}, {"channels": 10**400}, {"latent_channels": 2**62}, {"res_blocks": 10**7},
+    {"channel_mult": [2**20] * 5}, {"channel_mult": [1] * 100_000}, {"channel_mult": 5}, {"channels": "8"}, [1], None,
+], ids=lambda config: str(config)[:30])
+def test_a_config_that_would_fill_the_memory_ends_in_one_line(tmp_path, config):
+    known = {"channels": 8, "channel_mult": [1, 1, 1, 1, 2], "norm_groups": 4}
+    text = json.dumps(known | config if isinstance(config, dict) else config) if config else "[" * 100_000
+    save_file(tiny().state_dict(), tmp_path / "vq.safetensors", metadata={"format": "vqgan", "config": text})
+    with pytest.raises(ValueError, match="vq.safetensors: holds no mask tokenizer") as caught:
+        VQGAN.from_pretrained(tmp_path / "vq.safetensors")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.to(torch.float8_e4m3fn), lambda w: w.to(torch.int8), lambda w: w.to_sparse(), lambda w: w.to("meta"),
+], ids=range(4))
+def test_weights_of_another_kind_are_refused(tmp_path, change):
+    torch.save(official_weights() | {"quant_conv.bias": change(torch.ones(8))}, tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match="vq.pt: quant_conv.bias holds torch"):
+        VQGAN.from_pretrained(tmp_path / "vq.pt")
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path):
+    weights = {f"gen_vision_model.{name}": tensor for name, tensor in official_weights().items()}
+    for i in (1, 2):
+        save_file(weights, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: another file of .* holds .* too"):
+        VQGAN.from_pretrained(tmp_path)
+
+
 @torch.no_grad()
 def test_codes_do_not_depend_on_autocast():
     model = tiny()
@@ -266,6 +296,13 @@ def test_text_ids_equal_siglip2s():
         assert bool(tokenizer.too_long(case["text"])) == (len(tokenizer._ids(case["text"])) > 63)
 
 
+def test_half_of_a_surrogate_pair_is_refused():
+    tokenizer = TextTokenizer(FIXTURES / "gemma_text" / "tokenizer.model", 64)
+    for ask in (tokenizer.too_long, lambda text: tokenizer([text])):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            ask("half \ud83d")
+
+
 def test_tokenizer_json_gives_the_ids_of_tokenizer_model():
     folder = FIXTURES / "gemma_text"
     sentencepiece, from_json = (TextTokenizer(folder / f"tokenizer.{end}") for end in ("model", "json"))
@@ -293,6 +330,7 @@ def test_merges_may_be_written_as_strings(tmp_path):
 @pytest.mark.parametrize("change", [
     lambda c: c.pop("model"), lambda c: c["model"].update(type="Unigram"), lambda c: c["model"]["vocab"].pop("<eos>"),
     lambda c: c["model"].update(byte_fallback=False), lambda c: c["model"]["vocab"].update(zzz=9999),
+    lambda c: c["model"]["vocab"].update({"\ud800": len(c["model"]["vocab"])}), lambda c: c.update(added_tokens=5),
 ])  # fmt: skip
 def test_another_kind_of_tokenizer_json_is_refused(tmp_path, change):
     content = json.loads((FIXTURES / "gemma_text" / "tokenizer.json").read_text())
