@@ -63,11 +63,16 @@ def attention(q, k, v, causal):
 
 
 def check_numbers(config):
-    """ValueError unless the numbers of a config are what their fields say: positive integers, positive floats."""
+    """ValueError unless the fields of a config hold what their types say: integers and floats are positive.
+
+    No integer may be above 2^20, so that the size of a tensor, a product of three at most, fits 63 bits.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.type in (int, int | None) and (type(value) is not int or not 0 < value < 2**31):
-            raise ValueError(f"{f.name} is {value!r}, expected a positive integer")
+        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= 2**20):
+            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to 2^20")
+        if f.type is bool and type(value) is not bool:
+            raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
         if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise ValueError(f"{f.name} is {value!r}, expected a positive number")
         if f.name.endswith("layers") and value > 1000:
@@ -455,21 +460,22 @@ class Fused:
     """Several linear layers of one input as one product, for decoding, where each product is a walk through memory.
 
     `lay` puts their weights behind each other; the layers' own parameters become views of that, so nothing is there
-    twice, names stay, and in-place changes reach both. Whatever gives a layer other memory (`to` another device or
-    dtype) ends it, and the layers are asked one by one again.
+    twice, names stay, and in-place changes reach both. Whatever gives one of the layers other memory (`to` another
+    device or dtype, merging or unmerging LoRA) ends it, and the layers are asked one by one again.
     """
 
     def __init__(self, *layers):
-        self.layers, self.weight = layers, None
+        self.layers, self.weight, self.places = layers, None, []
 
     def lay(self):
         self.weight = decoding_layout(torch.cat([layer.weight.data for layer in self.layers]))
         for layer, part in zip(self.layers, self.weight.split([layer.out_features for layer in self.layers])):
             layer.weight.data = part
+        self.places = [layer.weight.data_ptr() for layer in self.layers]
 
     def __call__(self, x):
         """x (B,T,D) -> the output of each layer."""
-        if self.weight is None or self.weight.data_ptr() != self.layers[0].weight.data_ptr():
+        if self.weight is None or self.places != [layer.weight.data_ptr() for layer in self.layers]:
             return [layer(x) for layer in self.layers]
         return F.linear(x, self.weight).split([layer.out_features for layer in self.layers], dim=-1)
 
@@ -572,7 +578,9 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def fuse(self):
-        """Lay out the weights for decoding, see Fused; nothing else changes. Not for a model in training."""
+        """Lay out the weights for decoding, see Fused, with LoRA merged first. Not for a model in training."""
+        for lora in (module for module in self.modules() if isinstance(module, LoRALinear)):
+            lora.merge()
         for layer in self.layers:
             layer.self_attn.qkv.lay()
             layer.mlp.gate_up.lay()
@@ -721,7 +729,7 @@ class MaskWriter(nn.Module):
         self.load_state_dict(weights, strict=False)  # checked above: only what is frozen is absent
 
     def fuse(self):
-        """Lay out the weights for decoding; nothing else changes. Not for a model in training."""
+        """Lay out the weights for decoding, with LoRA merged first. Not for a model in training."""
         self.llama.fuse()
         if isinstance(self.head, nn.Linear):  # JanusSeg has two layers there, of another shape
             self.head.weight.data = decoding_layout(self.head.weight.data)
@@ -787,9 +795,13 @@ class MaskWriter(nn.Module):
 
         decode: "greedy"; "beam", the best of `beams` sequences kept by summed log-probability; or a draw at
         `temperature` from the `top_k` likeliest tokens ("top-k"), from the fewest that together reach
-        probability `top_p` ("top-p"), or from all ("random"). The same `seed` draws the same tokens.
+        probability `top_p` ("top-p"), or from all ("random").
+        seed: an int for all masks, or a list with one int per mask. The same seed draws the same tokens for a mask,
+        whatever else is in its batch.
         draft: how greedy decoding guesses tokens to verify several in a pass, see `greedy`: "row", "jacobi", "hidden",
-        "none" (or None) for one a pass, "auto" for the fastest. The mask is the same. window: tokens in a pass.
+        "none" (or None) for one a pass, "auto" for the fastest. window: tokens in a pass, with a draft.
+        In float32 the mask does not depend on the draft. In bfloat16 the logits of two tokens are often equal or one
+        rounding step apart, and the rounding depends on the shape of a pass: some masks change by a few tokens.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
         ValueError for an unknown decode or draft or a value out of range.
@@ -807,6 +819,11 @@ class MaskWriter(nn.Module):
             raise ValueError(f"top_p {top_p} must be in (0, 1], temperature {temperature} above 0")
         if window is not None and window < 1:
             raise ValueError(f"window {window} must be at least 1")
+        if window is not None and window > 1 and (decode != "greedy" or draft == "none"):
+            raise ValueError(f"window {window} has no use with decode {decode!r} and draft {draft!r}")
+        seeds = seed if isinstance(seed, list) else [seed] * len(text_ids)
+        if len(seeds) != len(text_ids) or any(type(s) is not int or not 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"seed is {seed!r:.100}, want an int from 0 to 2^63 - 1, or {len(text_ids)} of them")
         start = clock(device)
         prefix = self.prefix(text_ids, pixels)
         B, P = prefix.shape[:2]
@@ -830,12 +847,13 @@ class MaskWriter(nn.Module):
         elif window > 1:
             tokens, mask_passes = self.greedy(logits, cache, draft, window, guesses)
         else:
-            generator = torch.Generator(device).manual_seed(seed)
+            # drawn on the CPU, so that every device gets the same numbers
+            uniform = torch.stack([torch.rand(M, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
             tokens = torch.empty(B, M, dtype=torch.long, device=device)
             for t in range(M):
                 if t > 0:
                     logits = self.next_logits(self.mask_embedding(tokens[:, t - 1:t]), cache)
-                tokens[:, t] = choose(logits, decode, top_k, top_p, temperature, generator)
+                tokens[:, t] = choose(logits, decode, top_k, top_p, temperature, uniform[:, t])
         if stats is not None:
             stats["passes"], stats["mask_passes"] = max(mask_passes), mask_passes
             stats["prefill_ms"] = 1000 * (prefilled - start)
@@ -928,8 +946,8 @@ class MaskWriter(nn.Module):
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), place)
         T, k = q.shape[2], k.repeat_interleave(c.heads // c.kv_heads, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
+        visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if place.visible is None else place.visible
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def new_cache(self, prefix, more):
@@ -973,7 +991,8 @@ class LlamaSeg(MaskWriter):
     def __init__(self, config: LlamaSegConfig, encoder=None):
         super().__init__()
         self.config = config
-        self.frozen = {"encoder": encoder.source} if encoder is not None and encoder.source else {}
+        known = config.freeze_encoders and encoder is not None and encoder.source
+        self.frozen = {"encoder": encoder.source} if known else {}
         D, K, siglip = config.llama.width, config.codebook_size, config.siglip
         if encoder is not None and encoder.config != siglip:
             raise ValueError(f"the encoder has the shape {encoder.config}, the model wants {siglip}")
@@ -1067,7 +1086,7 @@ class LlamaSeg(MaskWriter):
         path = Path(path)
         config, frozen, weights = read_own(path, "llamaseg", LlamaSegConfig, dtype)
         siglip = None
-        if "encoder" in frozen:
+        if config.freeze_encoders and "encoder" in frozen:
             siglip = SigLIP.from_pretrained(encoder or WEIGHTS / frozen["encoder"]["name"], dtype=dtype)
             if not any_weights:
                 check_source(path, "encoder", frozen, siglip.source)
@@ -1131,8 +1150,9 @@ def add_lora(llama, rank, alpha, dropout, targets):
     unknown = [name for name in targets if name not in LORA_TARGETS]
     if unknown or not targets:
         raise ValueError(f"LoRA targets {', '.join(unknown) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
-    if not (rank >= 1 and alpha > 0 and 0 <= dropout < 1):
-        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want at least 1, above 0, in [0, 1)")
+    if not (type(rank) is int and 1 <= rank <= llama.config.width and 0 < alpha < math.inf and 0 <= dropout < 1):
+        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the model's "
+                         f"width {llama.config.width}, above 0, in [0, 1)")
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
             for name in [name for name, _ in part.named_children() if name in targets]:
@@ -1285,16 +1305,18 @@ class JanusSeg(MaskWriter):
         path = Path(path)
         if path.is_dir() or not path.suffix:
             return cls._from_directory(path, dtype)
-        config, frozen, weights = read_own(path, "janusseg", JanusConfig, dtype)
+        config, frozen, weights = read_own(path, "janusseg", JanusConfig, torch.float32)  # LoRA stays in float32
+        if "mllm" not in frozen:
+            raise ValueError(f"{path}: its header does not name the Janus model that it belongs to")
         model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)
         if not any_weights:
             check_source(path, "mllm", frozen, model.frozen["mllm"])
-        model.add_lora(**config.lora)
-        model.config.hide, model.frozen = config.hide, frozen
         try:
+            model.add_lora(**config.lora)
             model.load_trained_state(weights)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+        model.config.hide, model.frozen = config.hide, frozen
         return model.eval()
 
     @classmethod
@@ -1354,11 +1376,13 @@ def janus_config(directory):
     for part, expected in (("vision", "CLIPVisionTower"), ("aligner", "MlpProjector"), ("gen_vision", "VQ-16"),
                            ("gen_aligner", "MlpProjector"), ("gen_head", "vision_head")):  # fmt: skip
         try:
-            parts[part] = hf[f"{part}_config"]["params"]
+            parts[part] = dict(hf[f"{part}_config"]["params"])
             check_config(path, {f"{part}_config.cls": hf[f"{part}_config"]["cls"]}, {f"{part}_config.cls": expected})
         except (KeyError, TypeError):
             raise ValueError(f"{path}: has no {part}_config with cls and params") from None
     vision, aligner, language = parts["vision"], parts["aligner"], hf.get("language_config") or {}
+    if not isinstance(language, dict):
+        raise ValueError(f"{path}: language_config is {language!r:.100}, expected an object")
     check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1})
     for part in ("aligner", "gen_aligner"):
         check_config(path, parts[part], {"projector_type": "mlp_gelu", "depth": aligner.get("depth", 2)})
@@ -1375,14 +1399,15 @@ def janus_config(directory):
             head_width=parts["gen_head"].get("image_token_embed", 2048),
             projector_layers=aligner.get("depth", 2),
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
     if (directory / "tokenizer.json").is_file():
         try:
             added = json.loads((directory / "tokenizer.json").read_bytes())["added_tokens"]
             ids = {token["content"]: token["id"] for token in added}
             config.image_id, config.pad_id = ids["<image_placeholder>"], ids["<｜▁pad▁｜>"]
-        except (ValueError, KeyError, TypeError) as error:
+            check_numbers(config)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{directory / 'tokenizer.json'}: no special token {error}") from None
     return config
 
@@ -1411,20 +1436,27 @@ def check_source(path, part, frozen, source):
                          "give that one, or --any-weights to take this one")
 
 
-def choose(logits, decode, top_k, top_p, temperature, generator):
-    """One token a row from logits (B,K) float32 -> (B,); see LlamaSeg.generate for the ways to choose."""
+def choose(logits, decode, top_k, top_p, temperature, uniform):
+    """One token a row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to choose.
+
+    uniform (B,): numbers in [0, 1). A row draws the first token at which the summed probabilities exceed its number.
+    """
     if decode == "greedy":
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
     if decode in ("top-k", "top-p"):
-        probs, index = probs.sort(dim=-1, descending=True)
+        probs, index = probs.sort(dim=-1, descending=True, stable=True)
         if decode == "top-k":
             probs[:, top_k:] = 0
         else:
             before = probs.cumsum(-1) - probs  # what the likelier tokens have together
             probs[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0)
-        return index.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    sums = probs.cumsum(-1)
+    chosen = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    if decode == "random":
+        return chosen[:, 0]
+    chosen = chosen.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1)  # a GPU may round sums of equal value differently
+    return index.gather(1, chosen)[:, 0]
 
 
 # ------------------------------------------------------------------------------
@@ -1464,7 +1496,11 @@ def read_own(path, kind, make, dtype):
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+            weights = {}
+            for name in file.keys():  # noqa: SIM118
+                weights[name] = file.get_tensor(name)
+                check_kinds(path, {name: weights[name]})
+                weights[name] = weights[name].to(dtype)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
                          "copy it again or take another") from None
@@ -1475,10 +1511,12 @@ def read_own(path, kind, make, dtype):
     try:
         config = make(**json.loads(header["config"]))
         frozen = json.loads(header.get("frozen", "{}"))
-        if not isinstance(frozen, dict) or any(set(part) != {"name", "sha256"} for part in frozen.values()):
-            raise ValueError(f"frozen parts {frozen!r}")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config does not fit this version of model.py ({error})") from None
+        for part in frozen.values():
+            known = set(part) == {"name", "sha256"} and isinstance(part["sha256"], str)
+            if not known or Path(part["name"]).name != part["name"]:
+                raise ValueError(f"frozen parts {frozen!r}")
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its config does not fit this version of model.py ({error!s:.300})") from None
     return config, frozen, weights
 
 
@@ -1521,10 +1559,10 @@ def read_weights(directory, wanted):
             try:
                 places = json.loads((directory / f"{name}.index.json").read_bytes())["weight_map"]
                 files = sorted({file for tensor, file in places.items() if wanted(tensor)})
-                if not all(isinstance(file, str) for file in files):
-                    raise ValueError("a file's name is no text")
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{directory / name}.index.json: holds no weight_map") from None
+                if any(Path(file).name != file for file in files):
+                    raise ValueError("a file outside the directory")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                raise ValueError(f"{directory / name}.index.json: holds no weight_map of files beside it") from None
             break
         if (directory / name).is_file():
             files = [name]
@@ -1539,10 +1577,10 @@ def read_weights(directory, wanted):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    weights |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
+                    found = {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
             else:
                 tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-                weights |= {name: tensor for name, tensor in tensors.items() if wanted(name)}
+                found = {name: tensor for name, tensor in tensors.items() if wanted(name)}
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(f"{file}: refused, this pickle holds {found[1] if found else 'no tensors'}; "
@@ -1550,15 +1588,15 @@ def read_weights(directory, wanted):
         except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{file}: damaged or not what its name says ({line}); get it again") from None
+        for name in found.keys() & weights.keys():
+            raise ValueError(f"{file}: another file of {directory} holds {name} too")
+        weights |= found
     return weights
 
 
 def build_from(make, weights, directory, dtype):
     """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
-    for name, w in weights.items():
-        if not isinstance(w, torch.Tensor) or not w.dtype.is_floating_point or w.layout != torch.strided:
-            kind = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
-            raise ValueError(f"{directory}: {name} holds {kind}, expected floating-point numbers")
+    check_kinds(directory, weights)
     with torch.device("meta"):
         model = make()
     problems = compare_weights(model.state_dict(), weights)
@@ -1568,13 +1606,23 @@ def build_from(make, weights, directory, dtype):
     return model.eval()
 
 
+def check_kinds(path, weights):
+    """ValueError unless all weights are tensors of floating-point numbers of 16 bits or more."""
+    for name, w in weights.items():
+        kind = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+        known = kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if not known or w.layout != torch.strided or w.is_meta:
+            raise ValueError(f"{path}: {name} holds {kind}, expected plain floating-point numbers of 16 bits or more")
+
+
 def compare_weights(want, have):
     """Two dicts of tensors -> one line with what is missing, left over, of a wrong shape or not finite; "" if
     they agree."""
+    fit = [n for n in want if n in have and have[n].shape == want[n].shape]
     shapes = [f"{n} {tuple(have[n].shape)}, expected {tuple(want[n].shape)}"
               for n in want if n in have and have[n].shape != want[n].shape]
     kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
-             "wrong shape": shapes, "not finite": [n for n in have if not finite(have[n])]}
+             "wrong shape": shapes, "not finite": [n for n in fit if not finite(have[n])]}
     parts = []
     for kind, names in kinds.items():
         if names:
@@ -1585,7 +1633,7 @@ def compare_weights(want, have):
 
 def finite(w):
     """Are all numbers of a tensor finite? By its ends, which takes no memory beside it: NaN is both."""
-    return not w.numel() or all(math.isfinite(end) for end in map(float, w.aminmax()))
+    return not w.numel() or all(math.isfinite(end) for end in map(float, w.detach().aminmax()))
 
 
 def fingerprint(weights):

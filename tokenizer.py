@@ -15,9 +15,11 @@ import json
 import os
 import pickle
 import re
+import signal
 import struct
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +44,23 @@ def image_to_mask(images):
     return images.mean(1) >= 0
 
 
+@contextmanager
+def full_float32(device_type):
+    """Compute in float32 while the block runs: without autocast, and without TF32 in matrix products and convolutions.
+
+    The settings are PyTorch's older ones, as train.py's are: the older and the newer ones must not be mixed.
+    """
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
 # ----------------------------------------------------------------------------------------------------------
 # VQGAN, in the layout and with the parameter names of LlamaGen (tokenizer/tokenizer_image/vq_model.py)
 
@@ -63,12 +82,16 @@ class VQGANConfig:
         self.channel_mult = tuple(self.channel_mult)  # JSON has lists
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
         if not 0 < len(self.decoder_mult) == len(self.channel_mult) < 10:
-            raise ValueError(f"channel_mult {self.channel_mult} and decoder_mult {self.decoder_mult}: one entry each "
-                             "for at most 9 resolutions")  # fmt: skip
+            raise ValueError(f"channel_mult {self.channel_mult!s:.99} and decoder_mult {self.decoder_mult!s:.99}: "
+                             "one entry each for at most 9 resolutions")  # fmt: skip
         numbers = [value for value in asdict(self).values() if not isinstance(value, tuple)]
-        if any(type(n) is not int or n < 1 for n in [*numbers, *self.channel_mult, *self.decoder_mult]):
-            raise ValueError(f"{self}: all of its numbers must be positive integers")
+        if any(type(n) is not int or not 0 < n <= 2**20 for n in [*numbers, *self.channel_mult, *self.decoder_mult]):
+            raise ValueError(f"{self!s:.300}: all of its numbers must be integers from 1 to 2^20")
+        if self.res_blocks > 100:
+            raise ValueError(f"res_blocks is {self.res_blocks}, expected at most 100")
         for width in {self.channels * m for m in self.channel_mult + self.decoder_mult} | {self.channels}:
+            if width > 2**20:
+                raise ValueError(f"{width} channels, expected at most 2^20")
             if width % self.norm_groups:
                 raise ValueError(f"{width} channels do not divide into {self.norm_groups} groups")
 
@@ -231,7 +254,7 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, latents):
         """Latents (B, C, h, w) -> code indices (B, h*w), raster order."""
-        with torch.autocast(latents.device.type, enabled=False):  # near codes differ by less than bfloat16 can say
+        with full_float32(latents.device.type):  # codes that lie close together differ by less than bfloat16 resolves
             z = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)  # (B, h*w, C)
             codebook = self.codebook.float()
             # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, as the official code writes it; |z| is shared by all e
@@ -259,11 +282,12 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def latents(self, images):
-        """(B, 3, H, W) in [-1, 1] -> latents before quantization (B, codebook_dim, h, w)."""
+        """(B, 3, H, W) in [-1, 1] -> latents before quantization (B, codebook_dim, h, w), in full float32."""
         height, width = images.shape[-2:]
         if height % self.config.downsample or width % self.config.downsample:
             raise ValueError(f"picture of {height}x{width}: both sides must divide by {self.config.downsample}")
-        return self.quant_conv(self.encoder(images))
+        with full_float32(images.device.type):
+            return self.quant_conv(self.encoder(images))
 
     def decode_latents(self, quantized):
         """Quantized latents (B, codebook_dim, h, w) -> (B, 3, H, W), not clamped."""
@@ -289,8 +313,7 @@ class VQGAN(nn.Module):
         commitment weight of 0.25). With `noise` (a float) nothing is quantized: the latents only get Gaussian
         noise of that size, which is how the model starts before there is a codebook.
         """
-        with torch.autocast(images.device.type, enabled=False):  # float32, as the codes are chosen later
-            z = F.normalize(self.latents(images), dim=1)  # (B, C, h, w), unit length
+        z = F.normalize(self.latents(images), dim=1)  # (B, C, h, w), unit length
         loss = self.flat_loss(images, z)
         if noise is not None:
             z = F.normalize(z + noise * torch.randn_like(z), dim=1)
@@ -317,6 +340,8 @@ class VQGAN(nn.Module):
         """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
         tensors = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
         path = Path(path)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{path}: not written, the weights are no longer finite: try a smaller learning rate")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata={"format": "vqgan", "config": json.dumps(asdict(self.config))})
@@ -341,12 +366,13 @@ class VQGAN(nn.Module):
         header, tensors = read_checkpoint(path)
         tensors = {key: tensor for key, tensor in tensors.items() if key not in VQGAN_DROPPED}
         for key, tensor in tensors.items():
-            if not isinstance(key, str) or not tensor.dtype.is_floating_point or tensor.layout != torch.strided:
-                raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected floating-point numbers")
+            known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            if not isinstance(key, str) or not known or tensor.layout != torch.strided or tensor.is_meta:
+                raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected plain floating-point numbers")
         try:
             config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(tensors)
             config = VQGANConfig(**config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error})") from None
         with torch.device("meta"):  # shapes only: the weights come from the file
             model = cls(config)
@@ -394,12 +420,15 @@ def read_checkpoint(path):
             try:
                 with safe_open(file, "pt") as opened:
                     header = opened.metadata() or {}
-                    tensors |= {key: opened.get_tensor(key) for key in opened.keys()
-                                if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
+                    found = {key: opened.get_tensor(key) for key in opened.keys()
+                             if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: not a whole safetensors file ({error}): get it again") from None
         else:
-            tensors |= read_pickle(file)
+            found = read_pickle(file)
+        for key in found.keys() & tensors.keys():
+            raise ValueError(f"{file}: another file of {path} holds {key} too")
+        tensors |= found
     if any(str(key).startswith(JANUS) for key in tensors):
         tensors = {key.removeprefix(JANUS): w for key, w in tensors.items() if str(key).startswith(JANUS)}
     return header, tensors
@@ -508,6 +537,7 @@ class TextTokenizer:
         self.length = length
 
     def _ids(self, text):
+        text.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
         # character by character, as SigLIP2's tokenizer lowers: "Σ" at the end of a word stays non-final
         return self.model.encode("".join(c.lower() for c in text))
 
@@ -539,6 +569,7 @@ def sentencepiece_from_json(path):
         vocab = sorted(bpe["vocab"], key=bpe["vocab"].get)
         if [bpe["vocab"][piece] for piece in vocab] != list(range(len(vocab))):
             raise ValueError("its ids have gaps")
+        "".join(vocab).encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
         missing = [piece for piece in ("<pad>", "<eos>", "<bos>", "<unk>") if piece not in bpe["vocab"]]
         if missing:
             raise ValueError(f"it has no {missing[0]}")
@@ -627,6 +658,7 @@ class BPETokenizer:
                     continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""])  # fmt: skip
         ranks = self._read_vocabulary(content["model"]["vocab"], content["model"]["merges"])
         self._read_added_tokens(content["added_tokens"], content["model"]["vocab"])
+        self.splits = []
         pattern = self._read_pre_tokenizer(content["pre_tokenizer"] or {})
         self.vocab_size = len(self.bytes)
         self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -692,8 +724,9 @@ class BPETokenizer:
         return parts, rank
 
     def _read_added_tokens(self, added, vocab):
-        """Sets self.special_tokens and begins self.splits: (pattern, {piece: its id if it is an added token})."""
-        self.special_tokens, self.splits = {}, []
+        """Sets self.special_tokens, and as (pattern, {name: id}) self.names of all added tokens, to be cut out of a
+        text, and self.letters of those that are one character, as DeepSeek's "ü", to be cut out of a user's words."""
+        self.special_tokens, self.names, self.letters = {}, [], []
         for token in added:
             name, id = token["content"], token["id"]
             # The id is the one that Hugging Face gives, whatever the file says. A token that takes white space with
@@ -708,8 +741,9 @@ class BPETokenizer:
             self.special_tokens[name] = id
         for normalized in (False, True):  # in this order; of those that begin at a character the longest counts
             ids = {token["content"]: token["id"] for token in added if token["normalized"] == normalized}
-            names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
-            self.splits += [(re.compile(f"({names})"), ids)] if ids else []
+            for found, kept in ((self.names, ids), (self.letters, {name: ids[name] for name in ids if len(name) == 1})):
+                names = "|".join(re.escape(name) for name in sorted(kept, key=len, reverse=True))
+                found += [(re.compile(f"({names})"), kept)] if kept else []
 
     def _read_pre_tokenizer(self, content):
         """Adds the patterns of the Splits to self.splits; returns tiktoken's pattern, which does the Digits."""
@@ -737,20 +771,32 @@ class BPETokenizer:
                             use_regex=[False])  # fmt: skip
         return digits
 
-    def encode(self, text):
-        """Text -> list of ids; where the text has the name of an added token, that token.
+    def encode(self, *parts):
+        """Text -> list of ids. The name of an added token in the text becomes that token.
 
-        UnicodeEncodeError, a ValueError, on half of a surrogate pair: UTF-8 has no bytes for it.
+        Several parts are, in turn, text and words of a user, text again and so on. They are encoded as one text, but in
+        the words the name of an added token is text like any other. UnicodeEncodeError, a ValueError, on half of a
+        surrogate pair: UTF-8 has no bytes for it.
         """
-        text.encode()
-        pieces = [text]  # strings, and the ids of added tokens that were found
-        for pattern, added in self.splits:
-            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
-            pieces = [added.get(part, part) for part in parts if part != ""]
+        pieces = []  # strings, and the ids of added tokens that were found
+        for i, part in enumerate(parts):
+            part.encode()
+            for piece in self._cut([part], self.letters if i % 2 else self.names):
+                if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                    piece = pieces.pop() + piece  # two parts meet here
+                pieces.append(piece)
         ids = []
-        for piece in pieces:
+        for piece in self._cut(pieces, self.splits):
             ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
         return ids
+
+    @staticmethod
+    def _cut(pieces, steps):
+        """Cut strings by the pattern of each step; a piece with the name of one of its added tokens becomes its id."""
+        for pattern, added in steps:
+            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
+            pieces = [added.get(part, part) for part in parts]
+        return [piece for piece in pieces if piece != ""]
 
     def decode(self, ids):
         """ids -> text; bytes that are not UTF-8, as half a character's, become U+FFFD. ValueError on an unknown id."""
@@ -780,6 +826,8 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
                 minloglevel=2,
             )
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot write ({error.strerror})") from None
     except RuntimeError as error:
         raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
     finally:
@@ -808,13 +856,14 @@ class JanusPrompt:
 
     def too_long(self, text):
         """How many tokens `text` needs if that is more than fit, else 0."""
-        needed = len(self.bpe.encode(text))
+        needed = len(self.bpe.encode("", text.strip()))
         return needed if needed > self.length else 0
 
-    def ids(self, prompt):
-        """A prompt with <image_placeholder> -> list of ids: begin of sentence first, N places for the picture."""
+    def ids(self, *parts):
+        """A prompt in parts, as BPETokenizer.encode takes them -> list of ids: begin of sentence first, and N places
+        for the picture where the text has <image_placeholder>."""
         special, ids = self.special, [self.special["bos"]]
-        for id in self.bpe.encode(prompt):
+        for id in self.bpe.encode(*parts):
             ids += ([special["begin"]] + self.image_tokens * [special["image"]] + [special["end"]]
                     if id == special["image"] else [id])  # fmt: skip
         return ids
@@ -824,21 +873,15 @@ class JanusPrompt:
 
         The paper: `<|User|>: [text]<image>  <|Assistant|>: <begin_of_mask>`, in Janus' own white space.
         """
-        rows = [self.ids(f"<|User|>: {self._plain(phrase)}<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
+        rows = [self.ids("<|User|>: ", phrase.strip(), "<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
                 for phrase in phrases]  # fmt: skip
         longest = max(map(len, rows))
         return torch.tensor([[self.special["pad"]] * (longest - len(row)) + row for row in rows])
 
     def chat(self, question):
         """A question about a picture -> int64 (1, L)."""
-        text = self._plain(question)
-        return torch.tensor([self.ids(f"{self.system}\n\n<|User|>: <image_placeholder>\n{text}\n\n<|Assistant|>:")])
-
-    def _plain(self, text):
-        """The words of a user, who must not write special tokens: the picture's place is not theirs to choose."""
-        for name in self.bpe.special_tokens:
-            text = text.replace(name, "")
-        return text.strip()
+        system = f"{self.system}\n\n<|User|>: <image_placeholder>\n"
+        return torch.tensor([self.ids(system, question.strip(), "\n\n<|Assistant|>:")])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -928,6 +971,12 @@ def evaluate(model, dataset, size, count, batch=32, device="cpu"):
     return scores.compute(), int(used.sum()), shown[:24], own.compute()
 
 
+def summary(scores):
+    """The numbers of SegmentationMetrics.compute as a phrase; "-" stands for a number that is not defined."""
+    total, mean, ahd = ("-" if scores[k] is None else f"{scores[k]:.4f}" for k in ("cIoU", "gIoU", "mAHD@0.5"))
+    return f"total IoU {total}, mean IoU {mean}, mAHD@0.5 {ahd} px"
+
+
 def train(args):
     """Train a mask tokenizer in three phases; any of them can be left out by giving it 0 steps.
 
@@ -935,31 +984,56 @@ def train(args):
     codes    a codebook from k-means, then VQ training of everything;
     decoder  k-means once more, so that no code is wasted; then encoder and codebook stay and the decoder alone
              goes on. Given --init-from and only this phase, every mask keeps the mask tokens it had.
+
+    A run that is stopped saves its weights and says how to go on.
     """
-    from data import load_dataset
-
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    dataset, val_set = (load_dataset(args.data, split, rich=args.rich) for split in ("train", "val"))
-    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
-    encoder_moved = False
-    for phase, steps in (("free", args.free_steps), ("codes", args.steps), ("decoder", args.decoder_steps)):
-        if steps:
-            if encoder_moved:
-                learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
-                codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
-                model.quantize.embedding.weight.data.copy_(codebook)
-            train_phase(model, dataset, val_set, phase, steps, args, device)
-            encoder_moved = phase != "decoder"
-        args.start += steps * args.batch_size * 2  # the next phase sees new masks
-
-
-def train_phase(model, dataset, val_set, phase, steps, args, device):
-    """One phase of `train`; saves and evaluates as it goes."""
     from tqdm import tqdm
 
+    from data import BadUsage, load_dataset
+
+    torch.manual_seed(args.seed)
+    device, first = torch.device(args.device), args.start
+    options = {"rich": True} if args.rich else {}
+    dataset, val_set = (load_dataset(args.data, split, **options) for split in ("train", "val"))
+    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
+    if args.size % (2 * model.config.downsample):
+        raise BadUsage(f"--size {args.size} must be a multiple of {2 * model.config.downsample}: crops have half of it")
+    phases = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
+    encoder_moved, has_codebook = False, bool(args.init_from)
+    try:
+        with tqdm(total=sum(phases.values()), smoothing=0.05) as bar:
+            for phase, steps in phases.items():
+                if steps:
+                    if encoder_moved:
+                        learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
+                        codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
+                        model.quantize.embedding.weight.data.copy_(codebook)
+                    encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
+                    train_phase(model, dataset, val_set, phase, steps, args, device, bar)
+                args.start += steps * args.batch_size * 2  # the next phase sees new masks
+    except BaseException:  # Ctrl-C, SIGTERM or an error
+        done = bar.n
+        if done == 0:
+            print("nothing was saved: no step was done", file=sys.stderr)
+            raise
+        model.save_pretrained(args.out, torch.float16)
+        print(f"saved {args.out} after {done:,} of {bar.total:,} steps"
+              f"{'' if has_codebook else '; its codebook is not trained yet'}", file=sys.stderr)  # fmt: skip
+        flags, to_skip = f"--init-from {args.out} --start {first + done * args.batch_size * 2}", done
+        for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
+            # the codebook is made at the end of the free steps, so one of them is needed until there is one
+            flags += f" {flag} {max(steps - to_skip, 0 if has_codebook or flag != '--free-steps' else 1)}"
+            to_skip = max(0, to_skip - steps)
+        if done < bar.total:
+            print(f"to go on, with a new warm-up: the same command with {flags}", file=sys.stderr)
+        raise
+
+
+def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
+    """One phase of `train`; saves and evaluates as it goes."""
     from data import contact_sheet
 
+    bar.set_description(f"mask tokenizer, {phase}")
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
     model.requires_grad_(False)
     parameters = [p.requires_grad_(True) for module in learning for p in module.parameters()]
@@ -971,8 +1045,7 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
         torch.optim.AdamW([p for p in parameters if p.dim() != 4], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     position = args.start
-    bar = tqdm(range(steps), desc=f"mask tokenizer, {phase}", smoothing=0.05)
-    for step in bar:
+    for step in range(steps):
         fraction = step / steps
         if phase == "codes" and step % 200 == 0 and fraction < 0.7:
             reseed_codes(model, mask_batch(dataset, args.size, position, 512).to(device))
@@ -994,18 +1067,17 @@ def train_phase(model, dataset, val_set, phase, steps, args, device):
             for group in optimizer.param_groups:  # short warm-up, flat, then down to 2 %
                 group["lr"] = args.lr * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
             optimizer.step()
+        bar.update()
         if step % 50 == 0:
             wrong = (image_to_mask(decoded.detach()) ^ masks).sum() / masks.sum()
             bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
             if phase != "free":
-                scores, used, shown, _ = evaluate(model, val_set, args.size, 128, device=device)
+                scores, used, shown, _ = evaluate(model, val_set, args.size, min(128, len(val_set)), device=device)
                 contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown],
                               args.out.with_suffix(".png"))  # fmt: skip
-                ahd = "-" if scores["mAHD@0.5"] is None else f"{scores['mAHD@0.5']:.2f}"
-                tqdm.write(f"step {step + 1}: total IoU {scores['cIoU']:.4f}, mAHD@0.5 {ahd} px, "
-                           f"{used} of {model.config.codebook_size} codes used")
+                bar.write(f"step {step + 1}: {summary(scores)}, {used} of {model.config.codebook_size} codes used")
 
 
 @torch.no_grad()
@@ -1054,10 +1126,12 @@ def report(args):
 
     At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
     """
-    from data import contact_sheet, load_dataset
+    from data import BadUsage, contact_sheet, load_dataset
     from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
+    if args.size % model.config.downsample:
+        raise BadUsage(f"--size {args.size} must be a multiple of {model.config.downsample}")
     dataset = load_dataset(args.data, args.split)
     count = min(args.count, len(dataset))
     scores, used, shown, own = evaluate(model, dataset, args.size, count)
@@ -1065,8 +1139,7 @@ def report(args):
               "codebook_size": model.config.codebook_size, "square": scores, "own_size": own}  # fmt: skip
     print(f"{args.data}:{args.split}, {count} masks, {used} of {model.config.codebook_size} codes used")
     for name, row in ((f"at {args.size} x {args.size} px", scores), ("at the pictures' own sizes", own)):
-        ahd = "-" if row["mAHD@0.5"] is None else f"{row['mAHD@0.5']:.3f}"
-        print(f"{name:28} total IoU {row['cIoU']:.4f}, mean IoU {row['gIoU']:.4f}, mAHD@0.5 {ahd} px")
+        print(f"{name:28} {summary(row)}")
     contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown], f"{args.out}.png")
     write_json(f"{args.out}.json", result)
     print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
@@ -1132,6 +1205,7 @@ def read_tokens(path, shape, source, **expected):
 def parse_args(argv=None):
     """The flags of the sub-commands."""
     from metrics import Parser
+    from model import pick_device
 
     assets = Path(__file__).parent / "assets"
     parser = Parser(description=__doc__)
@@ -1140,7 +1214,7 @@ def parse_args(argv=None):
     p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
                             description=train.__doc__)  # fmt: skip
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
-    p.add_argument("--data", default="scenes", help="data set whose masks to learn (default: scenes)")
+    p.add_argument("--data", default="scenes", help="masks to learn: scenes or jsonl:PATH (default: scenes)")
     p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="more of everything")
     p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
@@ -1161,7 +1235,7 @@ def parse_args(argv=None):
     p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks",
                             description=report.__doc__)  # fmt: skip
     p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
-    p.add_argument("--data", default="scenes", help="data set (default: scenes)")
+    p.add_argument("--data", default="scenes", help="scenes or jsonl:PATH (default: scenes)")
     p.add_argument("--split", default="test", help="default: test")
     p.add_argument("--count", type=int, default=2000, help="masks (default: 2000)")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
@@ -1185,19 +1259,43 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, default=Path("text.model"), help="file to write")
     p.add_argument("--vocab-size", type=int, default=768)
     args = parser.parse_args(argv)
-    for name in ("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    parser = commands.choices[args.command]
+    least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"), 1)
+    least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start", "seed", "noise"), 0)
+    for name, value in vars(args).items():
+        if name in least and value is not None and not least[name] <= value < 2**63:  # true of NaN as well
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least[name]} and below 2^63")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out.is_dir() and args.command in ("train", "text"):
+        parser.error(f"--out {args.out} is a folder: give the file to write")
+    if args.command in ("train", "eval") and args.data != "scenes" and not args.data.startswith("jsonl:"):
+        parser.error(f"--data {args.data}: choose scenes or jsonl:PATH")
+    if args.command == "train" and args.out.suffix != ".safetensors":
+        parser.error(f"--out {args.out}: the file's name must end in .safetensors")
+    if args.command == "train" and not 0 < args.lr < float("inf"):
+        parser.error(f"--lr {args.lr} must be a positive number")
+    if args.command == "train" and not any((args.free_steps, args.steps, args.decoder_steps)):
+        parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
+    if hasattr(args, "device"):
+        try:
+            args.device = str(pick_device(args.device))
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
 def main(argv=None):
-    """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
+    """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage, 130 after Ctrl-C."""
+    from data import BadUsage
     from metrics import printable
 
     args = parse_args(argv)
+
+    def terminate(*_):
+        raise SystemExit(143)  # so that temporary files go and `train` saves
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         if args.command == "train":
             train(args)
@@ -1210,10 +1308,12 @@ def main(argv=None):
             print(f"wrote {args.out}: {args.vocab_size} pieces")
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadUsage) else 1
     except KeyboardInterrupt:
-        print("stopped: --init-from goes on with what is saved", file=sys.stderr)
+        print("stopped" if args.command == "train" else "stopped: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Shared by the tests: one thread (small tensors gain nothing from more) and a tiny trained-nothing checkpoint."""
 
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -9,11 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers in every run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -198,6 +198,18 @@ def test_bytes_that_no_text_has_need_no_token():
     text = "für Àÿ\U0010ffff" + "".join(map(chr, range(0x250)))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("ü") == [tokenizer.special_tokens["ü"]] and tokenizer.vocab_size == 256
+    assert tokenizer.encode("", "für <ü>") == tokenizer.encode("für <ü>")  # a letter is nobody's name
+
+
+def test_in_words_the_name_of_an_added_token_is_text():
+    at = len(BYTES) + 2
+    tokenizer = build([("a", "b"), ("b", "c")], tokens=[added("<a>", at), added("<b>", at + 1, normalized=True)])
+    letters = [id for c in "<a>" for id in tokenizer.encode(c)]
+    assert tokenizer.encode("<a>", "<a>", "<a>") == [at, *letters, at]
+    assert tokenizer.encode("", "<b>") == [tokenizer.encode(c)[0] for c in "<b>"]
+    assert tokenizer.encode("<", "a>") == tokenizer.encode("<", "a>", "") == letters  # nor is one that begins in text
+    assert tokenizer.encode("a", "b", "c") == tokenizer.encode("abc")  # merges go across
+    assert tokenizer.encode() == tokenizer.encode("") == tokenizer.encode("", "", "") == []
 
 
 def test_decode_of_what_is_no_text(official):

@@ -1,6 +1,8 @@
 """The MLLM route: Janus-Pro's parts against the official outputs, LoRA, prompts, and from train.py to sample.py."""
 
 import json
+import math
+import random
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from model import JanusSeg, LoRALinear
+from model import LORA_TARGETS, JanusSeg, LoRALinear
 from tokenizer import VQGAN, JanusPrompt, VQGANConfig
 
 FIXTURE = REPO / "tests" / "fixtures" / "janus_pro"
@@ -76,9 +78,6 @@ def test_prompts_of_several_lengths_together_equal_each_alone(janus, io, decode)
     short = torch.cat([torch.full((1, 4), 258), long[:, :1], long[:, 5:]], dim=1)
     pixels = io["pixel_values"][:, 0]
     together = janus.generate(torch.cat([long, short]), pixels, decode=decode)
-    if decode == "top-k":  # a draw depends on the batch: only that it works
-        assert together.shape == (2, 16)
-        return
     assert torch.equal(together[:1], janus.generate(long, pixels[:1], decode=decode))
     assert torch.equal(together[1:], janus.generate(short[:, 4:], pixels[1:], decode=decode))
 
@@ -140,8 +139,11 @@ def test_official_files_of_every_kind_load_the_same(janus, tmp_path):
     (lambda c, w: c["gen_vision_config"].update(cls="VQ-8"), "gen_vision_config.cls is 'VQ-8'"),
     (lambda c, w: c.pop("gen_head_config"), "has no gen_head_config"),
     (lambda c, w: c.update(model_type="llama"), "model_type is 'llama'"),
+    (lambda c, w: c["gen_head_config"].update(params=None), "has no gen_head_config with cls and params"),
+    (lambda c, w: c.update(language_config=5), "language_config is 5"),
+    (lambda c, w: c["vision_config"]["params"].update(mlp_ratio=1e308), "cannot convert float infinity"),
     (lambda c, w: w.update({"gen_embed.weight": torch.full((96, 8), float("nan"))}), "not finite: gen_embed.weight"),
-], ids=range(8))  # fmt: skip
+], ids=range(11))  # fmt: skip
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     content = json.loads((FIXTURE / "config.json").read_text())
     tensors = load_file(FIXTURE / "model.safetensors")
@@ -151,6 +153,15 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         JanusSeg.from_pretrained(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("id", ["x", None, -5, 10**30])
+def test_odd_ids_of_special_tokens_end_in_one_line(tmp_path, id):
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    tokens = [{"content": "<image_placeholder>", "id": 4}, {"content": "<｜▁pad▁｜>", "id": id}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    with pytest.raises(ValueError, match="tokenizer.json: .*pad_id is"):
+        JanusSeg.from_pretrained(tmp_path)
 
 
 # --- LoRA
@@ -170,13 +181,47 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(janus, io):
     weights = [layer.weight.clone() for layer in janus.lora_layers()]
     janus.merge()
     janus.merge()  # a second time changes nothing
-    close(janus(*ask)[0], apart, 1e-5)
-    janus.llama.fuse()
-    close(janus(*ask)[0], apart, 1e-5)
+    close(janus(*ask)[0], apart, 1e-3)
     for layer, weight in zip(janus.lora_layers(), weights):
         layer.unmerge()
         close(layer.weight, weight, 1e-6)
-    close(janus(*ask)[0], apart, 1e-5)
+    close(janus(*ask)[0], apart, 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [[name] for name in LORA_TARGETS] + [["k_proj", "up_proj", "o_proj"], LORA_TARGETS])
+def test_fused_and_merged_in_any_order_the_outputs_are_the_same(janus, io, targets):
+    ask = io["gen_input_ids"], io["pixel_values"][:1, 0], io["tf_image_tokens"]
+    before = janus(*ask)[0]
+    janus.add_lora(rank=4, alpha=8.0, targets=targets)
+    for layer in janus.lora_layers():
+        layer.lora_b.normal_(std=0.3)
+    apart = janus(*ask)[0]
+    assert (apart - before).abs().max() > 0.1
+
+    def unmerge():
+        for layer in janus.lora_layers():
+            layer.unmerge()
+
+    for step in (janus.fuse, unmerge, janus.merge, janus.llama.fuse, unmerge, janus.fuse, janus.fuse, janus.merge):
+        step()
+        close(janus(*ask)[0], apart, 1e-3)
+    for layer in janus.lora_layers():  # what LoRA becomes counts, not what the fused weights once were
+        layer.unmerge()
+        layer.lora_b.zero_()
+    close(janus(*ask)[0], before, 1e-3)
+    janus.fuse()
+    close(janus(*ask)[0], before, 1e-3)
+
+
+def test_lora_stays_in_float32_beside_weights_in_bfloat16(janus, tmp_path):
+    janus.add_lora(rank=2)
+    torch.nn.init.normal_(janus.lora_layers()[0].lora_b)
+    janus.save_pretrained(tmp_path / "lora.safetensors")
+    again = JanusSeg.from_pretrained(tmp_path / "lora.safetensors", FIXTURE, torch.bfloat16)
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    for name, w in janus.trained_state().items():
+        assert torch.equal(again.state_dict()[name], w) and w.dtype == again.state_dict()[name].dtype == torch.float32
 
 
 def test_only_lora_receives_gradients(janus, io):
@@ -211,8 +256,24 @@ def test_a_lora_file_is_small_and_knows_its_base(janus, io, tmp_path):
     JanusSeg.from_pretrained(tmp_path / "lora.safetensors", other, any_weights=True)
 
 
+@pytest.mark.parametrize("lora, frozen, message", [
+    (None, {}, "must be a mapping"), (5, {}, "must be a mapping"), ({"rank": 10**9}, {}, "want an integer from 1 to"),
+    ({"rank": 1.5}, {}, "LoRA rank 1.5"), ({"alpha": "x"}, {}, "not supported"), ({"alpha": math.inf}, {}, "alpha inf"),
+    ({"targets": 5}, {}, "not iterable"), ({"targets": ["lm_head"]}, {}, "targets lm_head"), ({"new": 1}, {}, "new"),
+    ({"rank": 3}, {}, "wrong shape"), ({}, None, "does not name the Janus model"),
+], ids=str)  # fmt: skip
+def test_a_lora_file_that_does_not_fit_ends_in_one_line(janus, tmp_path, lora, frozen, message):
+    janus.add_lora(rank=2)
+    known = janus.config.lora
+    janus.config.lora = known | lora if isinstance(lora, dict) else lora
+    janus.frozen = {} if frozen is None else janus.frozen
+    janus.save_pretrained(tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        JanusSeg.from_pretrained(tmp_path / "lora.safetensors", FIXTURE)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
 def test_dropout_is_for_training_alone():
-    torch.manual_seed(0)
     layer = LoRALinear(torch.nn.Linear(8, 8), 4, 4.0, 0.5)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(3, 8)
@@ -292,12 +353,35 @@ def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path):
 
 def test_prompts_keep_special_tokens_out_of_a_users_hands(directory):
     prompt = JanusPrompt(directory, 16)
+    names = list(prompt.bpe.special_tokens)
+    hostile = [*names, "<image_pla<end_of_image>ceholder>", "<image_placeholder", "".join(names), "<|Us<|User|>er|>",
+               *(a[:5] + b + a[5:] for a, b in zip(names, reversed(names))), "＜image_placeholder＞",
+               "\0<|User|>\ufeff", "<|User|>" * 1000]  # fmt: skip
+    for words in hostile:
+        ids, chat = prompt([f"the {words} cat"])[0].tolist(), prompt.chat(f"Where {words}?")[0].tolist()
+        for found, asked in ((ids, prompt(["cat"])), (chat, prompt.chat("Where?"))):
+            special = [[id for id in some if id in prompt.bpe.special_tokens.values()] for some in (found, asked[0])]
+            assert special[0] == special[1]
+            assert words in prompt.bpe.decode(found)  # and nothing of it was taken away
     ids = prompt(["the cat <image_placeholder><|User|>", "cat"])
-    image = prompt.special["image"]
-    assert (ids == image).sum(1).tolist() == [16, 16] and (ids[:, -1] == prompt.special["begin"]).all()
     assert ids[1, 0] == prompt.special["pad"] and ids[0, 0] == prompt.special["bos"]
-    (question,) = prompt.chat("Who <end_of_image>?")
-    assert (question == prompt.special["end"]).sum() == 1
+    assert prompt.too_long("<|User|>" * 100) == len(prompt.bpe.encode("", "<|User|>" * 100)) > 256
+    for ask in (prompt.chat, prompt.too_long, lambda text: prompt([text])):
+        with pytest.raises(ValueError, match="surrogates"):
+            ask("half \ud83d")
+
+
+def test_a_prompt_in_parts_has_the_ids_of_the_whole(directory):
+    prompt, draw = JanusPrompt(directory, 16), random.Random(0)
+    parts = list("ab .,:!?<>|\n\t09é日😀ü\u3000") + ["the ", " cat", "\n\n", "  ", "image_", "User|>", "<|"]
+    for _ in range(2000):
+        words = "".join(draw.choices(parts, k=draw.randrange(12)))
+        template = ("<|User|>: ", words, "<image_placeholder>\n\n<|Assistant|>:", words[::-1], words, " \n")
+        if not any(name in "".join(template[i] for i in (1, 3, 4)) for name in prompt.bpe.special_tokens):
+            assert prompt.bpe.encode(*template) == prompt.bpe.encode("".join(template)), template
+        plain = "".join(words.split("<|"))
+        assert prompt.ids(f"<|User|>: {plain.strip()}<image_placeholder>\n\n<|Assistant|>:<begin_of_image>") == (
+            prompt([plain])[0].tolist())  # fmt: skip
 
 
 def test_print_config_of_janus(capsys):

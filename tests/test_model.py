@@ -314,6 +314,40 @@ def test_tensors_of_another_kind_are_refused(tmp_path):
         Llama.from_pretrained(edited(tmp_path, "hf_llama", weights=whole_numbers))
 
 
+@pytest.mark.parametrize("change", [
+    lambda w: w.to(torch.float8_e4m3fn), lambda w: w.to(torch.complex64), lambda w: w.bool(), lambda w: w.to_sparse(),
+    lambda w: w.to("meta"), lambda w: [1.0] * len(w), lambda w: torch.ones(1).expand(10**12),
+], ids=range(7))
+def test_a_pickle_of_other_tensors_ends_in_one_line(tmp_path, change):
+    folder = edited(tmp_path, "hf_llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = change(tensors["model.norm.weight"])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="norm.weight (holds|.1000000000000,., expected)") as caught:
+        Llama.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight_map, message", [
+    ("../outside.safetensors", "index.json: holds no weight_map of files beside it"), ("/etc/passwd", "of files"),
+    (".", "of files beside it"), (5, "of files beside it"), ("both", "b.safetensors: another file of .* holds .* too"),
+    (None, "of files beside it"),
+])
+def test_an_index_names_files_beside_it(tmp_path, weight_map, message):
+    folder = edited(tmp_path, "hf_llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for file in (tmp_path / "outside.safetensors", folder / "a.safetensors", folder / "b.safetensors"):
+        save_file(tensors, file)
+    files = ("a.safetensors", "b.safetensors") if weight_map == "both" else (weight_map, weight_map)
+    places = {name: files[i % 2] for i, name in enumerate(tensors)}
+    text = "[" * 100_000 if weight_map is None else json.dumps({"weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("config,weights,message", [
     (None, rename("text_model.final_layer_norm.bias", "text_model.final_layer_norm.bais"),
      "missing: text_model.final_layer_norm.bias; left over: text_model.final_layer_norm.bais"),
@@ -387,6 +421,20 @@ def test_a_checkpoint_holds_only_what_was_trained(tmp_path):
     assert torch.equal(loaded(*batch)[0], model(*batch)[0])
     with pytest.raises(FileNotFoundError, match="data.py download siglip"):
         LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
+
+
+@torch.no_grad()
+def test_an_encoder_that_is_trained_on_is_not_asked_for(tmp_path):
+    """It starts from official weights, but the file holds it."""
+    encoder = SigLIP.from_pretrained(FIXTURES / "siglip")
+    model = LlamaSeg(replace(TINY, siglip=encoder.config), encoder)
+    assert model.frozen == {}
+    batch = tiny_batch(config=model.config)
+    for frozen in ({}, {"encoder": encoder.source}):  # the second as files had it that were written before
+        model.frozen = frozen
+        model.save_pretrained(tmp_path / "m.safetensors")
+        loaded = LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
+        assert torch.equal(loaded(*batch)[0], model(*batch)[0])
 
 
 @torch.no_grad()
@@ -754,6 +802,27 @@ def test_mask_attention_is_what_the_last_layer_mixes(monkeypatch):
     assert last.config.kv_heads == 2  # grouped heads are in it
 
 
+@torch.no_grad()
+def test_mask_attention_does_not_look_at_padding():
+    model = tiny_model()
+    text_ids, pixels, tokens = tiny_batch(rows=2, pictures=2)
+    prefix, pad = model.prefix(text_ids, pixels), torch.tensor([0, 4])
+    model.prefix = lambda *_: prefix
+    model.padding = lambda _: pad
+    got = model.mask_attention(text_ids, pixels, tokens)
+    x = torch.cat([prefix, model.mask_embedding(tokens[:, :-1])], dim=1)
+    place, last = model.llama.place(x, padding=pad), model.llama.layers[-1]
+    for i, layer in enumerate(model.llama.layers[:-1]):
+        x = layer(x, i, place)
+    q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), place)
+    T, start = x.shape[1], prefix.shape[1]
+    for b, row in ((0, start + 3), (1, start), (1, T - 1)):
+        columns = range(pad[b], row + 1)  # what decoding looks at
+        scores = torch.tensor([[q[b, h, row] @ k[b, h // 2, column] / 4 for column in columns] for h in range(4)])
+        want = scores.softmax(-1).mean(0)[start - pad[b]:]
+        torch.testing.assert_close(got[b, row - start, :row - start + 1], want, atol=1e-5, rtol=0)
+
+
 def test_generate_leaves_no_gradient_and_works_under_autocast():
     model = tiny_model()
     text_ids, pixels, _ = tiny_batch()
@@ -807,6 +876,13 @@ def test_a_seed_reproduces_its_draw(decode):
     torch.rand(5)  # the global generator has no say
     assert torch.equal(model.generate(text_ids, pixels, decode=decode, seed=3), first)
     assert not torch.equal(model.generate(text_ids, pixels, decode=decode, seed=4), first)
+    several = model.generate(text_ids, pixels, decode=decode, seed=[3, 8, 3, 2**63 - 1])
+    assert torch.equal(several[::2], first[::2]) and not torch.equal(several[1], first[1])
+    for row, seed in enumerate([3, 8, 3, 2**63 - 1]):  # the batch has no say either
+        alone = model.generate(text_ids[row:row + 1], pixels[row:row + 1], decode=decode, seed=seed)
+        assert torch.equal(alone, several[row:row + 1])
+    with pytest.raises(ValueError, match="seed is .3, 4., want .* or 4 of them"):
+        model.generate(text_ids, pixels, decode=decode, seed=[3, 4])
 
 
 @torch.no_grad()
@@ -815,7 +891,7 @@ def test_random_draws_from_the_softmax():
     model = tiny_model(config)
     text_ids, pixels, tokens = tiny_batch(rows=1, pictures=1, config=config)
     logits, _ = model(text_ids, pixels, tokens)
-    drawn = model.generate(text_ids.expand(5000, -1), pixels, decode="random", temperature=0.7)
+    drawn = model.generate(text_ids.expand(5000, -1), pixels, decode="random", temperature=0.7, seed=list(range(5000)))
     frequency = torch.bincount(drawn.flatten(), minlength=6) / 5000
     want = (logits[0, 0] / 0.7).softmax(-1)
     assert want.max() < 0.9
@@ -825,14 +901,29 @@ def test_random_draws_from_the_softmax():
 @pytest.mark.parametrize("decode, kept", [("top-k", [3, 0, 4]), ("top-p", [3, 0])])
 def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
     probs = torch.tensor([0.3, 0.02, 0.08, 0.5, 0.1])  # top_p 0.7: 0.5 does not reach it, 0.5 + 0.3 does
-    generator = torch.Generator().manual_seed(0)
-    logits = probs.log().expand(5000, -1)
-    drawn = M.choose(logits, decode, top_k=3, top_p=0.7, temperature=1.0, generator=generator)
+    uniform = torch.arange(5000) / 5000  # each share of the numbers from 0 to 1 draws its token, but for rounding
+    drawn = M.choose(probs.log().expand(5000, -1), decode, top_k=3, top_p=0.7, temperature=1.0, uniform=uniform)
     frequency = torch.bincount(drawn, minlength=5) / 5000
     want = torch.zeros(5)
     want[kept] = probs[kept] / probs[kept].sum()
-    torch.testing.assert_close(frequency, want, atol=0.025, rtol=0)
+    torch.testing.assert_close(frequency, want, atol=0.001, rtol=0)
     assert (frequency[want == 0] == 0).all()
+
+
+@pytest.mark.parametrize("decode", ["top-k", "top-p", "random"])
+def test_no_draw_leaves_what_may_be_drawn(decode):
+    """The ends of [0, 1), many tokens, a few of them impossible."""
+    logits = torch.randn(64, 4096) * 5
+    logits[:, ::3] = -math.inf
+    for number in (0.0, 1 - 2**-24):
+        drawn = M.choose(logits, decode, 7, 0.9, 1.0, torch.full((64,), number))
+        probs = logits.softmax(-1).gather(1, drawn[:, None])[:, 0]
+        assert (probs > 0).all()
+        better = (logits > logits.gather(1, drawn[:, None])).sum(-1)
+        assert decode != "top-k" or (better == (0 if number == 0 else 6)).all()
+    want = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.6999, 0.7001, 0.9999])
+    assert M.choose(want.log().expand(6, -1), "random", 3, 0.9, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -840,7 +931,10 @@ def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
     ({"draft": "rows"}, "unknown draft 'rows', choose from auto, none, row"), ({"window": 0}, "window 0"),
     ({"decode": "beam", "draft": "row"}, "draft 'row' is for greedy decoding, not for 'beam'"),
     ({"beams": 25}, "beams 25 .* 24"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5"),
-    ({"temperature": 0.0}, "temperature 0.0"),
+    ({"temperature": 0.0}, "temperature 0.0"), ({"draft": "none", "window": 8}, "window 8 has no use .* draft 'none'"),
+    ({"decode": "beam", "window": 8}, "window 8 has no use with decode 'beam'"), ({"seed": -1}, "seed is -1, want"),
+    ({"seed": 2**63}, "seed is 9223372036854775808"), ({"seed": [1, 2, 3]}, "seed is .1, 2, 3., want .* or 4 of them"),
+    ({"seed": [0, 1, 2, None]}, "seed is"), ({"seed": 1.5}, "seed is 1.5"),
 ], ids=str)
 def test_generate_refuses_what_it_cannot_do(options, message):
     text_ids, pixels, _ = tiny_batch()
@@ -917,6 +1011,17 @@ def change_header(path, **entries):
     (lambda p: change_header(p, config="{"), "config"),
     (lambda p: change_header(p, config="[1]"), "config"),
     (lambda p: change_header(p, config='{"depth": 3}'), "config .*depth"),
+    (lambda p: change_header(p, config='{"a":' * 100_000), "config does not fit .*recursion"),
+    (lambda p: change_header(p, config='{"hide": "no"}'), "hide is 'no', expected true or false"),
+    (lambda p: change_header(p, config='{"codebook_size": 1e9}'), "codebook_size is 1000000000.0, expected an integer"),
+    (lambda p: change_header(p, config='{"mask_grid": 2000000000}'), "mask_grid is 2000000000, expected an integer"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": null}'), "config"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": {"name": 5, "sha256": "x"}}'), "config"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": {"name": "../x", "sha256": "x"}}'), "frozen parts"),
+    (lambda p: change_header(p, config="{}", frozen='{"encoder": {"name": "x", "sha256": 5}}'), "frozen parts"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=w["bom"].to(torch.int8))), "bom holds torch.int8"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=w["bom"].to(torch.float8_e5m2))), "bom holds torch.float8"),
+    (lambda p: change_weights(p, lambda w: w.update(bom=w["bom"].to(torch.complex64))), "bom holds torch.complex64"),
     (lambda p: change_weights(p, lambda w: w.pop("head.weight")), "missing: head.weight"),
     (lambda p: change_weights(p, lambda w: w.update(spare=torch.zeros(1))), "left over: spare"),
     (lambda p: change_weights(p, lambda w: w.update(bom=torch.zeros(3))), r"wrong shape: bom \(3,\), expected \(64,\)"),

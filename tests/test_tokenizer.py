@@ -3,6 +3,9 @@ import itertools
 import json
 import os
 import random
+import re
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +199,36 @@ def test_broken_files_end_in_one_line(tmp_path, tiny_checkpoint):
         VQGAN.from_pretrained(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("config", [
+    {"channels": 10**9}, {"channels": 10**400}, {"latent_channels": 2**62}, {"res_blocks": 10**7},
+    {"channel_mult": [2**20] * 5}, {"channel_mult": [1] * 100_000}, {"channel_mult": 5}, {"channels": "8"}, [1], None,
+], ids=lambda config: str(config)[:30])
+def test_a_config_that_would_fill_the_memory_ends_in_one_line(tmp_path, config):
+    known = {"channels": 8, "channel_mult": [1, 1, 1, 1, 2], "norm_groups": 4}
+    text = json.dumps(known | config if isinstance(config, dict) else config) if config else "[" * 100_000
+    save_file(tiny().state_dict(), tmp_path / "vq.safetensors", metadata={"format": "vqgan", "config": text})
+    with pytest.raises(ValueError, match="vq.safetensors: holds no mask tokenizer") as caught:
+        VQGAN.from_pretrained(tmp_path / "vq.safetensors")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.to(torch.float8_e4m3fn), lambda w: w.to(torch.int8), lambda w: w.to_sparse(), lambda w: w.to("meta"),
+], ids=range(4))
+def test_weights_of_another_kind_are_refused(tmp_path, change):
+    torch.save(official_weights() | {"quant_conv.bias": change(torch.ones(8))}, tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match="vq.pt: quant_conv.bias holds torch"):
+        VQGAN.from_pretrained(tmp_path / "vq.pt")
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path):
+    weights = {f"gen_vision_model.{name}": tensor for name, tensor in official_weights().items()}
+    for i in (1, 2):
+        save_file(weights, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: another file of .* holds .* too"):
+        VQGAN.from_pretrained(tmp_path)
+
+
 @torch.no_grad()
 def test_codes_do_not_depend_on_autocast():
     model = tiny()
@@ -203,6 +236,35 @@ def test_codes_do_not_depend_on_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model.quantize.nearest(latents)
     assert torch.equal(tokens, model.quantize.nearest(latents))
+
+
+def test_codes_are_chosen_without_tf32_whatever_the_rest_does(monkeypatch):
+    model, images = tiny(), mask_to_image(torch.rand(1, 32, 32) > 0.5)
+
+    def settings():
+        return (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32,
+                torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"))  # fmt: skip
+
+    found, before = [], settings()
+    model.encoder.register_forward_hook(lambda *_: found.append(settings()))
+    kind, real = type(model.quantize), type(model.quantize).codebook
+    monkeypatch.setattr(kind, "codebook", property(lambda q: found.append(settings()) or real.fget(q)))
+    try:
+        torch.set_float32_matmul_precision("high")  # as train.py does; convolutions have TF32 as PyTorch's default
+        high = settings()
+        assert high[:3] == ("high", True, True)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = model.encode(images)
+            assert settings() == (*high[:3], True)
+        assert found == [("highest", False, False, False)] * 2 and settings() == high
+        with pytest.raises(ValueError, match="30x30"):
+            model.encode(images[:, :, :30, :30])
+        with pytest.raises(RuntimeError):
+            model.encode(images[:, :2])
+        assert settings() == high
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert settings() == before and torch.equal(model.encode(images), tokens)
 
 
 def test_k_means_finds_the_clusters():
@@ -234,6 +296,13 @@ def test_text_ids_equal_siglip2s():
         assert bool(tokenizer.too_long(case["text"])) == (len(tokenizer._ids(case["text"])) > 63)
 
 
+def test_half_of_a_surrogate_pair_is_refused():
+    tokenizer = TextTokenizer(FIXTURES / "gemma_text" / "tokenizer.model", 64)
+    for ask in (tokenizer.too_long, lambda text: tokenizer([text])):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            ask("half \ud83d")
+
+
 def test_tokenizer_json_gives_the_ids_of_tokenizer_model():
     folder = FIXTURES / "gemma_text"
     sentencepiece, from_json = (TextTokenizer(folder / f"tokenizer.{end}") for end in ("model", "json"))
@@ -261,6 +330,7 @@ def test_merges_may_be_written_as_strings(tmp_path):
 @pytest.mark.parametrize("change", [
     lambda c: c.pop("model"), lambda c: c["model"].update(type="Unigram"), lambda c: c["model"]["vocab"].pop("<eos>"),
     lambda c: c["model"].update(byte_fallback=False), lambda c: c["model"]["vocab"].update(zzz=9999),
+    lambda c: c["model"]["vocab"].update({"\ud800": len(c["model"]["vocab"])}), lambda c: c.update(added_tokens=5),
 ])  # fmt: skip
 def test_another_kind_of_tokenizer_json_is_refused(tmp_path, change):
     content = json.loads((FIXTURES / "gemma_text" / "tokenizer.json").read_text())
@@ -385,13 +455,129 @@ def test_cached_mask_tokens_are_of_the_very_masks_that_are_trained(tmp_path, tin
         tokenizer.read_tokens(*ask, **expected)
 
 
-def test_wrong_use_of_the_command():
+@pytest.mark.parametrize("flags, message", [
+    ("train --save-every 0", "--save-every 0 must be at least 1"),
+    ("eval --count 0", "--count 0"),
+    ("text --out no/such/folder/x", "there is no folder no/such/folder"),
+    ("train --steps 0 --free-steps 0 --decoder-steps 0", "there is nothing to train"),
+    ("train --steps -1", "--steps -1 must be at least 0"),
+    ("train --start -1", "--start -1"),
+    (f"train --seed {2**63}", "below 2.63"),
+    ("train --device nope", "unknown device 'nope'"),
+    ("train --device cuda:99", "'cuda:99' is not there"),
+    ("train --size 48", "--size 48 must be a multiple of 32"),
+    ("eval --size 100", "--size 100 must be a multiple of 16"),
+    ("train --lr nan", "--lr nan must be a positive number"),
+    ("train --lr 0", "--lr 0.0"),
+    ("train --noise nan", "--noise nan"),
+    ("train --data typo", "--data typo: choose scenes or jsonl:PATH"),
+    ("eval --data refcoco", "--data refcoco"),
+    ("eval --split typo", "scenes has no split 'typo'"),
+    ("train --out tests", "--out tests"),
+    ("text --out tests", "--out tests is a folder"),
+    ("train --out vq.png", "must end in .safetensors"),
+    ("text --lr 3", "unrecognized arguments: --lr 3"),
+])
+def test_wrong_use_of_the_command(flags, message, tmp_path, monkeypatch, capsys):
     import tokenizer
 
-    for flags in (["train", "--save-every", "0"], ["eval", "--count", "0"], ["text", "--out", "no/such/folder/x"]):
-        with pytest.raises(SystemExit) as stopped:
-            tokenizer.main(flags)
-        assert stopped.value.code == 2
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = tokenizer.main(flags.split())
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and re.search(message, error), error
+    assert [path.name for path in tmp_path.rglob("*")] == ["tests"]
+
+
+@pytest.mark.parametrize("at", range(6))  # two steps in each of three phases; at 2 the codebook cannot be made
+def test_training_that_is_stopped_saves_and_says_how_to_go_on(at, tmp_path, monkeypatch, capsys):
+    import tokenizer
+
+    monkeypatch.setattr(tokenizer, "SCENES", tiny().config)
+    monkeypatch.setattr(tokenizer, "mask_batch", lambda data, size, start, n: torch.rand(n, size, size) > 0.5)
+    steps, real = [], tokenizer.reconstruction_loss
+
+    def k_means(points, count, start):
+        if len(steps) == at == 2:
+            raise ValueError("3 different latents cannot fill a codebook")
+        return F.normalize(torch.randn(count, 8), dim=-1)
+
+    monkeypatch.setattr(tokenizer, "k_means", k_means)
+
+    def loss(images, masks):
+        steps.append(len(masks))
+        if len(steps) == at + 1:
+            os.kill(os.getpid(), signal.SIGTERM if at % 2 else signal.SIGINT)
+        return real(images, masks)
+
+    monkeypatch.setattr(tokenizer, "reconstruction_loss", loss)
+    out, before = tmp_path / "vq.safetensors", signal.getsignal(signal.SIGTERM)
+    flags = ["train", "--size", "32", "--batch-size", "1", "--device", "cpu", "--out", str(out), "--save-every", "99",
+             "--fit-masks", "20"]  # fmt: skip
+    monkeypatch.setattr(tokenizer, "evaluate", lambda *args, **more: (dict.fromkeys(["cIoU", "gIoU", "mAHD@0.5"]), 0, [
+        (load_dataset("scenes", "val")[0], np.zeros((4, 4), bool), np.zeros((4, 4), bool))], None))  # fmt: skip
+    asked = [*flags, "--free-steps", "2", "--steps", "2", "--decoder-steps", "2"]
+    try:
+        code = tokenizer.main(asked)
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before and "Traceback" not in error
+    assert code == (1 if at == 2 else 143 if at % 2 else 130)
+    if at == 0:
+        assert "nothing was saved: no step was done" in error and not list(tmp_path.iterdir())
+        return
+    VQGAN.from_pretrained(out)
+    assert f"saved {out} after {at} of 6 steps" in error and ("codebook is not trained yet" in error) == (at <= 2)
+    more = re.search(r"the same command with (.*)", error)[1].split()
+    left = {1: (1, 2, 2), 2: (1, 2, 2), 3: (0, 1, 2), 4: (0, 0, 2), 5: (0, 0, 1)}[at]
+    assert more == ["--init-from", str(out), "--start", str(2 * at), "--free-steps", str(left[0]), "--steps",
+                    str(left[1]), "--decoder-steps", str(left[2])]  # fmt: skip
+    steps.clear()
+    monkeypatch.setattr(tokenizer, "reconstruction_loss", lambda *args: steps.append(1) or real(*args))
+    assert tokenizer.main([*flags, *more]) == 0 and len(steps) == sum(left)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    model = tiny()
+    model.save_pretrained(tmp_path / "vq.safetensors")
+    before = (tmp_path / "vq.safetensors").read_bytes()
+    model.quant_conv.bias.data[0] = 1e6  # more than float16 holds
+    with pytest.raises(ValueError, match="vq.safetensors: not written, the weights are no longer finite"):
+        model.save_pretrained(tmp_path / "vq.safetensors", torch.float16)
+    assert (tmp_path / "vq.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line_with_the_path(tmp_path, tiny_checkpoint, capsys):
+    import tokenizer
+    from model import LlamaSeg
+
+    vqgan, model = tiny(), LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers = {"vq.safetensors": vqgan.save_pretrained, "model.safetensors": model.save_pretrained,
+               "text.model": lambda path: tokenizer.train_text_tokenizer(["the red circle"] * 9, path, 70)}  # fmt: skip
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes: as a full disk, writing ends in an error
+        try:
+            with pytest.raises(OSError) as caught:
+                write(tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_that_nothing_was_written(tmp_path, monkeypatch, capsys):
+    import tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    for command, inside in (("eval", "evaluate"), ("text", "text_sentences")):
+        monkeypatch.setattr(tokenizer, inside, lambda *_, **more: os.kill(os.getpid(), signal.SIGINT))
+        assert tokenizer.main([command]) == 130
+        assert capsys.readouterr().err == "stopped: nothing was written\n" and not list(tmp_path.iterdir())
 
 
 def test_plain_background_is_one_code():

@@ -40,12 +40,13 @@ def train_image_tokenizer(path):
                               codebook_size=CODES, codebook_dim=8))  # fmt: skip
     train_set, val_set, device = Scenes("train"), Scenes("val"), torch.device("cpu")
     args = SimpleNamespace(start=0, batch_size=8, size=SIDE, bfloat16=True, noise=0.1, save_every=400, out=path)
+    bar = tqdm(total=2000)
     for phase, steps, lr in (("free", 900, 2e-3), ("codes", 700, 1.5e-3), ("decoder", 400, 1e-3)):
         args.lr = lr
         if phase != "free":
             codebook = tokenizer.fit_codebook(model, train_set, SIDE, 1200, device, learned=phase == "decoder")
             model.quantize.embedding.weight.data.copy_(codebook)
-        tokenizer.train_phase(model, train_set, val_set, phase, steps, args, device)
+        tokenizer.train_phase(model, train_set, val_set, phase, steps, args, device, bar)
         args.start += 20_000
     return model
 
