@@ -11,6 +11,7 @@ K rows of the codebook.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -1116,7 +1117,7 @@ def text_sentences():
 
     dataset = load_dataset("scenes", "train", rich=True, phrases=12)
     riddles = [text for texts in (SHAPE_RIDDLES | COLOR_RIDDLES).values() for text in texts] * 40
-    for i, phrase in enumerate([dataset[i].phrase for i in range(18_000)] + riddles):
+    for i, phrase in enumerate(itertools.chain((dataset[i].phrase for i in range(18_000)), riddles)):
         yield phrase
         yield instruct(phrase, TEMPLATES[i % len(TEMPLATES)])
 
