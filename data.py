@@ -14,6 +14,7 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -528,10 +529,11 @@ MOST_PIXELS = 178_956_970  # of a mask. Paper: not stated; we use Pillow's limit
 
 def check_size(size):
     """(height, width) as a file declares it; ValueError if no picture has this size."""
-    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n >= 0 for n in size)
-            and size[0] * size[1] <= MOST_PIXELS):  # fmt: skip
+    sides = _numbers(size)
+    if sides is None or sides.shape != (2,) or sides.dtype.kind == "f" or (sides < 0).any() or (
+            math.prod(sides.tolist()) > MOST_PIXELS):  # fmt: skip
         raise ValueError(f"a mask of size {short(size)}: expected [height, width], at most {MOST_PIXELS:,} pixels")
-    return tuple(size)
+    return tuple(sides.tolist())
 
 
 def rle_decode(rle):
@@ -543,13 +545,10 @@ def rle_decode(rle):
         raise ValueError(f"a run-length mask is an object with size and counts, got {short(rle)}")
     height, width = check_size(rle["size"])
     counts = rle["counts"]
-    if isinstance(counts, list) and all(type(n) is int and 0 <= n <= MOST_PIXELS for n in counts):
-        counts = np.asarray(counts, np.int64)
-    elif isinstance(counts, (str, bytes)):
-        counts = unpack_counts(counts)
-    else:
-        raise ValueError(f"run-length counts are a string or a list of whole numbers, got {short(counts)}")
-    if counts.sum() != height * width or (counts < 0).any():
+    counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else _numbers(counts)
+    if counts is None or counts.dtype.kind == "f" or not ((0 <= counts) & (counts <= MOST_PIXELS)).all():
+        raise ValueError(f"run-length counts are a string or a list of whole numbers, got {short(rle['counts'])}")
+    if counts.sum() != height * width:
         raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape((height, width), order="F")
@@ -590,6 +589,17 @@ def unpack_counts(text):
     return values
 
 
+def _numbers(values):
+    """A list, tuple or array of numbers as an array (n,), or None if it is something else."""
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        return None
+    try:
+        numbers = np.asarray(values) if len(values) else np.zeros(0, np.int64)
+    except ValueError:  # lists of different lengths in it
+        return None
+    return numbers if numbers.ndim == 1 and numbers.dtype.kind in "iuf" else None
+
+
 def polygons_to_mask(polygons, height, width):
     """Polygons [[x0, y0, x1, y1, ...], ...] in pixels -> bool (height, width), the union of the parts.
 
@@ -602,15 +612,16 @@ def polygons_to_mask(polygons, height, width):
     # that no file makes us walk for ever. Real annotations stay far below both.
     far = 2 * max(height, width)
     for polygon in polygons:
-        if not isinstance(polygon, list):
+        numbers = _numbers(polygon)
+        if numbers is None:
             raise ValueError(f"a polygon is a list of numbers x0, y0, x1, y1, ..., got {short(polygon)}")
-        for value in polygon:
-            if not (type(value) in (int, float) and -far <= value <= far):
-                raise ValueError(f"a polygon holds {short(value)}: expected numbers from {-far} to {far} in a picture "
-                                 f"of {width} x {height}")  # fmt: skip
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"a polygon of {len(polygon) / 2:g} points: at least three (x, y) are needed")
-        points = np.array(polygon, np.float64).reshape(-1, 2)
+        wrong = numbers[~(np.abs(numbers) <= far)]  # NaN too
+        if len(wrong):
+            raise ValueError(f"a polygon holds {wrong[0]}: expected numbers from {-far} to {far} in a picture of "
+                             f"{width} x {height}")  # fmt: skip
+        if len(numbers) < 6 or len(numbers) % 2:
+            raise ValueError(f"a polygon of {len(numbers) / 2:g} points: at least three (x, y) are needed")
+        points = numbers.astype(np.float64).reshape(-1, 2)
         outline = np.abs(points - np.roll(points, -1, axis=0)).max(1).sum()
         if outline > 1_000_000:
             raise ValueError(f"a polygon with an outline of {outline:,.0f} pixels: expected at most 1,000,000")
@@ -1396,7 +1407,8 @@ def _hash(text):
 
 def _id_and_label(record, number):
     """Of one of the JSON lines: (id as text, label or None); ValueError for values of another type."""
-    id, label = record.get("id", number), record.get("label")
+    id, label = record.get("id"), record.get("label")
+    id = number if id is None else id
     if not isinstance(id, (str, int, float)) or isinstance(id, bool):
         raise ValueError(f"id {short(id)}: expected a string or a number")
     if not isinstance(label, (str, type(None))):

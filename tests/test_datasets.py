@@ -451,7 +451,6 @@ def test_pictures_of_lines_are_told_apart_in_every_process(lines):
     ({"image": "a.png", "phrase": "x", "mask": "m.png", "label": ["a"]}, r"line 2: label \['a'\]: expected a string"),
     ({"image": "a.png", "phrase": "x", "mask": "m.png", "label": 5}, "line 2: label 5: expected a string"),
     ({"image": "a.png", "phrase": "x", "mask": "m.png", "id": {}}, "line 2: id {}: expected a string or a number"),
-    ({"image": "a.png", "phrase": "x", "mask": "m.png", "id": None}, "line 2: id None: expected a string or a number"),
     ({"image": "a.png", "phrase": "x", "mask": "m.png", "id": True}, "line 2: id True: expected a string or a number"),
     ({"image": "a.png", "phrase": "x", "mask": "m.png", "task": []}, r"line 2: task \[\]"),
     ("{", "line 2: "), ("[1]", "line 2: "), ({"image": "a.png", "phrase": "x"}, "line 2: no 'mask'"),
