@@ -801,7 +801,7 @@ class MaskWriter(nn.Module):
         draft: how greedy decoding guesses tokens to verify several in a pass, see `greedy`: "row", "jacobi", "hidden",
         "none" (or None) for one a pass, "auto" for the fastest. window: tokens in a pass, with a draft.
         In float32 the mask does not depend on the draft. In bfloat16 the logits of two tokens are often equal or one
-        rounding step apart, and the rounding depends on the shape of a pass: 6 to 8 of 200 masks of the default changed.
+        rounding step apart, and rounding depends on the shape of a pass: 6 to 8 of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
         ValueError for an unknown decode or draft or a value out of range.
