@@ -838,6 +838,8 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
 class JanusPrompt:
     """What Janus-Pro is asked: phrases or a question, in its chat template, as ids with room for a picture.
 
+    The name of a special token in a phrase or question is text like any other.
+
     directory: an official one with a tokenizer.json. image_tokens: N, places that the picture takes.
     """
 
@@ -1000,7 +1002,7 @@ def train(args):
     if args.size % (2 * model.config.downsample):
         raise BadUsage(f"--size {args.size} must be a multiple of {2 * model.config.downsample}: crops have half of it")
     phases = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
-    encoder_moved, has_codebook = False, bool(args.init_from)
+    encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
     try:
         with tqdm(total=sum(phases.values()), smoothing=0.05) as bar:
             for phase, steps in phases.items():
@@ -1022,8 +1024,8 @@ def train(args):
               f"{'' if has_codebook else '; its codebook is not trained yet'}", file=sys.stderr)  # fmt: skip
         flags, to_skip = f"--init-from {args.out} --start {first + done * args.batch_size * 2}", done
         for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
-            # the codebook is made at the end of the free steps, so one of them is needed until there is one
-            flags += f" {flag} {max(steps - to_skip, 0 if has_codebook or flag != '--free-steps' else 1)}"
+            # the codebook is made after the last free step, so one such step is needed until there is a codebook
+            flags += f" {flag} {max(steps - to_skip, int(flag == '--free-steps' and not has_codebook))}"
             to_skip = max(0, to_skip - steps)
         if done < bar.total:
             print(f"to go on, with a new warm-up: the same command with {flags}", file=sys.stderr)
