@@ -506,8 +506,8 @@ def decode_masks(mask_tokenizer, tokens, sizes, boxes=None):
     soft = mask_tokenizer.decode(tokens).float().mean(1, keepdim=True).cpu()  # (B, 1, S, S)
     if boxes is not None:
         soft = [m[:, top : top + h, left : left + w] for m, (left, top, w, h) in zip(soft, boxes)]
-    resized = (F.interpolate(m[None], size, mode="bilinear", antialias=True) for m, size in zip(soft, sizes))
-    return [(m[0, 0] >= 0).numpy() for m in resized]
+    return [(F.interpolate(m[None], size, mode="bilinear", antialias=True)[0, 0] >= 0).numpy()
+            for m, size in zip(soft, sizes)]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1168,11 +1168,13 @@ def encode(args):
     path = args.out.with_suffix(".npy")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        table = np.lib.format.open_memmap(temporary, "w+", np.uint16, (count, length))
-        for start in tqdm(range(0, count, args.batch_size), desc="encode"):
-            masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
-            table[start : start + len(masks)] = model.encode(mask_to_image(masks.to(args.device))).cpu().numpy()
-        table.flush()
+        with open(temporary, "wb") as file:  # no memory map: on a full disk that kills the process
+            header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in tqdm(range(0, count, args.batch_size), desc="encode"):
+                masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
+                tokens = model.encode(mask_to_image(masks.to(args.device)))
+                file.write(tokens.cpu().numpy().astype("<u2").tobytes())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1208,7 +1210,6 @@ def read_tokens(path, shape, source, **expected):
 def parse_args(argv=None):
     """The flags of the sub-commands."""
     from metrics import Parser
-    from model import pick_device
 
     assets = Path(__file__).parent / "assets"
     parser = Parser(description=__doc__)
@@ -1282,9 +1283,9 @@ def parse_args(argv=None):
         parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
     if hasattr(args, "device"):
         try:
-            args.device = str(pick_device(args.device))
-        except ValueError as error:
-            parser.error(str(error))
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError):
+            parser.error(f"--device {args.device} is not there: choose cpu, cuda, cuda:N or mps")
     return args
 
 

@@ -15,7 +15,9 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections import Counter, defaultdict
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -183,7 +185,8 @@ class Stub(ThreadingHTTPServer):
         self.world, self.fault, self.delay = world, lambda kind, key, n: None, 0
         self.asked, self.lock, self.healthy = Counter(), threading.Lock(), True
         self.bodies, self.headers, self.under_way, self.most = [], [], 0, 0
-        self.rng, self.errors = random.Random(0), []
+        self.rng, self.errors, self.second = random.Random(0), [], threading.Event()
+        self.second.set()  # cleared by a test in which the first request waits until a second one is there
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -255,6 +258,8 @@ class Handler(BaseHTTPRequestHandler):
         with stub.lock:
             stub.under_way += 1
             stub.most = max(stub.most, stub.under_way)
+            if stub.under_way > 1:
+                stub.second.set()
         try:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             if len(content) == int(self.headers["Content-Length"]):  # else the client was killed
@@ -266,6 +271,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, stub, content):
         body = json.loads(content)
         stub.headers.append(dict(self.headers))
+        stub.second.wait(30)
         if stub.delay:
             time.sleep(stub.rng.random() * stub.delay)
         if self.path == "/detect":
@@ -583,12 +589,12 @@ def test_read_boxes_cuts_and_checks():
             annotate.read_boxes(bad, ["cup"], (100, 80))
 
 
-def test_retry_after_is_seconds_or_a_date():
+def test_retry_after_is_seconds_or_a_date(monkeypatch):
     assert annotate.retry_after("7") == 7 and annotate.retry_after("-3") == annotate.retry_after(None) == 0
     assert annotate.retry_after("soon") == annotate.retry_after("nan") == 0 and annotate.retry_after("99999") == 300
-    import email.utils
-
-    assert 50 < annotate.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
+    noon = types.SimpleNamespace(now=lambda zone: datetime(2026, 1, 1, 12, tzinfo=zone))
+    monkeypatch.setattr(annotate, "datetime", noon)
+    assert annotate.retry_after("Thu, 01 Jan 2026 12:01:00 GMT") == 60
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1018,6 +1024,8 @@ def test_the_answer_does_not_depend_on_concurrency_or_time(stubs, small, tmp_pat
     exports = []
     for concurrency in (1, 4, 32):
         stub.delay, stub.most = 0.004, 0
+        if concurrency > 1:
+            stub.second.clear()
         assert annotate_all("all", folder, tmp_path / str(concurrency), *stub.flags("--concurrency", concurrency)) == 0
         exports.append((tmp_path / str(concurrency) / "sa-ovrs.jsonl").read_bytes())
         assert stub.most <= concurrency and (stub.most > 1 or concurrency == 1)
