@@ -363,9 +363,12 @@ def test_the_vocabulary_knows_the_words_of_scenes(tmp_path):
 
 
 def test_training_lowers_the_loss_and_fills_the_codebook(tmp_path, monkeypatch):
+    import data
     import tokenizer
 
     monkeypatch.setattr(tokenizer, "SCENES", tiny().config)
+    few = {split: [data.Scenes(split)[i] for i in range(n)] for split, n in (("train", 160), ("val", 8))}
+    monkeypatch.setattr(data, "load_dataset", lambda name, split, **options: few[split])
     real = tokenizer.evaluate  # 8 validation masks instead of 128
     monkeypatch.setattr(tokenizer, "evaluate", lambda model, data, size, count, **more: real(model, data, size, 8))
     out = tmp_path / "vq.safetensors"
