@@ -1446,9 +1446,9 @@ class Mixture:
         raise IndexError("beyond the end of the mixture")
 
     def file_hashes(self):
-        """{name: SHA-256} of the files of JSON lines in it, which people edit: a cache of mask tokens records them."""
+        """[[name, SHA-256], ...] of its files of JSON lines, which people edit: caches and checkpoints record them."""
         parts = [getattr(part, "dataset", part) for part in self.datasets]  # the whole of a Subset
-        return {part.path.name: sha256_of(part.path) for part in parts if isinstance(part, JSONLines)}
+        return [[part.path.name, sha256_of(part.path)] for part in parts if isinstance(part, JSONLines)]
 
 
 def load_mixture(text, split, root=None, **options):
@@ -1465,16 +1465,24 @@ def load_mixture(text, split, root=None, **options):
     return Mixture(datasets, weights)
 
 
-def hold_out(dataset, share=0.05):
-    """JSONLines -> (training, validation), which have no picture in common; validation has `share` of the pictures.
+def hold_out(datasets, share=0.05):
+    """Data sets, the first of them JSONLines -> (data sets to train on, validation set) without a common picture.
 
-    Which pictures those are is fixed by their names. A data set of one picture is both.
+    Validation has `share` of the pictures of the first one; which ones is fixed by their names. They are left out of
+    all JSONLines. A first data set of one picture is validated on as it is.
     """
-    pictures = np.unique(dataset.picture_of[dataset.picture_of != 0])  # 0: a line that is no JSON
+    first = datasets[0]
+    pictures = np.unique(first.picture_of[first.picture_of != 0])  # 0: a line that is no JSON
     if len(pictures) < 2:
-        return dataset, dataset
-    held = np.isin(dataset.picture_of, pictures[:max(1, round(share * len(pictures)))])
-    return tuple(torch.utils.data.Subset(dataset, np.flatnonzero(part)) for part in (~held, held))
+        return datasets, first
+    held = pictures[: max(1, round(share * len(pictures)))]
+
+    def subset(dataset, wanted):
+        rows = np.flatnonzero(np.isin(dataset.picture_of, held) == wanted)
+        return torch.utils.data.Subset(dataset, rows)
+
+    train = [subset(dataset, False) if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
+    return train, subset(first, True)
 
 
 class Batches(torch.utils.data.Dataset):

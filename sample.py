@@ -133,6 +133,8 @@ class Segmenter:
         if not any_weights:
             check_source(file, "mask_tokenizer", model.frozen, mask_tokenizer.source)
         text_tokenizer = TextTokenizer(file.with_name("text.model"), model.config.siglip.text_length)
+        if not any_weights:
+            check_source(file, "text_tokenizer", model.frozen, text_tokenizer.source)
         check_fit(model.config, mask_tokenizer, text_tokenizer, file.parent)
         return cls(model, mask_tokenizer, text_tokenizer, device)
 

@@ -536,6 +536,8 @@ class TextTokenizer:
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model: get it again") from None
         self.length = length
+        content = self.model.serialized_model_proto()
+        self.source = {"name": path.stem, "sha256": hashlib.sha256(content).hexdigest()}
 
     def _ids(self, text):
         text.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
@@ -1193,14 +1195,16 @@ def read_tokens(path, shape, source, **expected):
     import numpy as np
 
     try:
-        found = {"rich": False, "padded": False, "files": {}} | json.loads(path.with_suffix(".json").read_text())
+        found = {"rich": False, "padded": False, "files": []} | json.loads(path.with_suffix(".json").read_text())
         table = np.load(path, mmap_mode="r")
         found |= {"shape": table.shape, "mask tokenizer": found["mask_tokenizer"]["sha256"]}
         expected |= {"shape": shape, "mask tokenizer": source["sha256"]}
+        if table.dtype != np.uint16:
+            raise ValueError(f"holds {table.dtype}")
         other = [f"{what} {found[what]}, expected {wants}" for what, wants in expected.items() if found[what] != wants]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename}: no such file; python tokenizer.py encode writes it") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not what tokenizer.py encode writes ({error})") from None
     if other:
         raise ValueError(f"{path}: was made with {'; '.join(other)}: encode again")

@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -53,7 +54,7 @@ from data import (
     to_pixels,
     write_picture,
 )
-from metrics import Parser, SegmentationMetrics, printable, write_json
+from metrics import Parser, SegmentationMetrics, parse_json, printable, regular, write_json
 from model import (
     HEAD_PART,
     LORA_TARGETS,
@@ -200,13 +201,14 @@ def parse_args(argv=None):
     elif args.encoder and not args.merge:
         parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
     sets = {re.sub(r":\d+$", "", part.strip()) for part in f"{args.data},{args.val or ''}".split(",") if part.strip()}
-    if args.phrases and args.data != "scenes":
+    if args.phrases is not None and args.data != "scenes":
         parser.error(f"--phrases {args.phrases} is for --data scenes alone")
     if args.rich and "scenes" not in sets:
         parser.error(f"--rich is for scenes, not for --data {args.data}")
     if args.root and sets == {"scenes"}:
         parser.error(f"--root {args.root}: scenes are drawn, not read from a folder")
-    args.phrases = args.phrases or (4 if args.data == "scenes" else 1)
+    if args.phrases is None:
+        args.phrases = 4 if args.data == "scenes" else 1
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every",
@@ -254,7 +256,7 @@ def setup_ranks(device_name):
         return 0, 1, pick_device(device_name)
     device = pick_device(device_name)
     if device.type == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"process {local_rank} has no GPU, {torch.cuda.device_count()} are here: "
                              "lower --nproc_per_node")  # fmt: skip
@@ -268,7 +270,7 @@ def setup_ranks(device_name):
 @contextmanager
 def one_rank_first():
     """The first rank of each machine runs the block before the others do, which then find the index that it wrote."""
-    later = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
+    later = dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0
     if later:
         dist.barrier()
     yield
@@ -387,7 +389,7 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
 
 # What a resumed run must share with the one it goes on from. Steps, learning rate, warm-up and ranks may change.
 SAME_RUN = ("preset", "data", "val", "rich", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
-            "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout")  # fmt: skip
+            "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout", "files")  # fmt: skip
 
 
 def save_weights(model, path):
@@ -397,7 +399,8 @@ def save_weights(model, path):
 
 def saved_steps(out_dir):
     """Paths of the checkpoints in OUT_DIR, newest first."""
-    return sorted(out_dir.glob("checkpoint-*.pt"), reverse=True)
+    paths = [path for path in out_dir.glob("checkpoint-*.pt") if re.fullmatch(r"checkpoint-\d+", path.stem)]
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def run_of(args):
@@ -445,10 +448,13 @@ def load_checkpoint(path, model, optimizers, args):
     """Put a checkpoint back; returns the steps it has done. Damaged if it is not whole, ValueError if it is not this
     run's."""
     try:
+        with zipfile.ZipFile(regular(path)) as archive:  # torch.load does not look at the checksums
+            if broken := archive.testzip():
+                raise ValueError(f"{broken} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         run, step, frozen = state["run"], state["step"], state["frozen"]
-        if not (isinstance(run, dict) and isinstance(step, int) and isinstance(frozen, dict)
-                and isinstance(state["optimizers"], list)):
+        if not (isinstance(run, dict) and type(step) is int and step > 0 and isinstance(state["model"], dict)
+                and all(part["sha256"] for part in frozen.values())):  # fmt: skip
             raise ValueError("its contents are not those of a run")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
@@ -467,24 +473,37 @@ def load_checkpoint(path, model, optimizers, args):
     try:
         model.load_trained_state(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            check_moments(optimizer, saved)
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({str(error).splitlines()[0]})") from None  # fmt: skip
     return step
 
 
+def check_moments(optimizer, saved):
+    """ValueError unless the moments of a saved optimizer have the shapes of the parameters, which PyTorch trusts."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        for name, w in moments.items():
+            if w.shape not in ((), parameters[index].shape) or not w.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} is {tuple(w.shape)}, expected finite numbers of shape "
+                                 f"{tuple(parameters[index].shape)}")  # fmt: skip
+
+
 def read_log(path):
     """The records of a log.jsonl, none if there is no such file. A last line without its end, as a killed run leaves
     it, is left out; ValueError for any other line that train.py does not write."""
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.exists() else [], 1):
-        try:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-                records[-1]["step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}: line {number} is not what train.py writes: remove it") from None
+    records, lines = [], regular(path).read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            try:
+                records.append(parse_json(line))
+                numbers = [records[-1].get(name) for name in ("step", "loss", "cIoU", "mIoU")]
+                if not numbers[0] > 0 or not all(value is None or math.isfinite(value) for value in numbers):
+                    raise ValueError
+            except (ValueError, TypeError, AttributeError):
+                raise ValueError(f"{path}: line {number} is not what train.py writes: remove it") from None
     return records
 
 
@@ -493,6 +512,11 @@ def trim_log(path, step):
     if path.exists():
         lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
         write_whole(path, "".join(lines).encode())
+
+
+def evaluated(path, step):
+    """Whether a log has the evaluation of a step."""
+    return any("cIoU" in record for record in read_log(path) if record["step"] == step)
 
 
 def best_score(path, metric):
@@ -692,15 +716,14 @@ class Log:
     """log.jsonl, the progress bar, the pictures and, if asked for, Weights & Biases; on the master alone."""
 
     def __init__(self, args):
-        self.out_dir = args.out_dir
-        self.file = open(args.out_dir / "log.jsonl", "a", buffering=1)
-        self.wandb = None
+        self.out_dir, self.wandb = args.out_dir, None
         if args.wandb:
             try:
                 import wandb
             except ImportError:
                 raise ImportError(f"--wandb {args.wandb}: pip install wandb first, or leave it out") from None
             self.wandb = wandb.init(project=args.wandb, config={k: str(v) for k, v in vars(args).items()})
+        self.file = open(args.out_dir / "log.jsonl", "a", buffering=1)
 
     def write(self, record):
         self.file.write(json.dumps(record) + "\n")
@@ -732,7 +755,7 @@ def plot(out_dir):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such log")
     records = read_log(path)
-    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    losses = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     scores = [(r["step"], r["cIoU"]) for r in records if r.get("cIoU") is not None]
     if not losses:
         raise ValueError(f"{path}: holds no step")
@@ -744,7 +767,7 @@ def plot(out_dir):
     for step, loss in losses:
         mean += 0.05 * (loss - mean)
         smooth.append((step, mean))
-    rows = [("loss", max(loss for _, loss in losses), [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
+    rows = [("loss", max(loss for _, loss in losses) or 1.0, [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
             ("cIoU, validation", 1.0, [(scores, "#c03020")])]  # fmt: skip
     for row, (name, top, curves) in enumerate(rows):
         base = (row + 1) * height - margin
@@ -776,9 +799,13 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
     """Make OUT_DIR what sample.py and --resume need; returns the steps already done."""
     log = args.out_dir / "log.jsonl"
     paths = saved_steps(args.out_dir) if args.resume == "auto" else [Path(args.resume)] if args.resume else []
-    from_here = args.resume == "auto" or args.resume and paths[0].absolute().parent == args.out_dir.absolute()
-    if master and (log.exists() or saved_steps(args.out_dir)) and not from_here:
+    from_here = args.resume == "auto" or args.resume and paths[0].resolve().parent == args.out_dir.resolve()
+    run_is_here = bool(saved_steps(args.out_dir)) or log.exists() and log.stat().st_size > 0
+    if master and run_is_here and not from_here:
         raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
+    if master and not run_is_here and (args.out_dir / "model.safetensors").exists():
+        raise FileExistsError(f"{args.out_dir} holds a model.safetensors, which the run would overwrite: give another "
+                              "--out-dir")  # fmt: skip
     done, damaged = 0, []
     for path in paths:
         try:
@@ -806,7 +833,8 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
         say(f"resumed after step {done} of {args.max_steps}" + " which was the last" * (done == args.max_steps))
     trim_log(log, done)
     for path in args.out_dir.glob(".*.tmp"):  # of a run that was killed while it saved
-        path.unlink()
+        if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
+            path.unlink()
     if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
         write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
     if isinstance(text_tokenizer, TextTokenizer):
@@ -818,11 +846,11 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
 def load_data(args, say):
     """(training Mixture, validation set) of --data and --val."""
     train_set = load_mixture(args.data, "train", args.root, rich=args.rich, phrases=args.phrases)
-    first = args.data.split(",")[0]
+    first = args.data.split(",")[0].strip()
     if args.val or not first.startswith("jsonl:"):
         return train_set, load_mixture(args.val or first, "val", args.root, rich=args.rich)
     whole = train_set.datasets[0]
-    train_set.datasets[0], val_set = hold_out(whole)
+    train_set.datasets, val_set = hold_out(train_set.datasets)
     say(f"validation: {len(val_set)} of the {len(whole)} lines of {first}" + (
         ", the pictures of which are not trained on" if len(val_set) < len(whole) else
         ", which are trained on too: it has one picture; --val gives others"))  # fmt: skip
@@ -833,12 +861,14 @@ def read_cache(args, train_set, length, source, size, padded):
     """The cached mask tokens (examples, length) of --mask-tokens for a Mixture, or None."""
     if not args.mask_tokens:
         return None
-    first = train_set.datasets[0]
-    held = len(first.dataset) - len(first) if isinstance(first, torch.utils.data.Subset) else 0
-    count = len(train_set) + held
+    rows, count = [], 0  # rows of the cache that are trained on: it has those of the examples that are held out, too
+    for part in train_set.datasets:
+        size_of_part = len(getattr(part, "dataset", part))
+        rows.append(count + getattr(part, "indices", np.arange(size_of_part)))
+        count += size_of_part
     table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train", rich=args.rich,
                         files=train_set.file_hashes(), size=size, padded=padded)  # fmt: skip
-    return table[np.concatenate([first.indices, np.arange(len(first.dataset), count)])] if held else table
+    return table if len(train_set) == count else table[np.concatenate(rows)]
 
 
 class TextFeatures:
@@ -893,6 +923,9 @@ def load_parts(args, device, dtype):
         model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
     model.frozen["mask_tokenizer"], model.config.hide = mask_tokenizer.source, args.hide
     text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
+    if args.init_from and not args.any_weights:
+        check_source(args.init_from, "text_tokenizer", model.frozen, text_tokenizer.source)
+    model.frozen["text_tokenizer"] = text_tokenizer.source
     check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
     if not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
@@ -906,6 +939,8 @@ def load_parts(args, device, dtype):
 def load_janus(args, device, dtype):
     """The same for LoRA on a Janus directory, which has both tokenizers in it."""
     if args.init_from:
+        if args.init_from.is_dir():
+            raise ValueError(f"{args.init_from}: a folder: give the model.safetensors in it")
         model = JanusSeg.from_pretrained(args.init_from, args.encoder, dtype, args.any_weights)
     else:
         model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
@@ -940,6 +975,7 @@ def train(args, at_end):
     metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
     mask_size, padded = config.mask_grid * mask_tokenizer.config.downsample, isinstance(raw_model, JanusSeg)
     cached = read_cache(args, train_set, config.mask_grid**2, mask_tokenizer.source, mask_size, padded)
+    args.files = train_set.file_hashes()
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train_set) / args.batch_size)
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
     batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
@@ -957,6 +993,8 @@ def train(args, at_end):
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
                                               worker_init_fn=leave_signals_to_parent,
                                               pin_memory=device.type == "cuda"))  # fmt: skip
+    # at once, also after an error: workers ignore the signal by which Python ends them at its exit
+    at_end.callback(getattr(loader, "_shutdown_workers", lambda: None))
     apart = isinstance(raw_model, LlamaSeg) and config.freeze_encoders
     text_features = TextFeatures(raw_model.encoder, device) if apart else None
     model = torch.compile(raw_model) if args.compile else raw_model
@@ -974,14 +1012,52 @@ def train(args, at_end):
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {accumulation} micro-batches x {micro_batch_size}")
     say(describe(args))
 
-    # --- loop
+    # --- evaluation
     log = Log(args) if master else None
-    bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps, disable=not master,
-               smoothing=0.02, desc="train")  # fmt: skip
-    scores, started = {}, time.perf_counter()
+
+    def due(step):
+        return step % args.eval_every == 0 or step == args.max_steps
+
+    def evaluate_after(step):
+        """The scores, logged, and the weights if they are the best; None if a signal ended it: the step is saved."""
+        nonlocal best
+        on_signal(signal.default_int_handler)
+        try:
+            total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
+                                             world_size, progress=master)  # fmt: skip
+        except KeyboardInterrupt:
+            say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
+            return None
+        on_signal(ask_to_stop)
+        scores = total.compute()
+        if master:
+            log.evaluation(step, scores, by_task, cells)
+            if (scores[metric] or 0.0) > best:
+                save_weights(raw_model, args.out_dir / "best.safetensors")
+        best = max(best, scores[metric] or 0.0)
+        return scores
+
+    # --- loop
     stop = []  # no longer empty once the run shall end
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+
+    def on_signal(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        at_end.callback(signal.signal, number, signal.signal(number, lambda number, frame: stop.append(number)))
+        at_end.callback(signal.signal, number, signal.getsignal(number))
+    on_signal(ask_to_stop)
+    steps, scores = range(first_step, args.max_steps), {}
+    missing = master and first_step and due(first_step) and not evaluated(args.out_dir / "log.jsonl", first_step)
+    if mean_over_ranks(torch.tensor([float(missing)], device=device), world_size).item():  # it was killed or stopped
+        scores = evaluate_after(first_step)
+        steps = range(0) if scores is None else steps
+    bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not master, smoothing=0.02, desc="train")
+    at_end.callback(bar.close)  # before an error is printed
+    started = time.perf_counter()
     batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)
     for step in bar:
         torch.manual_seed((args.seed * args.max_steps + step) * world_size + rank)  # of LoRA's dropout, if any
@@ -1016,28 +1092,22 @@ def train(args, at_end):
             log.step(bar, done, loss, grad_norm, lr, args.batch_size / seconds,
                      args.batch_size * config.mask_grid**2 / seconds,
                      step_flops / seconds / world_size / peak_flops, peak_memory(device))  # fmt: skip
-        evaluating = done % args.eval_every == 0 or done == args.max_steps
-        if master and (done % args.save_every == 0 or evaluating or stopping):  # first: the evaluation may take long
+        if master and (done % args.save_every == 0 or due(done) or stopping):  # first: the evaluation may take long
             save_checkpoint(args.out_dir, raw_model, optimizers, done, args)
         if stopping:
             say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
             break
-        if evaluating:
-            total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
-                                             world_size, progress=master)  # fmt: skip
-            scores = total.compute()
-            if master:
-                log.evaluation(done, scores, by_task, cells)
-                if (scores[metric] or 0.0) > best:
-                    save_weights(raw_model, args.out_dir / "best.safetensors")
-            best = max(best, scores[metric] or 0.0)
+        if due(done):
+            scores = evaluate_after(done)
+            if scores is None:
+                break
         started = time.perf_counter()
     if master and first_step < args.max_steps:
         plot(args.out_dir)
     if world_size > 1:
         del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
         dist.destroy_process_group()
-    return scores
+    return scores or {}
 
 
 def merge(out_dir, base, any_weights):
@@ -1081,8 +1151,8 @@ def main(argv=None):
                 train(args, at_end)
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         return fail(str(error), 2 if isinstance(error, BadUsage) else 1)
-    except torch.OutOfMemoryError as error:
-        return fail(f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size, or "
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return fail(f"out of memory ({str(error)[:200]}): lower --micro-batch-size, or "
                     "--activation-checkpointing")  # fmt: skip
     except RuntimeError as error:
         if not dist.is_initialized():
@@ -1094,6 +1164,8 @@ def main(argv=None):
 
 def fail(message, code=1):
     """Say why, and return the exit code; as a rank end at once: others may wait for it, and torchrun ends them."""
+    if message.startswith("Caught "):  # a DataLoader worker's traceback, which ends in its error
+        message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(code)
@@ -1104,4 +1176,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(fail("stopped before the first step", 130))
+        sys.exit(fail("stopped", 130))

@@ -1,4 +1,6 @@
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -211,6 +213,43 @@ def test_a_stop_saves_before_an_evaluation_and_does_without_it(small, tmp_path, 
     assert saved == [[2]] and [train.step_of(path) for path in train.saved_steps(tmp_path)] == [4, 2]
 
 
+def test_an_evaluation_that_a_stop_left_out_comes_at_the_resumption(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)  # in the last step
+        assert train.main(small(tmp_path)) == 0
+    assert not any("cIoU" in r for r in records(tmp_path)) and not (tmp_path / "best.safetensors").exists()
+    assert train.main(small(tmp_path, "--resume", "auto")) == 0
+    assert [r["step"] for r in records(tmp_path) if "cIoU" in r] == [6] and (tmp_path / "best.safetensors").exists()
+    assert train.main(small(tmp_path, "--resume", "auto")) == 0
+    assert [r["step"] for r in records(tmp_path) if "cIoU" in r] == [6]  # once
+
+
+def test_a_signal_ends_an_evaluation_at_once(small, tmp_path, monkeypatch, capsys):
+    handler, real = signal.getsignal(signal.SIGTERM), train.predict
+
+    def predict(*args, **more):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "predict", predict)
+        assert train.main(small(tmp_path, "--eval-every", "2")) == 0
+    assert "stopped in the evaluation after step 2, which is saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is handler and max(losses(tmp_path)) == 2
+    assert train.main(small(tmp_path, "--eval-every", "2", "--resume", "auto")) == 0
+    assert [r["step"] for r in records(tmp_path) if "cIoU" in r] == [2, 4, 6]
+
+
+def test_a_broken_example_in_a_worker_is_one_line_and_leaves_no_process(small, tmp_path, capsys):
+    line = json.dumps({"image": "none.png", "phrase": "the square", "mask": [[1, 1, 9, 1, 9, 9]]})
+    (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}\n")
+    flags = ["--data", f"jsonl:{tmp_path / 'mine.jsonl'}", "--val", "scenes", "--workers", "1"]
+    assert train.main(small(tmp_path / "out", *flags)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "mine.jsonl: line " in error and "Traceback" not in error
+    assert not multiprocessing.active_children()  # one would be waited for without end
+
+
 def test_going_back_needs_the_later_checkpoints_out_of_the_way(small, tmp_path, monkeypatch, capsys):
     """--keep would delete what the earlier step leads to, and --resume auto would take the later one."""
     assert train.main(small(tmp_path / "a")) == 0
@@ -265,6 +304,69 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(small, tmp_path
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "gradient norm nan at step 1" in message and "train-" in message
     assert not train.saved_steps(tmp_path)
+
+
+def test_a_run_overwrites_nothing_of_others(small, tmp_path, tiny_checkpoint, capsys):
+    shutil.copyfile(tiny_checkpoint / "model.safetensors", tmp_path / "model.safetensors")
+    for more in ([], ["--resume", "auto"]):
+        assert train.main(small(tmp_path, *more)) == 1 and "would overwrite" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").unlink()
+    assert train.main(small(tmp_path)) == 0
+    (tmp_path / ".notes.tmp").write_text("important")
+    (tmp_path / ".args.json.12.tmp").write_text("of a killed run")
+    shutil.copyfile(tmp_path / "checkpoint-0000003.pt", tmp_path / "checkpoint-best.pt")  # not one of the run's names
+    assert train.main(small(tmp_path, "--resume", "auto")) == 0
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"] and (tmp_path / "checkpoint-best.pt").exists()
+
+
+def test_another_text_tokenizer_is_refused(small, tmp_path, capsys):
+    assert train.main(small(tmp_path / "out", "--max-steps", "3")) == 0
+    state = torch.load(tmp_path / "out" / "checkpoint-0000003.pt", weights_only=True)
+    assert set(state["frozen"]) == {"mask_tokenizer", "text_tokenizer"}
+    state["frozen"]["text_tokenizer"]["sha256"] = "0" * 64  # as if it had been trained with another one
+    torch.save(state, tmp_path / "out" / "checkpoint-0000003.pt")
+    assert train.main(small(tmp_path / "out", "--resume", "auto")) == 1
+    assert "was trained with the text tokenizer" in capsys.readouterr().err
+
+
+def damage_bytes(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2:len(content) // 2 + 40] = b"\x3c" * 40
+    path.write_bytes(content)
+
+
+def damage_state(change):
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+@pytest.mark.parametrize("damage, message", [
+    (damage_bytes, "damaged"), (damage_state(lambda s: s.update(step=-5)), "not those of a run"),
+    (damage_state(lambda s: s.update(frozen={"mask_tokenizer": 5})), "not a whole checkpoint"),
+    (damage_state(lambda s: s["optimizers"][0]["state"][0].update(exp_avg=torch.ones(1))), "exp_avg of parameter 0"),
+    (damage_state(lambda s: s["optimizers"][0]["state"][0]["exp_avg"].fill_(math.nan)), "expected finite"),
+    (damage_state(lambda s: s.update(model={5: 3})), "does not fit"),
+    (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe"),
+], ids=["bytes", "step", "frozen", "shape", "nan", "model", "pipe"])  # fmt: skip
+def test_a_hostile_checkpoint_is_one_line(small, tmp_path, capsys, damage, message):
+    assert train.main(small(tmp_path, "--max-steps", "3")) == 0
+    (path,) = train.saved_steps(tmp_path)
+    damage(path)
+    assert train.main(small(tmp_path, "--resume", str(path))) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error and path.name in error
+
+
+@pytest.mark.parametrize("line, code", [('{"step": 1, "loss": 0.0}', 0), ('{"step": 0, "loss": 1.0}', 1), ('"x"', 1),
+                                        ('{"step": 1, "loss": NaN}', 1), ('{"step": 1, "cIoU": "x"}', 1), ("[1]", 1)])
+def test_a_hostile_log_is_one_line(tmp_path, capsys, line, code):
+    (tmp_path / "log.jsonl").write_text(line + "\n")
+    assert train.main(["--plot", str(tmp_path)]) == code
+    assert code == 0 or "log.jsonl: line 1 is not what train.py writes" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(small, tmp_path, monkeypatch, capsys):
@@ -322,6 +424,14 @@ def test_own_data_is_held_out_by_picture(small, tmp_path, monkeypatch, capsys):
     held, seen = ({id.split("-")[0] for id in ids} for ids in (checked, trained))
     assert len(held) == 2 and len(set(checked)) == 6 and not held & seen and len(held | seen) == 30
     assert "validation: 6 of the 90 lines" in capsys.readouterr().out
+    trained.clear()
+    (tmp_path / "more.jsonl").write_text(lines[0].replace("0-0", "0-9") + "\n" + lines[1].replace("1-0", "1-9"))
+    both = ["--data", f" {own[1]} , jsonl:{tmp_path / 'more.jsonl'}", *own[2:]]  # of the same pictures
+    assert train.main(small(tmp_path / "c", *both)) == 0
+    assert not held & {id.split("-")[0] for id in trained}
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines[::-1]))
+    assert train.main(small(tmp_path / "a", *own, "--resume", "auto")) == 1  # the examples' order is another one
+    assert "--files" in capsys.readouterr().err
     trained.clear()
     assert train.main(small(tmp_path / "b", *own, "--val", own[1])) == 0
     assert {id.split("-")[0] for id in trained} == held | seen  # nothing is held out
