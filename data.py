@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from metrics import Parser, parse_json, printable, read_mask, regular, values_in
+from metrics import Parser, nobody_reads, parse_json, printable, read_mask, regular, values_in
 
 # ----------------------------------------------------------------------------------------------------------
 # Example: what every data set yields
@@ -1054,7 +1054,7 @@ def _cocostuff(root, split, classes="present", labels=None, label_root=None):
              "stuffthingmaps_detectron2")  # fmt: skip
     places = [label_root] if label_root else [place for place in usual if (root / place / folder).is_dir()]
     if len(places) != 1:
-        raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root=" if places
+        raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root= in Python, or keep one of them" if places
                          else f"no folder of label maps, as in annotations/{folder}"))  # fmt: skip
     base = root / places[0]
     files = _map_files(base / folder, "*.png", "COCO-Stuff")
@@ -1092,7 +1092,7 @@ def _cocostuff_kind(values, base, used):
     if len(found) != 1:
         raise ValueError(f"{base}: " + ("its maps have values of the raw 182 ids and of the converted 171" if found else
                          "its maps do not tell whether they are raw (182 ids) or converted (171)")
-                         + ": say labels='raw' or 'converted'")  # fmt: skip
+                         + ": in Python, say labels='raw' or 'converted' to load_dataset")  # fmt: skip
     return found.pop()
 
 
@@ -1222,7 +1222,7 @@ class PlainUnpickler(pickle.Unpickler):
 def read_refs(file):
     """refs(SPLITTER).p, a Python 2 pickle -> list of dicts; ValueError if anything but plain values is in it."""
     try:
-        with open(file, "rb") as opened:
+        with open(regular(file), "rb") as opened:
             refs = PlainUnpickler(opened, encoding="latin1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
             raise ValueError("not a list of refs")
@@ -1260,15 +1260,20 @@ class Refer:
         folders = ["images/saiapr_tc-12"] if name == "refclef" else [
             "images/mscoco/images/train2014", "images/train2014", "train2014"]  # fmt: skip
         self.file, self.pictures, self.refs = file, _find(root, *folders), 0
-        self.rows, splits = [], set()  # rows: (image, annotation, sentence, id of the ref)
+        self.rows, splits, seen = [], set(), set()  # rows: (image, annotation, sentence, id of the ref)
         for ref in read_refs(file):
             try:
                 splits.add(str(ref["split"]))
                 if self._in(str(ref["split"]), split):
                     self.refs += 1
                     image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
-                    self.rows += [(image, annotation, {"sent": s["sent"], "sent_id": s["sent_id"]}, ref.get("ref_id"))
-                                  for s in ref["sentences"]]  # fmt: skip
+                    for s in ref["sentences"]:
+                        key = f"{image['id']}:{s['sent_id']}"
+                        if key in seen:
+                            raise ValueError(f"{file}: ref {ref.get('ref_id')}: sentence {key} comes twice")
+                        seen.add(key)
+                        row = image, annotation, {"sent": s["sent"], "sent_id": s["sent_id"]}, ref.get("ref_id")
+                        self.rows.append(row)
             except KeyError as error:
                 raise ValueError(f"{file}: ref {ref.get('ref_id')}: {error} is missing, there or in "
                                  f"{self.instances.name}") from None  # fmt: skip
@@ -1354,7 +1359,7 @@ class JSONLines:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        record = parse_json(line)
+                        record = _record(line)
                         picture, key = _hash(str(record["image"])), _hash(repr(_id_and_label(record, number)))
                     except (ValueError, TypeError, KeyError, AttributeError):
                         picture = key = 0
@@ -1381,7 +1386,7 @@ class JSONLines:
     def __getitem__(self, i):
         number = int(self.numbers[i])
         try:
-            record = parse_json(self._line(i))
+            record = _record(self._line(i))
             image, phrase = record["image"], _words(record["phrase"])
             id, label = _id_and_label(record, number)
             mask = record["segmentation"] if "segmentation" in record else record["mask"]
@@ -1398,6 +1403,14 @@ class JSONLines:
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{self.path}: line {number}: {error}") from None
         return Example(picture, phrase, mask, id, task, label)
+
+
+def _record(line):
+    """A line of JSON -> dict; ValueError for anything else."""
+    record = parse_json(line)
+    if not isinstance(record, dict) or not isinstance(record.get("image", ""), str):
+        raise ValueError(f"{short(record)}: expected an object whose image is a path")
+    return record
 
 
 def _hash(text):
@@ -1713,12 +1726,13 @@ def receive(session, url, part, bar):
     """One attempt of `fetch`: appends what is missing to `part`; returns (size, SHA-256), None where not announced."""
     tag = part.with_suffix(".etag")  # of the file that `part` belongs to
     have = part.stat().st_size if part.exists() else 0
-    known = tag.read_text().strip() if tag.exists() else ""
+    known = tag.read_text(errors="replace").strip() if tag.exists() else ""
+    known = known if known.isascii() and known.isprintable() else ""
     resume = {"Range": f"bytes={have}-", "If-Range": known} if have and known else {}
     with session.get(url, headers=resume, stream=True, timeout=60) as answer:
         status = f"{answer.status_code} {answer.reason}"
         if answer.status_code in (408, 429) or answer.status_code >= 500:
-            raise TryAgain(f"the server answers {status}", float(_number(answer, "Retry-After") or 0))
+            raise TryAgain(f"the server answers {status}", min(_number(answer, "Retry-After") or 0, 300))
         if answer.status_code == 416 and resume:
             if answer.headers.get("Content-Range") == f"bytes */{have}":  # it was all there
                 return have, hub_hash(answer)
@@ -1764,7 +1778,7 @@ def receive(session, url, part, bar):
 def _number(answer, header):
     """A header that holds a whole number, or None."""
     value = answer.headers.get(header, "")
-    return int(value) if re.fullmatch("[0-9]+", value) else None
+    return int(value) if re.fullmatch("[0-9]{1,18}", value) else None
 
 
 def hub_hash(answer):
@@ -1815,7 +1829,8 @@ def download(args):
     with only_one(args.root / args.name / ".lock"):  # two writers of one file would leave a mix of both
         for file in files:
             path = args.root / args.name / file
-            print(f"{path}: sha256 {fetch(address(place, file, args.revision), path, token)}")
+            already = " (already there, only checked)" if path.exists() else ""
+            print(f"{path}{already}: sha256 {fetch(address(place, file, args.revision), path, token)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1827,14 +1842,15 @@ def check(args):
 
     A sample spread over each split, or with --all every example. Broken ones are named, one a line.
     """
-    names = [args.split] if args.split else ["train", "val", "test", "testA", "testB", "testC"]
+    names = [args.split] if args.split else ["train", "val", "test", "testA", "testB", "testC", "novel"]
+    names = ["train"] if args.name.startswith("jsonl:") else names
     options, broken, opened, found = {"split_by": args.split_by} if args.split_by else {}, 0, 0, 0
     splitter = (args.split_by or Refer.SPLITTERS[args.name][0],) if args.name in Refer.SPLITTERS else ()
     for split in names:
         try:
             dataset = load_dataset(args.name, split, args.root, **options)
         except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, BadUsage) and (args.split or "no split" not in str(error)):
+            if isinstance(error, BadUsage) and (args.split or f"no split {split!r}" not in str(error)):
                 raise
             published = (args.name, *splitter, split) in PUBLISHED
             if args.split or published or args.name.startswith("jsonl:"):  # else the set just has no such split
@@ -1871,10 +1887,8 @@ def check(args):
             except (ValueError, OSError) as error:
                 tqdm.write(printable(f"broken: {error}"))
                 broken += 1
-        if args.name.startswith("jsonl:"):
-            break
     if not found and not broken:
-        raise ValueError(f"{args.name}: nothing found in {args.root}")
+        raise ValueError(f"{args.name}: no examples" + (f" in {args.root}" if args.root else ""))
     print(f"{opened:,} examples opened, {broken} broken")
     return 1 if broken else 0
 
@@ -1883,6 +1897,8 @@ def preview(args):
     """Write a contact sheet of a data set: picture, phrase, mask."""
     options = {"rich": True} if args.rich else {}
     dataset = load_dataset(args.name, args.split, args.root, **options)
+    if not len(dataset):
+        raise ValueError(f"{args.name}:{args.split} has no examples")
     if args.first >= len(dataset):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
@@ -1937,6 +1953,8 @@ def main(argv=None):
         return args.job(args) or 0
     except BadUsage as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        return nobody_reads()
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1

@@ -279,11 +279,24 @@ def regular(path):
     return path
 
 
+def nobody_reads():
+    """The exit code where the reader of standard output has gone; Python must not write to it again at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
 class Parser(argparse.ArgumentParser):
     """The argument parser of all scripts: an error is one line, and a flag must be written in full."""
 
     def __init__(self, **more):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more})
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for before, arg in zip(["", *args], args):
+            if arg == "" or re.fullmatch("--[a-z-]+=", arg):
+                self.error(f"the argument {arg or 'after ' + before} is empty")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (all flags: {self.prog} --help)\n")
@@ -398,7 +411,7 @@ def read_records(path):
     A last line without its end, as a killed run leaves it, is not counted.
     """
     header, records = None, []
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
@@ -443,6 +456,18 @@ def add_up(records):
     return total, by_task
 
 
+def _add_up_file(path):
+    """The numbers of a .jsonl of sample.py; ValueError unless it has all examples of its run."""
+    header, records = read_records(path)
+    count = header.get("count") if isinstance(header, dict) else None
+    if count is not None and not len(records) == len({record["index"] for record in records}) == count:
+        raise ValueError(f"{path}: {len(records)} records of a run over {count} examples: let the run end first")
+    broken = sum("broken" in record for record in records)
+    if broken:
+        print(f"{broken} of {len(records)} examples are broken and left out")
+    return add_up(records)[0].compute()
+
+
 def _table(numbers):
     rows = [("metric", "value", "pairs")]
     kinds = [f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS]
@@ -481,18 +506,20 @@ def main(argv=None) -> int:
         if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
             raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
         if args.gt_dir is None:
-            numbers = add_up(read_records(args.pred_dir)[1])[0].compute()
+            numbers = _add_up_file(args.pred_dir)
         else:
             numbers = _compare_folders(args.pred_dir, args.gt_dir)
         if args.json:
             write_json(args.json, numbers)
+        print(_table(numbers), flush=True)
+    except BrokenPipeError:
+        return nobody_reads()
     except (OSError, ValueError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(_table(numbers))
     return 0
 
 

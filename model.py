@@ -671,6 +671,8 @@ class LlamaSegConfig:
         if not isinstance(self.siglip, SigLIPConfig) or not isinstance(self.llama, LlamaConfig):
             raise ValueError(f"siglip is {self.siglip!r} and llama is {self.llama!r}, expected a shape of each")
         check_numbers(self)
+        if self.mask_grid > self.siglip.image_size:  # no tensor depends on it
+            raise ValueError(f"mask_grid is {self.mask_grid}, expected at most image_size {self.siglip.image_size}")
 
 
 def _paper(layers, width, heads, image_size):
@@ -1443,7 +1445,7 @@ def choose(logits, decode, top_k, top_p, temperature, uniform):
     """
     if decode == "greedy":
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # no infinity
     if decode in ("top-k", "top-p"):
         probs, index = probs.sort(dim=-1, descending=True, stable=True)
         if decode == "top-k":
@@ -1676,6 +1678,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}, choose auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps") or device.type != "cuda" and device.index:
+        raise ValueError(f"unknown device {name!r}, choose auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -50,7 +50,16 @@ from data import (
     to_pixels,
     write_picture,
 )
-from metrics import Parser, SegmentationMetrics, add_up, boundary, printable, read_records, write_json
+from metrics import (
+    Parser,
+    SegmentationMetrics,
+    add_up,
+    boundary,
+    nobody_reads,
+    printable,
+    read_records,
+    write_json,
+)
 from model import (
     DECODES,
     DRAFTS,
@@ -423,8 +432,8 @@ def segment(args):
             except (ValueError, OSError) as error:
                 tqdm.write(f"error: {printable(error)}", file=sys.stderr)
                 broken += 1
-            pixels = sum(image.width * image.height for _, _, image, _ in waiting)
-            if waiting and (len(waiting) == together or pixels >= MOST_PIXELS or i + 1 == len(pictures)):
+            held = sum(image.width * image.height for _, _, image, _ in waiting) * (3 + len(prompts))
+            if waiting and (len(waiting) == together or held >= MOST_BYTES or i + 1 == len(pictures)):
                 segment_batch(args, segmenter, waiting, prompts, add)
                 waiting.clear()
     return 1 if broken else 0
@@ -433,13 +442,17 @@ def segment(args):
 def segment_batch(args, segmenter, batch, prompts, add):
     """Segment some pictures together: (name, source, image, stems of its files), each asked all prompts."""
     say = sys.stderr if args.json == "-" else sys.stdout  # keep standard output clean for the JSON
-    images = [image for _, _, image, _ in batch]
-    start, inside = time.perf_counter(), {}
-    masks = segmenter.many(images, prompts, inside, **decoding(args))
-    ms = 1000 * (time.perf_counter() - start) / (len(images) * len(prompts))
-    for (name, source, image, stems), of_image in zip(batch, masks):
-        for stem, prompt, mask in zip(stems, prompts, of_image):
-            add(keep(args, stem, name, source, image, prompt, mask, ms, say))
+    images, inside = [image for _, _, image, _ in batch], {}
+    group = len(prompts)  # prompts at a time: fewer for a picture that fills the memory alone
+    if len(images) == 1:
+        group = max(1, MOST_BYTES // (images[0].width * images[0].height) - 3)
+    for k in range(0, len(prompts), group):
+        asked, start = prompts[k:k + group], time.perf_counter()
+        masks = segmenter.many(images, asked, inside, **decoding(args))
+        ms = 1000 * (time.perf_counter() - start) / (len(images) * len(asked))
+        for (name, source, image, stems), of_image in zip(batch, masks):
+            for stem, prompt, mask in zip(stems[k:], asked, of_image):
+                add(keep(args, stem, name, source, image, prompt, mask, ms, say))
     if args.confidence:
         side, size = segmenter.model.config.siglip.image_size, images[0].size
         box = [n / side for n in padded_box(*size, side)] if segmenter.padded else (0, 0, 1, 1)
@@ -481,7 +494,7 @@ def keep(args, stem, name, source, image, prompt, mask, ms, say):
 
 
 KINDS = ("mask", "overlay")  # the two pictures of each mask
-MOST_PIXELS = 48_000_000  # of the pictures that are in memory together
+MOST_BYTES = 192_000_000  # of the pictures that are in memory together, with their masks
 SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
 
 
@@ -506,9 +519,10 @@ def score(args):
     weights = next(segmenter.model.parameters())
     more = {"root": args.root, "data": sha256_of(lines[0]) if lines else None,
             "encoder": args.encoder if args.any_weights else None}  # fmt: skip
-    run = {"dataset": args.dataset, "split": args.split, **options, "count": count,
-           **{name: str(value) for name, value in more.items() if value},
-           **{name: value for name, value in decoding(args).items() if name != "draft"},
+    same = {"draft"} if weights.dtype == torch.float32 else set()  # in float32 the mask does not depend on it
+    run = {"dataset": printable(args.dataset), "split": args.split, **options, "count": count,
+           **{name: printable(value) for name, value in more.items() if value},
+           **{name: value for name, value in decoding(args).items() if name not in same},
            "dtype": str(weights.dtype).removeprefix("torch."), "model": identity(args.checkpoint, segmenter.model),
            "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
     stem = args.out / run_name(args, run, len(dataset))
@@ -520,9 +534,9 @@ def score(args):
             records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
             if len(records) != count:
                 raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
+            write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)
             for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
                 part.unlink()
-            write_lines(stem.with_name(f"{stem.name}.jsonl"), run, records)
             report(args, run, records, dataset, stem)
             lock.unlink()
 
@@ -583,7 +597,7 @@ def score_batch(segmenter, dataset, indices, args, rank):
         except (ValueError, OSError) as error:
             if not args.skip_broken:
                 raise
-            records.append({"index": i, "rank": rank, "broken": str(error)})
+            records.append({"index": i, "rank": rank, "broken": printable(error)})
     options = decoding(args)
     if "seed" in options:  # of each example alone: neither stops nor ranks nor the batch change what is drawn
         options["seed"] = [int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0]) for i, _ in examples]
@@ -643,6 +657,8 @@ def report(args, run, records, dataset, stem):
     if broken and not args.allow_skipped:
         raise ValueError(f"{len(broken)} of {run['count']} examples are broken: no number without them; "
                          "--allow-skipped asks for the rest's")  # fmt: skip
+    if not records:
+        raise ValueError(f"all {run['count']} examples are broken")
     total, by_task = add_up(records)
     tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
     print(printable(f"{args.dataset}:{args.split}: {run['protocol']}"), file=say)
@@ -805,7 +821,7 @@ def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage."""
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("what to segment")
-    group.add_argument("--image", nargs="+", metavar="PATH",
+    group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
                        help="files, folders, or - for standard input (default: the embedded picture)")
     group.add_argument("--prompt", action="append", metavar="TEXT",
                        help="what to look for; repeat for more masks of the picture")
@@ -864,14 +880,16 @@ def main(argv=None):
         parser.check_read(args, f"--dataset {kind}", READS[job] - {unread})
     if job in ("--dataset", "pictures"):
         parser.check_read(args, f"--decode {args.decode}", READS[job] - set(USUAL) | set(DECODING[args.decode]))
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if "" in (value if isinstance(value, list) else [value]):
-            parser.error(f"{action.option_strings[-1]} is empty")
     if args.allow_skipped and not args.skip_broken:
         parser.error("--allow-skipped has no use without --skip-broken")
-    if args.json and Path(args.json).suffix.lower() in PICTURES:
-        parser.error(f"--json {args.json}: this is a picture's name")
+    if args.json and Path(args.json).suffix.lower() in {".jsonl", *PICTURES}:
+        parser.error(f"--json {args.json}: this is the name of a picture or of records, choose one that ends in .json")
+    for flag, file in (("--confidence", args.confidence), ("--attention", args.attention)):
+        if file and Path(file).suffix.lower() != ".png":
+            parser.error(f"{flag} {file}: a PNG is written, so its name must end in .png")
+    below = args.root and args.json and args.root.resolve() in Path(args.json).resolve().parents
+    if below and Path(args.json).exists():
+        parser.error(f"--json {args.json}: there is such a file below --root already")
     for text in (*(args.prompt or ()), *([] if args.chat is None else [args.chat])):
         if not text.strip():
             parser.error("empty --prompt or --chat: give it words, as in 'the red circle'")
@@ -885,8 +903,8 @@ def main(argv=None):
             parser.error(f"{flag} {value} must be from {least} to 2^32 - 1")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p} must be above 0 and at most 1")
-    if not 0 < args.temperature < math.inf:
-        parser.error(f"--temperature {args.temperature} must be above 0")
+    if not 0.001 <= args.temperature <= 1000:
+        parser.error(f"--temperature {args.temperature} must be from 0.001 to 1000")
     if (args.confidence or args.attention) and (len(args.prompt or ()) != 1 or len(args.image or ()) != 1):
         parser.error("--confidence and --attention are for one --image and one --prompt")
     try:
@@ -898,9 +916,8 @@ def main(argv=None):
         print(end="", flush=True)
     except (PromptTooLong, BadUsage) as error:
         parser.error(str(error))
-    except BrokenPipeError:  # nobody reads standard output any more: Python must not try again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return nobody_reads()
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         if torch.distributed.is_initialized():
@@ -914,5 +931,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:  # torchrun ends a rank that waits for another, which Python would not notice
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, signal.default_int_handler)
     sys.exit(main())

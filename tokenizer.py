@@ -994,12 +994,15 @@ def train(args):
     """
     from tqdm import tqdm
 
-    from data import BadUsage, load_dataset
+    from data import BadUsage, hold_out, load_dataset
 
     torch.manual_seed(args.seed)
     device, first = torch.device(args.device), args.start
     options = {"rich": True} if args.rich else {}
-    dataset, val_set = (load_dataset(args.data, split, **options) for split in ("train", "val"))
+    if args.data == "scenes":
+        dataset, val_set = (load_dataset(args.data, split, **options) for split in ("train", "val"))
+    else:
+        (dataset,), val_set = hold_out([load_dataset(args.data, "train")])
     model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
     if args.size % (2 * model.config.downsample):
         raise BadUsage(f"--size {args.size} must be a multiple of {2 * model.config.downsample}: crops have half of it")
@@ -1167,7 +1170,7 @@ def encode(args):
     if model.config.codebook_size > 65536:
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = min(args.count or len(dataset), len(dataset)), (args.size // model.config.downsample) ** 2
-    path = args.out.with_suffix(".npy")
+    path = Path(f"{str(args.out).removesuffix('.npy')}.npy")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:  # no memory map: on a full disk that kills the process
@@ -1281,6 +1284,18 @@ def parse_args(argv=None):
         parser.error(f"--data {args.data}: choose scenes or jsonl:PATH")
     if args.command == "train" and args.out.suffix != ".safetensors":
         parser.error(f"--out {args.out}: the file's name must end in .safetensors")
+    if args.command == "train" and args.out.exists() and not (args.init_from and args.init_from.exists()
+                                                              and args.out.samefile(args.init_from)):  # fmt: skip
+        parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
+    if args.command == "encode" and args.rich and "scenes" not in args.data:
+        parser.error(f"--rich is for scenes, not for --data {args.data}")
+    if args.command in ("eval", "encode") and args.data.startswith("jsonl:"):
+        parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
+    if args.command in ("eval", "encode"):
+        stem = args.out.with_name(args.out.name.removesuffix(".npy"))
+        other = Path(f"{stem}.npy" if args.command == "encode" else f"{stem}.png")
+        if Path(f"{stem}.json").exists() and not other.exists():
+            parser.error(f"--out {args.out}: {stem}.json is there already and not from this command")
     if args.command == "train" and not 0 < args.lr < float("inf"):
         parser.error(f"--lr {args.lr} must be a positive number")
     if args.command == "train" and not any((args.free_steps, args.steps, args.decoder_steps)):
@@ -1288,7 +1303,10 @@ def parse_args(argv=None):
     if hasattr(args, "device"):
         try:
             torch.empty(0, device=args.device)
+            known = torch.device(args.device).type in ("cpu", "cuda", "mps")
         except (RuntimeError, AssertionError):
+            known = False
+        if not known:
             parser.error(f"--device {args.device} is not there: choose cpu, cuda, cuda:N or mps")
     return args
 

@@ -276,7 +276,7 @@ def refs(tree):
 
 @pytest.mark.parametrize("words", ["", " \t", None, 5, [], "\ud800"])
 def test_a_sentence_without_words_is_named_by_every_check(refs, words, capsys):
-    many = [REF | {"ref_id": 1000 + i} for i in range(20)]
+    many = [REF | {"ref_id": i, "sentences": [{"sent_id": i, "sent": "left dog"}]} for i in range(1000, 1020)]
     dataset = refs([REF, REF | {"ref_id": 8, "sentences": [{"sent_id": 72, "sent": words}]}, *many])
     assert dataset[1].phrase == "left dog" and dataset[1].id == "581857:71"
     with pytest.raises(ValueError, match=r"refs\(unc\).p: ref 8: sentence 72: ") as caught:
@@ -602,3 +602,13 @@ def test_preview_of_a_public_set(tree, tmp_path):
     flags = ["preview", "voc20", "--root", str(tree("pascal_voc")), "--split", "val", "--out", str(tmp_path / "p.png")]
     assert data.main(flags) == 0
     assert Image.open(tmp_path / "p.png").size[0] > 300
+
+
+def test_a_sentence_that_comes_twice_is_told_when_the_set_is_opened(tmp_path):
+    """Its two examples would have one id, which a score refuses after all the work."""
+    root = shutil.copytree(FIXTURES / "refcoco", tmp_path / "refcoco")
+    file = root / "refcoco" / "refs(unc).p"
+    refs = data.read_refs(file)
+    file.write_bytes(pickle.dumps([*refs, refs[0]], protocol=2))
+    with pytest.raises(ValueError, match="comes twice"):
+        load_dataset("refcoco", refs[0]["split"], root)

@@ -674,3 +674,26 @@ def test_command_refuses_a_json_file_it_cannot_write(folders, capsys):
         assert metrics.main([str(folders / "pred"), str(folders / "gt"), "--json", str(target)]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: {target}: ") and error.count("\n") == 1
+
+
+def test_records_of_a_run_that_has_not_ended_are_not_added_up(tmp_path, capsys):
+    record = {"index": 0, "intersection": 1, "union": 2, "ahd": None, "label": None, "id": "a", "task": "referring"}
+    path = tmp_path / "run.jsonl"
+
+    def write(*records, count):
+        path.write_text("".join(json.dumps(line) + "\n" for line in ({"run": {"count": count}}, *records)))
+
+    write(record, count=2)
+    assert metrics.main([str(path)]) == 1 and "1 records of a run over 2 examples" in capsys.readouterr().err
+    write(record, record | {"id": "b"}, count=2)
+    assert metrics.main([str(path)]) == 1  # one index twice
+    write(record, {"index": 1, "broken": "none.png"}, count=2)
+    assert metrics.main([str(path)]) == 0 and "1 of 2 examples are broken and left out" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a.png")
+    command = [sys.executable, str(Path(__file__).parents[1] / "metrics.py"), str(tmp_path), str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "Trace" not in done.stderr

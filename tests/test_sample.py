@@ -12,6 +12,7 @@ import torch
 from conftest import REPO
 from PIL import Image
 
+import metrics
 from data import Scenes, load_dataset, rle_decode
 from metrics import SegmentationMetrics
 from sample import Segmenter, describe, overlay
@@ -264,6 +265,77 @@ def test_broken_examples_stop_a_score_or_are_told(sample, tmp_path, tiny_checkpo
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["skipped"] == 2 and scores["all"]["count"] == 1
+
+
+def test_a_score_is_kept_when_its_last_write_fails(sample, tmp_path, tiny_checkpoint, monkeypatch):
+    import sample as S
+
+    flags = ["--dataset", "scenes", "--count", 40, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    real = S.write_lines
+
+    def full(path, *more):
+        if ".rank" not in path.name:
+            raise OSError(28, "No space left on device")
+        real(path, *more)
+
+    monkeypatch.setattr(S, "write_lines", full)
+    assert "No space left" in error_of(sample("sample.py", *flags), 1)
+    monkeypatch.setattr(S, "write_lines", real)
+    monkeypatch.setattr(S, "score_batch", lambda *args: pytest.fail("all of it is there"))
+    assert sample("sample.py", *flags).returncode == 0
+
+
+def test_the_draft_is_part_of_a_run_in_bfloat16_alone(sample, tmp_path, tiny_checkpoint):
+    flags = ["--dataset", "scenes", "--count", 3, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    for more in ([], ["--dtype", "bfloat16"]):
+        for draft in ("none", "jacobi"):
+            assert sample("sample.py", *flags, *more, "--draft", draft).returncode == 0
+    names = sorted(path.name for path in (tmp_path / "o").glob("*.json"))
+    assert len(names) == 3 and sum("bfloat16" in name for name in names) == 2
+
+
+def test_paths_that_are_not_utf_8_can_be_scored(sample, tmp_path, tiny_checkpoint):
+    folder = os.fsencode(tmp_path) + b"/lat\xff"
+    os.mkdir(folder)
+    Image.new("RGB", (40, 30), "red").save(folder + b"/a.png")
+    line = {"image": "a.png", "phrase": "the square", "mask": [[5, 5, 20, 5, 20, 20, 5, 20]]}
+    with open(folder + b"/x.jsonl", "w") as file:
+        file.write("\n".join(json.dumps(one) for one in (line, line | {"image": "b.png"})))
+    flags = ["--dataset", "jsonl:" + os.fsdecode(folder + b"/x.jsonl"), "--checkpoint", tiny_checkpoint,
+             "--out", tmp_path / "o", "--skip-broken", "--allow-skipped"]  # fmt: skip
+    for _ in range(2):
+        assert sample("sample.py", *flags).returncode == 0
+    (records,) = (tmp_path / "o").glob("*.jsonl")
+    assert metrics.main([str(records)]) == 0  # what it wrote can be read
+
+
+def test_a_score_of_broken_examples_alone_is_refused(sample, tmp_path, tiny_checkpoint):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"image": "none.png", "phrase": "x", "mask": [[1, 1, 9, 1, 9, 9]]}))
+    flags = ["--dataset", f"jsonl:{tmp_path / 'mine.jsonl'}", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    assert "all 1 examples are broken" in error_of(sample("sample.py", *flags, "--skip-broken", "--allow-skipped"), 1)
+
+
+def test_outputs_have_names_of_their_kind(sample, picture, tmp_path):
+    image = ["--image", picture, "--prompt", "x"]
+    (tmp_path / "instances.json").write_text("{}")
+    for flags in (["--dataset", "scenes", "--json", "a.jsonl"], [*image, "--confidence", "a.jsonl"],
+                  [*image, "--attention", "a.jpg"],
+                  ["--dataset", "voc20", "--root", tmp_path, "--json", tmp_path / "instances.json"]):  # fmt: skip
+        assert flags[-2] in error_of(sample("sample.py", *flags), 2)
+
+
+def test_image_can_be_repeated(sample, picture, tmp_path, tiny_checkpoint):
+    flags = ["--prompt", "x", "--out", tmp_path / "o", "--json", "-", "--checkpoint", tiny_checkpoint]
+    done = sample("sample.py", "--image", picture, "--image", picture, *flags)
+    assert len(json.loads(done.stdout)) == 2
+
+
+def test_extreme_temperatures(sample, picture, tmp_path, tiny_checkpoint):
+    flags = ["--image", picture, "--prompt", "x", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
+    for decode in ("random", "top-k", "top-p"):
+        assert sample("sample.py", *flags, "--decode", decode, "--temperature", "0.001").returncode == 0
+    for value in ("1e-40", "inf", "nan"):
+        assert "0.001 to 1000" in error_of(sample("sample.py", "--decode", "random", "--temperature", value), 2)
 
 
 def test_a_public_set_is_scored_per_class(sample, tmp_path, tiny_checkpoint):
@@ -662,9 +734,15 @@ def test_pictures_in_memory_together_are_bounded(sample, picture, tmp_path, tiny
     assert sample("sample.py", "--image", *[picture] * 33, *flags).returncode == 0
     assert together == [32, 1]
     together.clear()
-    monkeypatch.setattr(S, "MOST_PIXELS", 1.5 * np.prod(Image.open(picture).size))
+    monkeypatch.setattr(S, "MOST_BYTES", int(6 * np.prod(Image.open(picture).size)))  # 3 a pixel, and 1 for each mask
     assert sample("sample.py", "--image", *[picture] * 5, *flags).returncode == 0
     assert together == [2, 2, 1]
+    together.clear()
+    more = [flag for k in range(6) for flag in ("--prompt", f"star {k}")]
+    assert sample("sample.py", "--image", picture, *more, *flags, "--json", tmp_path / "m.json").returncode == 0
+    assert together == [1, 1, 1]  # seven prompts of one picture, three at a time
+    prompts = [r["prompt"] for r in json.loads((tmp_path / "m.json").read_text())]
+    assert prompts == [*(f"star {k}" for k in range(6)), "star"]
 
 
 # --- flags and texts
@@ -685,7 +763,8 @@ def test_flags_that_a_job_does_not_read_are_refused(sample, picture):
     ):  # fmt: skip
         assert flag in error_of(sample("sample.py", *flags.split()), 2)
     assert "--chat" in error_of(sample("sample.py", "--chat", " "), 2)
-    for flags in (["--image", "", "--prompt", "x"], ["--prompt", ""], ["--checkpoint", ""], ["--dataset", ""]):
+    for flags in (["--image", "", "--prompt", "x"], ["--prompt", ""], ["--checkpoint", ""], ["--dataset", ""],
+                  ["--out", ""], ["--root", ""]):
         assert flags[0] in error_of(sample("sample.py", *flags), 2)
 
 

@@ -573,6 +573,21 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path, tiny_checkpoint, capsys
         assert not list(tmp_path.iterdir())
 
 
+def test_outputs_overwrite_nothing_of_others(tmp_path, capsys):
+    import tokenizer
+
+    out, records = tmp_path / "vq.safetensors", tmp_path / "t.json"
+    out.write_bytes(b"weeks of work")
+    records.write_text("{}")
+    stem = str(records.with_suffix(""))
+    for flags in (["train", "--out", str(out)], ["encode", "--out", stem], ["eval", "--out", stem],
+                  ["encode", "--data", "ade20k", "--rich"], ["eval", "--data", "jsonl:x", "--split", "val"]):
+        with pytest.raises(SystemExit) as stopped:
+            tokenizer.main(flags)
+        assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert out.read_bytes() == b"weeks of work" and records.read_text() == "{}"
+
+
 def test_ctrl_c_says_that_nothing_was_written(tmp_path, monkeypatch, capsys):
     import tokenizer
 
