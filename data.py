@@ -1054,7 +1054,7 @@ def _cocostuff(root, split, classes="present", labels=None, label_root=None):
              "stuffthingmaps_detectron2")  # fmt: skip
     places = [label_root] if label_root else [place for place in usual if (root / place / folder).is_dir()]
     if len(places) != 1:
-        raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root= in Python, or keep one of them" if places
+        raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root=" if places
                          else f"no folder of label maps, as in annotations/{folder}"))  # fmt: skip
     base = root / places[0]
     files = _map_files(base / folder, "*.png", "COCO-Stuff")
