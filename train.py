@@ -830,7 +830,7 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
         raise ValueError(f"{args.resume}: {later[0]} is of a later step: delete it to go back to step {done}, or give "
                          "another --out-dir")  # fmt: skip
     if done:
-        say(f"resumed after step {done} of {args.max_steps}" + " which was the last" * (done == args.max_steps))
+        say(f"resumed after step {done} of {args.max_steps}" + ", the last one" * (done == args.max_steps))
     trim_log(log, done)
     for path in args.out_dir.glob(".*.tmp"):  # of a run that was killed while it saved
         if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
