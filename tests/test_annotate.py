@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import annotate
 from annotate import clean_labels, match, names_object, normal_label, outline
@@ -930,6 +931,7 @@ def killed_after(argv, seconds):
     pid = os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the parent, and would stay held after a kill
         os._exit(annotate.main(argv))
     until = time.monotonic() + seconds
     while time.monotonic() < until:
