@@ -945,7 +945,7 @@ def killed_after(argv, seconds):
     return False
 
 
-def test_killed_30_times_the_export_is_that_of_the_unbroken_run(stubs, small, tmp_path):
+def test_killed_12_times_the_export_is_that_of_the_unbroken_run(stubs, small, tmp_path):
     folder, world = small
     stub = stubs(world)
     began = time.monotonic()
@@ -955,12 +955,12 @@ def test_killed_30_times_the_export_is_that_of_the_unbroken_run(stubs, small, tm
     alone = len(stub.bodies)
     stub.delay = 0.004
     kills, rounds, rng = 0, 0, random.Random(1)
-    while kills < 30:
+    while kills < 12:
         out, rounds = tmp_path / f"out{rounds}", rounds + 1
         argv = ["all", "--input", str(folder), "--out", str(out), *stub.flags("--concurrency", 3)]
         stub.bodies.clear()
         here = 0
-        while not killed_after(argv, rng.uniform(0.02, 0.5 * length) if kills < 30 else 60):
+        while not killed_after(argv, rng.uniform(0.02, 0.5 * length) if kills < 12 else 60):
             kills, here = kills + 1, here + 1
         assert (out / "sa-ovrs.jsonl").read_bytes() == expected
         for stage in annotate.STAGES:

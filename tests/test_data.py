@@ -639,7 +639,7 @@ def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.plan, server.requests, server.headers, server.etag = [], [], {}, '"one"'
         server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 

@@ -104,7 +104,6 @@ def test_accumulation_gives_the_same_losses(small, tmp_path):
 LAUNCH = """
 import os, signal, sys, time, train
 from model import LlamaSeg
-sys.setswitchinterval(5)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
 train.PRESETS["scenes"] = LlamaSeg.from_pretrained(sys.argv.pop(1)).config
 rank, step, number = map(int, os.environ.get("SIGNAL", "-1 0 0").split())  # what that rank sends in that step
 rate = train.learning_rate
@@ -118,6 +117,8 @@ def learning_rate(at, args):
             os.kill(os.getppid(), -number)
             while not came:
                 time.sleep(0.01)
+    if step == at + 1:
+        sys.setswitchinterval(5)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
     return rate(at, args)
 train.learning_rate = learning_rate
 sys.exit(train.main(sys.argv[1:]))
