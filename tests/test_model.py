@@ -701,7 +701,7 @@ def test_cached_greedy_equals_the_naive_one():
 
 
 @pytest.mark.parametrize("draft", ["row", "jacobi", "hidden", "auto"])
-@pytest.mark.parametrize("window", [2, 3, 7, 16, 50])
+@pytest.mark.parametrize("window", [2, 7, 50])
 def test_drafts_change_the_passes_and_not_the_tokens(draft, window):
     """Weights of several sizes: from masks that are one run of a code to such that no guess is right."""
     for scale in (0.2, 0.5, 1.0):
@@ -891,11 +891,11 @@ def test_random_draws_from_the_softmax():
     model = tiny_model(config)
     text_ids, pixels, tokens = tiny_batch(rows=1, pictures=1, config=config)
     logits, _ = model(text_ids, pixels, tokens)
-    drawn = model.generate(text_ids.expand(5000, -1), pixels, decode="random", temperature=0.7, seed=list(range(5000)))
-    frequency = torch.bincount(drawn.flatten(), minlength=6) / 5000
+    drawn = model.generate(text_ids.expand(2000, -1), pixels, decode="random", temperature=0.7, seed=list(range(2000)))
+    frequency = torch.bincount(drawn.flatten(), minlength=6) / 2000
     want = (logits[0, 0] / 0.7).softmax(-1)
     assert want.max() < 0.9
-    torch.testing.assert_close(frequency, want, atol=0.025, rtol=0)  # 3.5 standard deviations at p = 0.5
+    torch.testing.assert_close(frequency, want, atol=0.04, rtol=0)  # 3.5 standard deviations at p = 0.5
 
 
 @pytest.mark.parametrize("decode, kept", [("top-k", [3, 0, 4]), ("top-p", [3, 0])])

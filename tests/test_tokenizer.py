@@ -367,7 +367,7 @@ def test_training_lowers_the_loss_and_fills_the_codebook(tmp_path, monkeypatch):
     import tokenizer
 
     monkeypatch.setattr(tokenizer, "SCENES", tiny().config)
-    few = {split: [data.Scenes(split)[i] for i in range(n)] for split, n in (("train", 160), ("val", 8))}
+    few = {split: [data.Scenes(split)[i] for i in range(n)] for split, n in (("train", 90), ("val", 8))}
     monkeypatch.setattr(data, "load_dataset", lambda name, split, **options: few[split])
     real = tokenizer.evaluate  # 8 validation masks instead of 128
     monkeypatch.setattr(tokenizer, "evaluate", lambda model, data, size, count, **more: real(model, data, size, 8))
@@ -495,7 +495,7 @@ def test_wrong_use_of_the_command(flags, message, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.rglob("*")] == ["tests"]
 
 
-@pytest.mark.parametrize("at", range(6))  # two steps in each of three phases; at 2 the codebook cannot be made
+@pytest.mark.parametrize("at", [0, 2, 3, 5])  # two steps in each of three phases; at 2 the codebook cannot be made
 def test_training_that_is_stopped_saves_and_says_how_to_go_on(at, tmp_path, monkeypatch, capsys):
     import tokenizer
 

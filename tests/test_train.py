@@ -24,6 +24,7 @@ def small(tiny_checkpoint, monkeypatch):
 
     config = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors").config
     monkeypatch.setitem(train.PRESETS, "scenes", config)
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e11)  # a fifth of such a run
 
     def flags(out, *more):
         return ["--mask-tokenizer", str(tiny_checkpoint / "mask_tokenizer.safetensors"), "--out-dir", str(out),
