@@ -314,18 +314,18 @@ def losses(out):
 
 def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path):
     flags = ["--preset", "llamaseg-janus", "--encoder", str(directory), "--batch-size", "16", "--lr", "3e-3",
-             "--phrases", "2", "--max-steps", "30", "--warmup-steps", "2", "--eval-every", "30", "--eval-count", "2",
-             "--save-every", "15", "--device", "cpu", "--dtype", "float32", "--lora-rank", "8"]  # fmt: skip
+             "--phrases", "2", "--max-steps", "18", "--warmup-steps", "2", "--eval-every", "18", "--eval-count", "2",
+             "--save-every", "12", "--device", "cpu", "--dtype", "float32", "--lora-rank", "8"]  # fmt: skip
     whole = tmp_path / "whole"
     assert train.main([*flags, "--out-dir", str(whole)]) == 0
     found = losses(whole)
-    assert sum(found[s] for s in range(26, 31)) / 5 < 0.8 * found[1]
+    assert sum(found[s] for s in range(14, 19)) / 5 < 0.85 * found[1]
     older = train.saved_steps(whole)[1]
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copyfile(older, broken / older.name)
     assert train.main([*flags, "--out-dir", str(broken), "--resume", "auto", "--activation-checkpointing"]) == 0
-    assert all(losses(broken)[s] == pytest.approx(found[s], abs=1e-5) for s in range(16, 31))
+    assert all(losses(broken)[s] == pytest.approx(found[s], abs=1e-5) for s in range(13, 19))
 
     picture = REPO / "assets" / "example.png"
     ask = ["--image", picture, "--prompt", "the ring", "--prompt", "all that is not red", "--out", tmp_path / "m"]
