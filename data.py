@@ -524,7 +524,7 @@ def rle_encode(mask):
     return {"size": list(mask.shape), "counts": pack_counts(counts)}
 
 
-MOST_PIXELS = 178_956_970  # of a mask. Paper: not stated; we use Pillow's limit for pictures
+MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
 
 
 def check_size(size):
@@ -608,8 +608,8 @@ def polygons_to_mask(polygons, height, width):
     ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
     mask = np.zeros((height, width), bool)
-    # Paper: not stated; we use coordinates up to twice the longer side and an outline of up to a million pixels, so
-    # that no file makes us walk for ever. Real annotations stay far below both.
+    # Our bounds: coordinates up to twice the longer side, an outline of up to a million pixels. Walking a longer one
+    # would take too long; real annotations stay far below both.
     far = 2 * max(height, width)
     for polygon in polygons:
         numbers = _numbers(polygon)
@@ -1842,8 +1842,9 @@ def check(args):
 
     A sample spread over each split, or with --all every example. Broken ones are named, one a line.
     """
-    names = [args.split] if args.split else ["train", "val", "test", "testA", "testB", "testC", "novel"]
-    names = ["train"] if args.name.startswith("jsonl:") else names
+    names = ["train", "val", "test", "testA", "testB", "testC", "novel"]
+    if args.split or args.name.startswith("jsonl:"):  # JSON lines have no splits
+        names = [args.split or "train"]
     options, broken, opened, found = {"split_by": args.split_by} if args.split_by else {}, 0, 0, 0
     splitter = (args.split_by or Refer.SPLITTERS[args.name][0],) if args.name in Refer.SPLITTERS else ()
     for split in names:

@@ -348,6 +348,11 @@ def make_folder(path):
     path.mkdir(parents=True, exist_ok=True)
 
 
+def json_files(args):
+    """The file that --json names, as a list: empty without the flag, and for standard output."""
+    return [args.json] if args.json not in (None, "-") else []
+
+
 def put_json(value, target):
     """JSON to a file, or to standard output for "-"."""
     if target == "-":
@@ -419,7 +424,7 @@ def segment(args):
     stems = list(unique(f"{os.fsdecode(os.fsencode(name)[:160])}-{k}" + f"-{slug}" * bool(slug)
                         for name, _ in pictures for k, slug in enumerate(slugs)))  # fmt: skip
     make_folder(args.out)
-    named = [file for file in (None if args.json == "-" else args.json, args.confidence, args.attention) if file]
+    named = [file for file in (*json_files(args), args.confidence, args.attention) if file]
     check_outputs([*named, *(os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS)],
                   [*checkpoint_files(args), *(source for _, source in pictures if source != "-")])  # fmt: skip
     segmenter = load(args, args.device)
@@ -512,9 +517,8 @@ def score(args):
     if count == 0:
         raise ValueError(f"{args.dataset}:{args.split} has no examples")
     make_folder(args.out)
-    target = [args.json] if args.json and args.json != "-" else []
     lines = [dataset.path] if isinstance(dataset, JSONLines) else []
-    check_outputs(target, [*checkpoint_files(args), *lines])
+    check_outputs(json_files(args), [*checkpoint_files(args), *lines])
     segmenter = load(args, device)
     weights = next(segmenter.model.parameters())
     more = {"root": args.root, "data": sha256_of(lines[0]) if lines else None,
@@ -526,7 +530,7 @@ def score(args):
            "dtype": str(weights.dtype).removeprefix("torch."), "model": identity(args.checkpoint, segmenter.model),
            "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"], "protocol": protocol(args)}  # fmt: skip
     stem = args.out / run_name(args, run, len(dataset))
-    check_outputs(target + [stem.with_name(f"{stem.name}.{kind}") for kind in ("jsonl", "json", "png")], [])
+    check_outputs(json_files(args) + [stem.with_name(f"{stem.name}.{kind}") for kind in ("jsonl", "json", "png")], [])
     lock = stem.with_name(f".{stem.name}.lock")
     with only_one(lock) if rank == 0 else nullcontext():
         predict_rest(segmenter, dataset, run, stem, args, rank, world_size)
@@ -695,7 +699,7 @@ def bench(args):
     they make as many passes for a token as the default does.
     """
     device = pick_device(args.device)
-    check_outputs([args.json] if args.json and args.json != "-" else [], checkpoint_files(args))
+    check_outputs(json_files(args), checkpoint_files(args))
     checkpoint = load(args, device)
     if checkpoint.padded:
         raise BadUsage(f"--bench measures a LlamaSeg, {args.checkpoint} is a Janus checkpoint")
@@ -817,8 +821,8 @@ READS = {  # the flags of each job
 }
 
 
-def main(argv=None):
-    """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage."""
+def make_parser():
+    """The flags, in groups."""
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("what to segment")
     group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
@@ -870,7 +874,11 @@ def main(argv=None):
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                        help="of the weights; auto: bfloat16 where the device multiplies it fast (default: float32)")
     parser.set_defaults(**USUAL)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def check_flags(parser, args):
+    """A usage error for flags that do not go together or are out of range; returns the job, a key of READS."""
     job = ("--bench" if args.bench else "--chat" if args.chat is not None else "--dataset" if args.dataset
            else "pictures")  # fmt: skip
     parser.check_read(args, job, READS[job])
@@ -911,6 +919,14 @@ def main(argv=None):
         pick_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
+    return job
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    job = check_flags(parser, args)
     try:
         code = {"--bench": bench, "--chat": chat, "--dataset": score, "pictures": segment}[job](args)
         print(end="", flush=True)

@@ -1020,21 +1020,26 @@ def train(args):
                     train_phase(model, dataset, val_set, phase, steps, args, device, bar)
                 args.start += steps * args.batch_size * 2  # the next phase sees new masks
     except BaseException:  # Ctrl-C, SIGTERM or an error
-        done = bar.n
-        if done == 0:
-            print("nothing was saved: no step was done", file=sys.stderr)
-            raise
-        model.save_pretrained(args.out, torch.float16)
-        print(f"saved {args.out} after {done:,} of {bar.total:,} steps"
-              f"{'' if has_codebook else '; its codebook is not trained yet'}", file=sys.stderr)  # fmt: skip
-        flags, to_skip = f"--init-from {args.out} --start {first + done * args.batch_size * 2}", done
-        for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
-            # the codebook is made after the last free step, so one such step is needed until there is a codebook
-            flags += f" {flag} {max(steps - to_skip, int(flag == '--free-steps' and not has_codebook))}"
-            to_skip = max(0, to_skip - steps)
-        if done < bar.total:
-            print(f"to go on, with a new warm-up: the same command with {flags}", file=sys.stderr)
+        if bar.n:
+            model.save_pretrained(args.out, torch.float16)
+        print(how_to_go_on(args.out, first, args.batch_size, phases, bar.n, has_codebook), file=sys.stderr)
         raise
+
+
+def how_to_go_on(out, first, batch_size, phases, done, has_codebook):
+    """What to tell about a `train` that was stopped after `done` steps, so that a command goes on from there."""
+    if done == 0:
+        return "nothing was saved: no step was done"
+    saved = f"saved {out} after {done:,} of {sum(phases.values()):,} steps"
+    saved += "" if has_codebook else "; its codebook is not trained yet"
+    if done == sum(phases.values()):
+        return saved
+    flags, to_skip = f"--init-from {out} --start {first + done * batch_size * 2}", done
+    for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
+        # the codebook is made after the last free step, so one such step is needed until there is a codebook
+        flags += f" {flag} {max(steps - to_skip, int(flag == '--free-steps' and not has_codebook))}"
+        to_skip = max(0, to_skip - steps)
+    return f"{saved}\nto go on, with a new warm-up: the same command with {flags}"
 
 
 def train_phase(model, dataset, val_set, phase, steps, args, device, bar):

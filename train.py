@@ -278,10 +278,15 @@ def one_rank_first():
         dist.barrier()
 
 
+def on_signal(handler):
+    """What Ctrl-C and SIGTERM do from now on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def leave_signals_to_parent(worker_id):
     """A DataLoader worker ignores Ctrl-C and SIGTERM, which reach the whole process group: its parent ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    on_signal(signal.SIG_IGN)
 
 
 def mean_over_ranks(value, world_size):
@@ -993,7 +998,7 @@ def train(args, at_end):
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
                                               worker_init_fn=leave_signals_to_parent,
                                               pin_memory=device.type == "cuda"))  # fmt: skip
-    # at once, also after an error: workers ignore the signal by which Python ends them at its exit
+    # on every way out: workers ignore the signal by which Python ends them, and Python would wait for them for ever
     at_end.callback(getattr(loader, "_shutdown_workers", lambda: None))
     apart = isinstance(raw_model, LlamaSeg) and config.freeze_encoders
     text_features = TextFeatures(raw_model.encoder, device) if apart else None
@@ -1042,10 +1047,6 @@ def train(args, at_end):
 
     def ask_to_stop(number, frame):
         stop.append(number)
-
-    def on_signal(handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         at_end.callback(signal.signal, number, signal.getsignal(number))

@@ -27,7 +27,7 @@ from sample import Segmenter  # noqa: E402
 
 @torch.inference_mode()
 def compare_drafts(count, dtype):
-    """Masks that differ from plain greedy ones; passes of all, and of the smallest, largest and thinnest third."""
+    """Masks that differ from plain ones of the same batch; passes: all, and the smallest, largest, thinnest third."""
     segmenter, dataset = Segmenter.load(dtype=dtype), load_dataset("scenes", "test")
     examples = [dataset[i] for i in range(count)]
     asked = [segmenter.prepare(e.image, [e.phrase]) for e in examples]
@@ -46,8 +46,8 @@ def compare_drafts(count, dtype):
             passes += stats["mask_passes"]
         return torch.cat(tokens), np.array(passes)
 
-    plain, _ = generate(32, "none")
     for batch in (1, 3, 32):
+        plain, _ = generate(batch, "none")
         for draft in ("row", "jacobi", "hidden"):
             tokens, passes = generate(batch, draft)
             other = tokens != plain
