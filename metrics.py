@@ -27,6 +27,7 @@ import re
 import stat
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,30 @@ def _mean(values):
     return math.fsum(values) / len(values) if values else None
 
 
-# ---- command ---------------------------------------------------------------------------------------
+# ---- what all commands share ------------------------------------------------------------------------
+
+
+class BadUsage(ValueError):
+    """A name, split or option that does not exist: the command ends with exit code 2, not 1."""
+
+
+@contextmanager
+def whole(path):
+    """Yield a temporary path beside `path` to write to. It is renamed to `path` if the block ends without an error, and
+    removed otherwise, so that nobody ever finds half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a value as a JSON file."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def printable(text) -> str:
@@ -307,6 +331,8 @@ class Parser(argparse.ArgumentParser):
             if action.dest not in names and getattr(args, action.dest, action.default) != action.default:
                 self.error(f"{action.option_strings[0]} has no use with {job}")
 
+
+# ---- command ---------------------------------------------------------------------------------------
 
 HELP = """\
 Compare a folder of predicted masks with a folder of ground-truth masks, or add up what sample.py wrote.
@@ -477,17 +503,6 @@ def _table(numbers):
         pairs = 0 if key == "mIoU" and value is None else pairs
         rows.append((key, "-" if value is None else f"{value:.4f}", str(pairs)))
     return "\n".join(f"{name:<8} {value:>9} {pairs:>7}" for name, value, pairs in rows)
-
-
-def write_json(path, value):
-    """Write JSON under a temporary name, then rename: a reader never finds half a file."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv=None) -> int:

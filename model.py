@@ -10,32 +10,34 @@ Shapes used below:
     D width (of the network at hand), S side of the picture in pixels, P side of a patch in pixels,
     K codebook size, nh heads, nkv key/value heads, hd width of a head.
 
-JanusSeg does the same with a pretrained MLLM that reads a chat and got LoRA; MaskWriter is what both have in common:
-training and decoding.
+mllm.py does the same with pretrained MLLMs; MaskWriter is what all have in common: training and decoding.
 
-Read in this order: SigLIP, Llama and its KVCache, MaskWriter, LlamaSeg, LoRA and JanusSeg, then the helpers: weights
-from files, device, dtype.
+Read in this order: SigLIP, Llama and its KVCache, MaskWriter, LlamaSeg, then the helpers: device, dtype.
 """
 
-import hashlib
-import json
 import math
-import os
-import pickle
-import re
+import sys
 import time
-import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WEIGHTS = Path(__file__).parent / "weights"  # where `python data.py download NAME` puts the official weights
+from weights import (
+    WEIGHTS,
+    build_from,
+    check_config,
+    check_source,
+    compare_weights,
+    fingerprint,
+    read_config,
+    read_own,
+    read_weights,
+    write_weights,
+)
 
 # ------------------------------------------------------------------------------
 # attention
@@ -126,7 +128,7 @@ def _siglip2(size, image_size):
                         text_mlp=mlp)
 
 
-# by the names that `python data.py download` knows
+# by the names that `python weights.py download` knows
 SIGLIP2 = {f"siglip2-{size}-patch16-{image_size}": _siglip2(size, image_size)
            for size in ("base", "large", "so400m") for image_size in (256, 384)}
 
@@ -578,9 +580,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def fuse(self):
-        """Lay out the weights for decoding, see Fused, with LoRA merged first. Not for a model in training."""
-        for lora in (module for module in self.modules() if isinstance(module, LoRALinear)):
-            lora.merge()
+        """Lay out the weights for decoding, see Fused. Not for a model in training."""
         for layer in self.layers:
             layer.self_attn.qkv.lay()
             layer.mlp.gate_up.lay()
@@ -685,7 +685,7 @@ def _paper(layers, width, heads, image_size):
     )
 
 
-PRESETS = {  # LlamaSegConfig by name, and below a JanusConfig
+PRESETS = {  # by name; mllm.py has its own
     # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. A step on 64 phrases
     # of 16 pictures takes about 1.5 s on two CPU cores in bfloat16. LOG.md has the run and the cIoU that it reached.
     "scenes": LlamaSegConfig(
@@ -731,7 +731,7 @@ class MaskWriter(nn.Module):
         self.load_state_dict(weights, strict=False)  # checked above: only what is frozen is absent
 
     def fuse(self):
-        """Lay out the weights for decoding, with LoRA merged first. Not for a model in training."""
+        """Lay out the weights for decoding. Not for a model in training."""
         self.llama.fuse()
         if isinstance(self.head, nn.Linear):  # JanusSeg has two layers there, of another shape
             self.head.weight.data = decoding_layout(self.head.weight.data)
@@ -1104,316 +1104,6 @@ class LlamaSeg(MaskWriter):
         return model
 
 
-# ------------------------------------------------------------------------------
-# the MLLM route: LoRA and Janus-Pro
-
-
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trained product of two thin matrices (Hu et al. 2021): W x + alpha / r  B A x.
-
-    B starts at zero, so that nothing changes before training. `merge` adds the product to the weight, `unmerge` takes
-    it out again. The names of weight and bias stay, lora_a (r,in) and lora_b (out,r) join them.
-    """
-
-    def __init__(self, linear, rank, alpha, dropout):
-        nn.Module.__init__(self)  # no memory for a weight of its own
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        make = {"device": linear.weight.device, "dtype": torch.float32}  # small, and trained: not in bfloat16
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **make))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **make))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.scale, self.dropout, self.merged = alpha / rank, dropout, False
-
-    def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if self.merged:
-            return y
-        x = F.dropout(x, self.dropout, self.training)
-        return y + self.scale * F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b).to(y.dtype)
-
-    @torch.no_grad()
-    def merge(self, sign=1):
-        if self.merged == (sign > 0):
-            return
-        change = (sign * self.scale) * (self.lora_b @ self.lora_a)
-        self.weight.data = (self.weight.float() + change).to(self.weight.dtype)
-        self.merged = sign > 0
-
-    def unmerge(self):
-        self.merge(-1)
-
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def add_lora(llama, rank, alpha, dropout, targets):
-    """Put LoRALinear in place of the layers of `llama` that `targets` names; ValueError for an unknown one."""
-    unknown = [name for name in targets if name not in LORA_TARGETS]
-    if unknown or not targets:
-        raise ValueError(f"LoRA targets {', '.join(unknown) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
-    if not (type(rank) is int and 1 <= rank <= llama.config.width and 0 < alpha < math.inf and 0 <= dropout < 1):
-        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the model's "
-                         f"width {llama.config.width}, above 0, in [0, 1)")
-    for layer in llama.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name in [name for name, _ in part.named_children() if name in targets]:
-                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
-        attention, mlp = layer.self_attn, layer.mlp
-        attention.qkv = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
-        mlp.gate_up = Fused(mlp.gate_proj, mlp.up_proj)
-
-
-@dataclass
-class JanusConfig:
-    """Shape of a Janus model; the defaults are Janus-Pro-1B's."""
-
-    siglip: SigLIPConfig = field(default_factory=lambda: SigLIPConfig(
-        image_size=384, vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, gelu="none"))
-    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(
-        width=2048, layers=24, heads=16, mlp=5632, norm_eps=1e-6))
-    vocab_size: int = 102400
-    codebook_size: int = 16384
-    code_width: int = 8  # of the embedding of generated image tokens
-    head_width: int = 2048  # between the two layers of the generation head
-    projector_layers: int = 2  # of both aligners
-    hide: bool = False  # as in LlamaSegConfig
-    image_id: int = 100581  # <image_placeholder>
-    pad_id: int = 100015
-    lora: dict | None = None  # rank, alpha, dropout, targets
-
-    def __post_init__(self):
-        if isinstance(self.siglip, dict):
-            self.siglip = SigLIPConfig(**self.siglip)
-        if isinstance(self.llama, dict):
-            self.llama = LlamaConfig(**self.llama)
-        check_numbers(self)
-
-    @property
-    def mask_grid(self):
-        """Masks have the side of the pictures, 16 pixels a token."""
-        return self.siglip.image_size // 16
-
-
-# the paper's second model; its shape is read from the official directory
-PRESETS["llamaseg-janus"] = JanusConfig()
-
-
-def projector(inside, outside, layers):
-    """Janus' `mlp_gelu`: linear layers with the exact GELU between them."""
-    modules = [nn.Linear(inside, outside)]
-    for _ in range(layers - 1):
-        modules += [nn.GELU(), nn.Linear(outside, outside)]
-    return nn.Sequential(*modules)
-
-
-class JanusSeg(MaskWriter):
-    """Janus-Pro (Chen et al. 2025) as a segmenter, the paper's second model: it reads phrase and picture as in a chat
-    and writes the mask with the parts that it has for generating pictures. Only LoRA on its LLaMA is trained; paper:
-    rank and targets are not stated, see train.py.
-
-    The prompt, text_ids, comes whole from tokenizer.JanusPrompt: padding at the left, begin of sentence,
-    `<|User|>: phrase<begin_of_image>` N placeholders `<end_of_image>\n\n<|Assistant|>:<begin_of_image>`. Paper: which
-    token begins the mask is not stated; we use the `<begin_of_image>` that Janus knows. No classifier-free guidance.
-    """
-
-    def __init__(self, config: JanusConfig):
-        super().__init__()
-        self.config, self.frozen = config, {}
-        D = config.llama.width
-        self.vision = SigLIP(config.siglip, text=False)
-        self.aligner = projector(config.siglip.vision_width, D, config.projector_layers)
-        self.token_embedding = nn.Embedding(config.vocab_size, D)
-        self.llama = Llama(config.llama)
-        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.gen_embed = nn.Embedding(config.codebook_size, config.code_width)
-        self.gen_aligner = projector(config.code_width, D, config.projector_layers)
-        self.gen_head = nn.Sequential(nn.Linear(D, config.head_width), nn.GELU(),
-                                      nn.Linear(config.head_width, config.codebook_size))
-
-    def encode_image(self, pixels):
-        """pixels (B,3,S,S) float in [-1,1] -> (B,N,D): vision tower, then aligner."""
-        return self.aligner(self.vision.encode_image(pixels))
-
-    def mask_embedding(self, tokens):
-        return self.gen_aligner(self.gen_embed(tokens))
-
-    def head(self, hidden):
-        return self.gen_head(hidden)
-
-    def padding(self, text_ids):
-        return (text_ids == self.config.pad_id).cumprod(1).sum(1)
-
-    def prefix(self, text_ids, pixels, text=None):
-        """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture.
-
-        ValueError if a row has another number of places for the picture.
-        """
-        N, shared = self.config.siglip.image_tokens, phrases_a_picture(text_ids, pixels)
-        places = text_ids == self.config.image_id  # (B,L)
-        if text_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (places.sum(1) != N).any():
-            raise ValueError(f"text_ids have {places.sum(1).tolist()} image placeholders ({self.config.image_id}), "
-                             f"want {N} in each row")
-        check_indices("text_ids", text_ids, self.config.vocab_size)
-        with torch.no_grad():
-            image = self.encode_image(pixels).repeat_interleave(shared, dim=0)  # (B,N,D)
-            words = self.token_embedding(text_ids)  # (B,L,D)
-            return words.masked_scatter(places[:, :, None], image.to(words.dtype))
-
-    @torch.no_grad()
-    def answer(self, text_ids, pixels, length=128, stop=()):
-        """Words: one prompt (1,L) with a picture (1,3,S,S) -> the likeliest next tokens, a list of at most `length` ids
-        that ends before one of `stop`."""
-        prefix, found = self.prefix(text_ids, pixels), []
-        cache = self.new_cache(prefix, length)
-        hidden = self.llama(prefix, cache, padding=self.padding(text_ids))
-        while True:
-            token = self.lm_head(hidden[:, -1]).float().argmax(-1).item()
-            if token in stop or len(found) == length:
-                return found
-            found.append(token)
-            hidden = self.llama(self.token_embedding(torch.tensor([[token]], device=text_ids.device)), cache)
-
-    def add_lora(self, rank=16, alpha=32, dropout=0.0, targets=LORA_TARGETS):
-        """Freeze all and add LoRA to the LLaMA: only lora_a and lora_b receive gradients."""
-        self.requires_grad_(False)
-        add_lora(self.llama, rank, alpha, dropout, targets)
-        self.config.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets)}
-
-    def lora_layers(self):
-        return [layer for layer in self.llama.modules() if isinstance(layer, LoRALinear)]
-
-    def merge(self):
-        """Add LoRA to the weights, for decoding at the speed of the base."""
-        for layer in self.lora_layers():
-            layer.merge()
-
-    def trained_state(self):
-        """The LoRA matrices: what a checkpoint holds."""
-        return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
-
-    def save_pretrained(self, path, dtype=None):
-        """Write the LoRA matrices, a few MB, and in the header the config and the base's name and hash."""
-        write_weights(self, path, "janusseg", dtype)
-
-    @classmethod
-    def from_pretrained(cls, path, base=None, dtype=torch.float32, any_weights=False):
-        """Load an official Janus directory (config.json; pytorch_model.bin or .safetensors, sharded or not), strictly;
-        or a file of `save_pretrained` on its base, by default the directory of its name below WEIGHTS. In eval mode.
-
-        FileNotFoundError, or ValueError with one line that names file, tensor, expected and found; also if the base
-        is another one, unless any_weights.
-        """
-        path = Path(path)
-        if path.is_dir() or not path.suffix:
-            return cls._from_directory(path, dtype)
-        config, frozen, weights = read_own(path, "janusseg", JanusConfig, torch.float32)  # LoRA stays in float32
-        if "mllm" not in frozen:
-            raise ValueError(f"{path}: its header does not name the Janus model that it belongs to")
-        model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)
-        if not any_weights:
-            check_source(path, "mllm", frozen, model.frozen["mllm"])
-        try:
-            model.add_lora(**config.lora)
-            model.load_trained_state(weights)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        model.config.hide, model.frozen = config.hide, frozen
-        return model.eval()
-
-    @classmethod
-    def _from_directory(cls, directory, dtype):
-        config = janus_config(directory)
-
-        def wanted(name):  # the pooling head has no use here; the image tokenizer is VQGAN.from_pretrained's
-            return not name.startswith(("vision_model.vision_tower.attn_pool.", "gen_vision_model."))
-
-        weights = janus_names(read_weights(directory, wanted))
-        model = build_from(lambda: cls(config), weights, directory, dtype)
-        model.frozen = {"mllm": {"name": directory.absolute().name, "sha256": fingerprint(weights)}}
-        return model.requires_grad_(False)
-
-
-# official prefix: ours
-JANUS_NAMES = {
-    "language_model.model.embed_tokens.": "token_embedding.", "language_model.model.": "llama.",
-    "language_model.lm_head.": "lm_head.", "aligner.layers.": "aligner.", "gen_embed.": "gen_embed.",
-    "gen_aligner.layers.": "gen_aligner.", "gen_head.output_mlp_projector.": "gen_head.0.",
-    "gen_head.vision_head.": "gen_head.2.",
-}
-JANUS_TOWER = {
-    "vision_model.vision_tower.": "vision.vision_model.", "patch_embed.proj.": "embeddings.patch_embedding.",
-    "pos_embed": "embeddings.position_embedding.weight", "blocks.": "encoder.layers.", ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.", ".attn.proj.": ".self_attn.out_proj.",
-    "vision_model.norm.": "vision_model.post_layernorm.",
-}
-
-
-def janus_names(weights):
-    """Official tensors under our names; a fused qkv becomes three views. Unknown names stay, to be reported."""
-    ours = {}
-    for name, w in weights.items():
-        if name.startswith("vision_model.vision_tower."):
-            for official, own in JANUS_TOWER.items():
-                name = name.replace(official, own)
-            if ".attn.qkv." in name and w.shape[0] % 3 == 0:
-                for part, piece in zip("qkv", w.chunk(3)):
-                    ours[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = piece
-                continue
-            ours[name] = w[0] if name.endswith("position_embedding.weight") and w.dim() == 3 else w
-        else:
-            official = next((prefix for prefix in JANUS_NAMES if name.startswith(prefix)), "")
-            ours[JANUS_NAMES.get(official, "") + name.removeprefix(official)] = w
-    return ours
-
-
-def janus_config(directory):
-    """JanusConfig of an official directory: config.json, and, if it is there, tokenizer.json for special tokens' ids.
-
-    ValueError for a kind of projector, tower or image tokenizer that this code has not.
-    """
-    hf, path = read_config(directory), directory / "config.json"
-    check_config(path, hf, {"model_type": "multi_modality"})
-    parts = {}
-    for part, expected in (("vision", "CLIPVisionTower"), ("aligner", "MlpProjector"), ("gen_vision", "VQ-16"),
-                           ("gen_aligner", "MlpProjector"), ("gen_head", "vision_head")):  # fmt: skip
-        try:
-            parts[part] = dict(hf[f"{part}_config"]["params"])
-            check_config(path, {f"{part}_config.cls": hf[f"{part}_config"]["cls"]}, {f"{part}_config.cls": expected})
-        except (KeyError, TypeError):
-            raise ValueError(f"{path}: has no {part}_config with cls and params") from None
-    vision, aligner, language = parts["vision"], parts["aligner"], hf.get("language_config") or {}
-    if not isinstance(language, dict):
-        raise ValueError(f"{path}: language_config is {language!r:.100}, expected an object")
-    check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1})
-    for part in ("aligner", "gen_aligner"):
-        check_config(path, parts[part], {"projector_type": "mlp_gelu", "depth": aligner.get("depth", 2)})
-    width = vision.get("width", 1024)
-    try:
-        config = JanusConfig(
-            siglip=SigLIPConfig(
-                image_size=vision.get("image_size", 384), patch_size=vision.get("patch_size", 16), vision_width=width,
-                vision_layers=vision.get("layers", 24), vision_heads=vision.get("heads", 16),
-                vision_mlp=int(width * vision.get("mlp_ratio", 4)), gelu="none"),
-            llama=llama_config(language, path), vocab_size=language.get("vocab_size", 32000),
-            codebook_size=parts["gen_head"].get("image_token_size", 16384),
-            code_width=parts["gen_vision"].get("n_embed", 8),
-            head_width=parts["gen_head"].get("image_token_embed", 2048),
-            projector_layers=aligner.get("depth", 2),
-        )  # fmt: skip
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
-    if (directory / "tokenizer.json").is_file():
-        try:
-            added = json.loads((directory / "tokenizer.json").read_bytes())["added_tokens"]
-            ids = {token["content"]: token["id"] for token in added}
-            config.image_id, config.pad_id = ids["<image_placeholder>"], ids["<｜▁pad▁｜>"]
-            check_numbers(config)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{directory / 'tokenizer.json'}: no special token {error}") from None
-    return config
-
-
 def phrases_a_picture(text_ids, pixels):
     """text_ids (B,L), pixels (b,...) -> B / b; ValueError if B is no multiple of b."""
     B, b = text_ids.shape[0], pixels.shape[0]
@@ -1427,15 +1117,6 @@ def draft_window(draft, batch, device):
     """Tokens in a pass that decode fastest, as measured (LOG.md): a CPU pays for each of them, a GPU hardly."""
     most = {"none": 1, "row": 16, "jacobi": 16, "hidden": 64}[draft]
     return most if device.type == "cuda" else min(most, max(8, 96 // batch))
-
-
-def check_source(path, part, frozen, source):
-    """ValueError unless the frozen `part` at hand, a {"name", "sha256"}, is the one that `path` was trained with."""
-    expected = frozen.get(part)
-    if expected and expected["sha256"] != source["sha256"]:
-        raise ValueError(f"{path}: was trained with the {part.replace('_', ' ')} {expected['name']} "
-                         f"({expected['sha256'][:12]}), found {source['name']} ({source['sha256'][:12]}): "
-                         "give that one, or --any-weights to take this one")
 
 
 def choose(logits, decode, top_k, top_p, temperature, uniform):
@@ -1462,192 +1143,6 @@ def choose(logits, decode, top_k, top_p, temperature, uniform):
 
 
 # ------------------------------------------------------------------------------
-# helpers: weights from files
-
-
-def write_weights(model, path, kind, dtype):
-    """What a model was trained to, in one .safetensors with its config and frozen parts in the header; OSError."""
-    path = Path(path)
-    header = {"format": kind, "config": json.dumps(asdict(model.config)), "frozen": json.dumps(model.frozen)}
-    # copied: fused weights share memory, which safetensors does not write
-    weights = {name: w.to("cpu", dtype or w.dtype, copy=True).contiguous() for name, w in model.trained_state().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(weights, temporary, metadata=header)
-        os.chmod(temporary, 0o644)  # safetensors lets only the owner read it
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot write ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_header(path):
-    """The header of a file that train.py wrote, a dict of texts; {} for another file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
-
-
-def read_own(path, kind, make, dtype):
-    """(config, frozen, {name: tensor}) of a file of `write_weights`; FileNotFoundError, ValueError in one line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the .safetensors that train.py wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {}
-            for name in file.keys():  # noqa: SIM118
-                weights[name] = file.get_tensor(name)
-                check_kinds(path, {name: weights[name]})
-                weights[name] = weights[name].to(dtype)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a .safetensors file ({error}); "
-                         "copy it again or take another") from None
-    if header.get("format") != kind or "config" not in header:
-        name = {"llamaseg": "LlamaSeg", "janusseg": "JanusSeg"}[kind]
-        raise ValueError(f"{path}: not a {name} checkpoint (no config in its header); "
-                         "give the .safetensors that train.py wrote")
-    try:
-        config = make(**json.loads(header["config"]))
-        frozen = json.loads(header.get("frozen", "{}"))
-        for part in frozen.values():
-            known = set(part) == {"name", "sha256"} and isinstance(part["sha256"], str)
-            if not known or Path(part["name"]).name != part["name"]:
-                raise ValueError(f"frozen parts {frozen!r}")
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: its config does not fit this version of model.py ({error!s:.300})") from None
-    return config, frozen, weights
-
-
-def read_config(directory):
-    """config.json of a Hugging Face directory as a dict; FileNotFoundError or ValueError in one line."""
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder{download_hint(directory)}")
-    path = directory / "config.json"
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face directory"
-                                f"{download_hint(directory)}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def download_hint(path):
-    """What to add to "no such file" for a path below WEIGHTS."""
-    return f": python data.py download {path.name}" if path.parent == WEIGHTS else ""
-
-
-def check_config(path, values, expected):
-    """ValueError if a field of config.json is there and not the one value that this code implements."""
-    for name, value in expected.items():
-        if values.get(name, value) != value:
-            raise ValueError(f"{path}: {name} is {values[name]!r}, expected {value!r}")
-
-
-def read_weights(directory, wanted):
-    """{name: tensor} of a Hugging Face directory, as stored; only names for which wanted(name) are read.
-
-    model.safetensors or pytorch_model.bin, in one file or in the shards of an index.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / f"{name}.index.json").is_file():
-            try:
-                places = json.loads((directory / f"{name}.index.json").read_bytes())["weight_map"]
-                files = sorted({file for tensor, file in places.items() if wanted(tensor)})
-                if any(Path(file).name != file for file in files):
-                    raise ValueError("a file outside the directory")
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                raise ValueError(f"{directory / name}.index.json: holds no weight_map of files beside it") from None
-            break
-        if (directory / name).is_file():
-            files = [name]
-            break
-    else:
-        raise FileNotFoundError(f"{directory}: has neither model.safetensors nor pytorch_model.bin, whole or sharded"
-                                f"{download_hint(directory)}")
-    weights = {}
-    for file in (directory / name for name in files):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, though the index names it")
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as opened:
-                    found = {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
-            else:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-                found = {name: tensor for name, tensor in tensors.items() if wanted(name)}
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            raise ValueError(f"{file}: refused, this pickle holds {found[1] if found else 'no tensors'}; "
-                             "expected tensors only") from None
-        except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{file}: damaged or not what its name says ({line}); get it again") from None
-        for name in found.keys() & weights.keys():
-            raise ValueError(f"{file}: another file of {directory} holds {name} too")
-        weights |= found
-    return weights
-
-
-def build_from(make, weights, directory, dtype):
-    """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
-    check_kinds(directory, weights)
-    with torch.device("meta"):
-        model = make()
-    problems = compare_weights(model.state_dict(), weights)
-    if problems:
-        raise ValueError(f"{directory}: {problems}")
-    model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
-    return model.eval()
-
-
-def check_kinds(path, weights):
-    """ValueError unless all weights are tensors of floating-point numbers of 16 bits or more."""
-    for name, w in weights.items():
-        kind = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
-        known = kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        if not known or w.layout != torch.strided or w.is_meta:
-            raise ValueError(f"{path}: {name} holds {kind}, expected plain floating-point numbers of 16 bits or more")
-
-
-def compare_weights(want, have):
-    """Two dicts of tensors -> one line with what is missing, left over, of a wrong shape or not finite; "" if
-    they agree."""
-    fit = [n for n in want if n in have and have[n].shape == want[n].shape]
-    shapes = [f"{n} {tuple(have[n].shape)}, expected {tuple(want[n].shape)}"
-              for n in want if n in have and have[n].shape != want[n].shape]
-    kinds = {"missing": [n for n in want if n not in have], "left over": [n for n in have if n not in want],
-             "wrong shape": shapes, "not finite": [n for n in fit if not finite(have[n])]}
-    parts = []
-    for kind, names in kinds.items():
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{kind}: {', '.join(names[:5])}{more}")
-    return "; ".join(parts)
-
-
-def finite(w):
-    """Are all numbers of a tensor finite? By its ends, which takes no memory beside it: NaN is both."""
-    return not w.numel() or all(math.isfinite(end) for end in map(float, w.detach().aminmax()))
-
-
-def fingerprint(weights):
-    """SHA-256 of names, shapes and stored values as hex: the same however they were split over files."""
-    digest = hashlib.sha256()
-    for name, w in sorted(weights.items()):
-        digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
-        digest.update(w.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------
 # helpers: indices, device, dtype
 
 
@@ -1668,6 +1163,15 @@ def clock(device):
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, as PyTorch's allocator counts them; on a CPU the most that the process has had at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pick_device(name="auto"):

@@ -27,30 +27,30 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 from data import (
-    BadUsage,
     JSONLines,
     contact_sheet,
     load_dataset,
-    only_one,
     open_picture,
     pad_picture,
     padded_box,
     resize_picture,
     rle_decode,
     rle_encode,
-    sha256_of,
     to_pixels,
     write_picture,
 )
 from metrics import (
+    BadUsage,
     Parser,
     SegmentationMetrics,
     add_up,
@@ -58,24 +58,23 @@ from metrics import (
     nobody_reads,
     printable,
     read_records,
+    whole,
     write_json,
 )
+from mllm import JanusPrompt, JanusSeg
 from model import (
     DECODES,
     DRAFTS,
     PRESETS,
-    WEIGHTS,
-    JanusSeg,
     LlamaSeg,
-    check_source,
     clock,
     compute_dtype,
     draft_window,
+    peak_memory,
     pick_device,
-    read_header,
 )
-from tokenizer import VQGAN, JanusPrompt, TextTokenizer, VQGANConfig, decode_masks
-from train import ASSETS, check_fit, locate, one_rank_first, peak_memory, predict, setup_ranks
+from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks
+from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_header, sha256_of
 
 SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
 EXAMPLE = ASSETS / "example.png"
@@ -93,23 +92,33 @@ class PromptTooLong(ValueError):
 
 def checkpoint_file(checkpoint=None):
     """What to load: the model.safetensors of a folder that train.py wrote, such a file itself, or an official Janus
-    directory, by path or by the name that data.py downloads; None: the embedded one."""
+    directory, by path or by the name that weights.py downloads; None: the embedded one."""
     path = locate(Path(checkpoint or ASSETS))
     return path / "model.safetensors" if path.is_dir() and not (path / "config.json").is_file() else path
 
 
-class Segmenter:
-    """A checkpoint ready for use: model, mask tokenizer, text tokenizer."""
+def check_fit(config, mask_tokenizer, text_tokenizer, where):
+    """ValueError unless the tokenizers have as many codes and text pieces as the model of `config` was made for."""
+    sizes = {"codes": (mask_tokenizer.config.codebook_size, config.codebook_size)}
+    if isinstance(text_tokenizer, TextTokenizer):
+        sizes["text pieces"] = (text_tokenizer.model.vocab_size(), config.siglip.vocab_size)
+    elif text_tokenizer.bpe.vocab_size > config.vocab_size:  # Janus' table has rows to spare
+        sizes["text pieces"] = (text_tokenizer.bpe.vocab_size, config.vocab_size)
+    for what, (has, wants) in sizes.items():
+        if has != wants:
+            raise ValueError(f"{where}: {has} {what} beside a model of {wants}: not of one training run")
 
-    def __init__(self, model, mask_tokenizer, text_tokenizer, device):
-        self.model = model.to(device).eval()
+
+class Segmenter:
+    """Model, mask tokenizer and text tokenizer on one device: all inference goes through here, also train.py's."""
+
+    def __init__(self, model, mask_tokenizer, text_tokenizer):
+        self.model, self.mask_tokenizer, self.text_tokenizer = model, mask_tokenizer, text_tokenizer
         self.padded = isinstance(model, JanusSeg)  # Janus keeps a picture's aspect ratio
-        if self.padded:
-            model.merge()
-        model.fuse()
-        self.mask_tokenizer = mask_tokenizer.to(device).eval()
-        self.text_tokenizer = text_tokenizer
-        self.device = device
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
 
     @classmethod
     def load(cls, checkpoint=None, device="auto", dtype="float32", encoder=None, mask_tokenizer=None,
@@ -118,7 +127,7 @@ class Segmenter:
 
         dtype: of the model's weights, "float32", "bfloat16" or "auto" (bfloat16 where the device multiplies it fast);
         the mask tokenizer stays in float32. encoder, mask_tokenizer: where the frozen parts lie that the checkpoint
-        names; default: beside it, else where `data.py download` put them. any_weights: take others than those of the
+        names; default: beside it, else where `weights.py download` put them. any_weights: take others than those of the
         training. Raises FileNotFoundError or ValueError with one line that names the file.
         """
         file = checkpoint_file(checkpoint)
@@ -132,7 +141,7 @@ class Segmenter:
                 check_source(file, "mask_tokenizer", model.frozen, mask_tokenizer.source)
             prompt = JanusPrompt(base, model.config.siglip.image_tokens)
             check_fit(model.config, mask_tokenizer, prompt, base)
-            return cls(model, mask_tokenizer, prompt, device)
+            return cls(model.to(device), mask_tokenizer.to(device), prompt).ready()
         model = LlamaSeg.from_pretrained(file, encoder, dtype, any_weights)
         if mask_tokenizer is None:
             mask_tokenizer = file.with_name("mask_tokenizer.safetensors")
@@ -145,7 +154,12 @@ class Segmenter:
         if not any_weights:
             check_source(file, "text_tokenizer", model.frozen, text_tokenizer.source)
         check_fit(model.config, mask_tokenizer, text_tokenizer, file.parent)
-        return cls(model, mask_tokenizer, text_tokenizer, device)
+        return cls(model.to(device), mask_tokenizer.to(device), text_tokenizer).ready()
+
+    def ready(self):
+        """Lay out the weights for decoding. Not for a model in training."""
+        self.model.eval().fuse()
+        return self
 
     def check(self, prompts):
         """ValueError for an empty prompt, PromptTooLong for one with more tokens than the model reads."""
@@ -163,38 +177,39 @@ class Segmenter:
         Raises ValueError as `check` does.
         """
         self.check(prompts)
-        square = (pad_picture if self.padded else resize_picture)(image, self.model.config.siglip.image_size)
-        pixels = to_pixels(square[None])
-        return self.text_tokenizer(list(prompts)).to(self.device), pixels.to(self.device)
+        return self.text_tokenizer(list(prompts)).to(self.device), self.pixels([image])
 
-    @torch.inference_mode()
+    def pixels(self, images):
+        """b PIL pictures of any size -> what the model sees of them, (b,3,S,S)."""
+        side = self.model.config.siglip.image_size
+        squares = [(pad_picture if self.padded else resize_picture)(image, side) for image in images]
+        return to_pixels(np.stack(squares)).to(self.device)
+
     def __call__(self, image, prompts, **decoding):
         """PIL picture (any mode and size) and a list of n prompts -> n bool arrays (H, W), at its own size.
 
         decoding: options of LlamaSeg.generate, such as decode="top-p", seed=1. The picture is encoded once.
         Raises ValueError as `check` does.
         """
-        return self.many([image], prompts, **decoding)[0]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.check(prompts)
+        return self.many([image], [prompts], **decoding)[0] if prompts else []
 
     @torch.inference_mode()
     def many(self, images, prompts, inside=None, **decoding):
-        """The same for b pictures together, each asked all n prompts: b lists of n bool arrays.
+        """b pictures and for each a list of n prompts, which are not checked -> for each n bool arrays (H, W).
 
         inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M).
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not images:
-            return [[] for _ in images]
-        prepared = [self.prepare(image, prompts) for image in images]
-        text_ids, pixels = (torch.cat(rows) for rows in zip(*prepared))  # (b*n,L), (b,3,S,S)
-        tokens = self.model.generate(text_ids, pixels, **decoding)
+        n, pixels = len(prompts[0]), self.pixels(images)  # (b,3,S,S)
+        text_ids = self.text_tokenizer([prompt for asked in prompts for prompt in asked]).to(self.device)  # (b*n,L)
+        tokens = self.model.generate(text_ids, pixels, **decoding)  # (b*n,M)
         if inside is not None:
             inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens)
-        sizes = [image.size[::-1] for image in images for _ in prompts]
-        side = self.model.config.siglip.image_size
-        boxes = [padded_box(*size[::-1], side) for size in sizes] if self.padded else None
-        masks = decode_masks(self.mask_tokenizer, tokens, sizes, boxes)
-        return [masks[i:i + len(prompts)] for i in range(0, len(masks), len(prompts))]
+        sizes = [image.size for image in images for _ in range(n)]
+        boxes = [padded_box(*size, pixels.shape[-1]) for size in sizes] if self.padded else None
+        masks = decode_masks(self.mask_tokenizer, tokens, [size[::-1] for size in sizes], boxes)
+        return [masks[i:i + n] for i in range(0, len(masks), n)]
 
     @torch.inference_mode()
     def chat(self, image, question, length=128):
@@ -453,7 +468,7 @@ def segment_batch(args, segmenter, batch, prompts, add):
         group = max(1, MOST_BYTES // (images[0].width * images[0].height) - 3)
     for k in range(0, len(prompts), group):
         asked, start = prompts[k:k + group], time.perf_counter()
-        masks = segmenter.many(images, asked, inside, **decoding(args))
+        masks = segmenter.many(images, [asked] * len(images), inside, **decoding(args))
         ms = 1000 * (time.perf_counter() - start) / (len(images) * len(asked))
         for (name, source, image, stems), of_image in zip(batch, masks):
             for stem, prompt, mask in zip(stems[k:], asked, of_image):
@@ -503,6 +518,34 @@ MOST_BYTES = 192_000_000  # of the pictures that are in memory together, with th
 SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
 
 
+def setup_ranks(device_name):
+    """(rank, world size, device); one process unless torchrun started us."""
+    if "RANK" not in os.environ:
+        return 0, 1, pick_device(device_name)
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"process {local_rank} has no GPU, {torch.cuda.device_count()} are here: "
+                             "lower --nproc_per_node")  # fmt: skip
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # a rank that waits for another longer than this gives up: only a hung machine takes so long
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextmanager
+def one_rank_first():
+    """The first rank of each machine runs the block before the others do, which then find the index that it wrote."""
+    later = dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if later:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not later:
+        dist.barrier()
+
+
 def score(args):
     """Metrics of a checkpoint on a data set, in all and by task. Under torchrun the ranks share the work.
 
@@ -549,7 +592,7 @@ def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
     """Predict the examples that OUT does not hold yet; each rank writes its share to a file of its own."""
     done = gather(stem, run)
     if world_size > 1:
-        torch.distributed.barrier()  # all ranks share out the same rest: nobody writes before everybody has read
+        dist.barrier()  # all ranks share out the same rest: nobody writes before everybody has read
     whole = {i for i, record in done.items() if "broken" not in record}  # what was broken is tried again
     batches = [range(i, min(i + SCORE_BATCH, run["count"])) for i in range(0, run["count"], SCORE_BATCH)]
     batches = [batch for batch in batches if not whole.issuperset(batch)][rank::world_size]
@@ -562,8 +605,8 @@ def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
                 file.flush()
     if world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_name(args, run, size):
@@ -605,9 +648,9 @@ def score_batch(segmenter, dataset, indices, args, rank):
     options = decoding(args)
     if "seed" in options:  # of each example alone: neither stops nor ranks nor the batch change what is drawn
         options["seed"] = [int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0]) for i, _ in examples]
-    masks = predict(segmenter.model, segmenter.mask_tokenizer, segmenter.text_tokenizer, [e for _, e in examples],
-                    **options) if examples else []  # fmt: skip
-    for (i, example), mask in zip(examples, masks):
+    masks = segmenter.many([e.image for _, e in examples], [[e.phrase] for _, e in examples],
+                           **options) if examples else []  # fmt: skip
+    for (i, example), (mask,) in zip(examples, masks):
         one = SegmentationMetrics()
         intersection, union, _, ahd = one.update(mask, example.mask, ignore=example.ignore)
         records.append({"index": i, "rank": rank, "id": example.id, "phrase": example.phrase, "task": example.task,
@@ -632,13 +675,8 @@ def gather(stem, run):
 
 def write_lines(path, run, records):
     """Write the lines of an evaluation under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *records])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, open(temporary, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *records])
 
 
 def protocol(args):
@@ -853,9 +891,9 @@ def make_parser():
     group.add_argument("--checkpoint", metavar="PATH", help="folder that train.py wrote, or its model.safetensors; or "
                        "a Janus directory")
     group.add_argument("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or Janus that the checkpoint names "
-                       "(default: where `data.py download` put it)")
+                       "(default: where `weights.py download` put it)")
     group.add_argument("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN that the checkpoint names "
-                       "(default: beside the checkpoint, else where `data.py download` put it)")
+                       "(default: beside the checkpoint, else where `weights.py download` put it)")
     group.add_argument("--any-weights", action="store_true",
                        help="take frozen parts other than those of the training")
     group.add_argument("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
@@ -936,7 +974,7 @@ def main(argv=None):
         return nobody_reads()
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr, flush=True)
-        if torch.distributed.is_initialized():
+        if dist.is_initialized():
             os._exit(1)  # the other ranks would wait for this one: torchrun ends them
         return 1
     except KeyboardInterrupt:

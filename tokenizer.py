@@ -13,13 +13,10 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
-import pickle
 import re
 import signal
 import struct
 import sys
-import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +25,9 @@ import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from metrics import whole
+from weights import fingerprint, read_checkpoint, write_tensors
 
 # ----------------------------------------------------------------------------------------------------------
 # masks and pictures
@@ -339,19 +337,10 @@ class VQGAN(nn.Module):
 
     def save_pretrained(self, path, dtype=None):
         """Write one .safetensors with the config in its header; `dtype` (torch.float16) makes it smaller."""
-        tensors = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
-        path = Path(path)
+        tensors = {name: w.to(dtype or w.dtype) for name, w in self.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{path}: not written, the weights are no longer finite: try a smaller learning rate")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"format": "vqgan", "config": json.dumps(asdict(self.config))})
-            os.chmod(temporary, 0o644)  # safetensors lets only the owner read it
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot write ({error})") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(path, tensors, header={"format": "vqgan", "config": json.dumps(asdict(self.config))})
 
     @classmethod
     def from_pretrained(cls, path):
@@ -398,69 +387,6 @@ class VQGAN(nn.Module):
 VQGAN_DROPPED = ("quantize.codebook_used",)
 
 
-def read_checkpoint(path):
-    """Tensors of a mask tokenizer as they lie on disk: (header of a .safetensors, {parameter name: tensor}).
-
-    Nothing but tensors is ever unpickled. ValueError with one line for a file that is damaged or of another kind.
-    """
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pt"):
-            if files := sorted(path.glob(pattern)):
-                break
-        else:
-            raise FileNotFoundError(f"{path}: no *.safetensors, *.bin or *.pt in this folder: for official weights "
-                                    f"python data.py download {path.name}")  # fmt: skip
-    elif not path.is_file():
-        raise FileNotFoundError(f"{path}: no such mask tokenizer: for official weights "
-                                f"python data.py download {path.name}")  # fmt: skip
-    header, tensors = {}, {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt") as opened:
-                    header = opened.metadata() or {}
-                    found = {key: opened.get_tensor(key) for key in opened.keys()
-                             if len(files) == 1 or key.startswith(JANUS)}  # fmt: skip
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not a whole safetensors file ({error}): get it again") from None
-        else:
-            found = read_pickle(file)
-        for key in found.keys() & tensors.keys():
-            raise ValueError(f"{file}: another file of {path} holds {key} too")
-        tensors |= found
-    if any(str(key).startswith(JANUS) for key in tensors):
-        tensors = {key.removeprefix(JANUS): w for key, w in tensors.items() if str(key).startswith(JANUS)}
-    return header, tensors
-
-
-JANUS = "gen_vision_model."  # where a Janus-Pro checkpoint keeps its image tokenizer
-
-
-def read_pickle(file):
-    """{name: tensor} of a torch.save file; of several wrappers `ema`, then `model`, then `state_dict` is the one,
-    as LlamaGen's demo takes them."""
-    try:
-        # Namespace: the official trainer saves its flags; a plain bag of values without code
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"code ({found[1]})" if found else "no tensors"
-        raise ValueError(f"{file}: refused, this pickle holds {what}; expected tensors only") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: damaged ({line}): get it again") from None
-    for wrapper in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise ValueError(f"{file}: holds no weights (expected a dict of tensors, or one in ema, model or state_dict)")
-    return content
-
-
 def vqgan_widths(tensors):
     """Fields of VQGANConfig, read off the tensors of an official checkpoint; its GroupNorms have 32 groups."""
     for key, dims in (("encoder.conv_in.weight", 4), ("encoder.conv_out.weight", 4), ("quantize.embedding.weight", 2)):
@@ -484,15 +410,6 @@ def vqgan_widths(tensors):
         "codebook_size": tensors["quantize.embedding.weight"].shape[0],
         "codebook_dim": tensors["quantize.embedding.weight"].shape[1],
     }
-
-
-def fingerprint(tensors):
-    """SHA-256 of names, shapes and values as hex: the same however the tensors were split over files."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -616,206 +533,10 @@ def sentencepiece_from_json(path):
     return pieces + field(2, trainer) + field(3, normalizer)
 
 
-class BPETokenizer:
-    """Byte-level BPE of DeepSeek-LLM's kind (Janus-Pro) from a Hugging Face tokenizer.json, with the same ids.
-
-    encode cuts the added tokens out of the text, splits the rest by the file's patterns, one after the other, and
-    lets tiktoken merge the bytes of each piece. decode(encode(text)) is the text, byte for byte. The file's
-    post-processor is not applied: no BOS, no EOS. ValueError on anything in the file that is not known here.
-
-    special_tokens: {name: id} of all added tokens, "<|User|>" and the like; ids are 0 .. vocab_size - 1.
-    """
-
-    # A Split's regular expression: literals, \s and [classes of literals], each bare or with ? * or +, and $ at the
-    # end. Python reads these as Hugging Face's Oniguruma does, but for \s, which is Unicode's White_Space there.
-    escape = r"\\[]\[(){}.*+?|^$/&~rnt-]"
-    literal, in_class = rf"(?:{escape}|[^]\[(){{}}.*+?|^$\\])", rf"(?:{escape}|[^]\[\\&^-])"
-    known_pattern = re.compile(rf"(?:(?:{literal}|\\s|\[\^?(?:{in_class}(?:-{in_class})?)+])[?*+]?)+\$?")
-    white_space = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-
-    @classmethod
-    def from_json(cls, path):
-        """path: a tokenizer.json or the folder it lies in."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.json)")
-        try:
-            return cls(json.loads(path.read_bytes()))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, re.error) as error:
-            what = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{path}: no byte-level BPE tokenizer.json of a known kind ({what})") from None
-
-    def __init__(self, content):
-        """content: the parsed tokenizer.json."""
-        import tiktoken  # here: only Janus-Pro's text needs it
-
-        self._check("its", content, truncation=[None], padding=[None], decoder=None, version=None, post_processor=None,
-                    added_tokens=None, pre_tokenizer=None, model=None,
-                    normalizer=[None, {"type": "Sequence", "normalizers": []}])  # fmt: skip
-        self._check("its decoder's", content["decoder"] or {}, type=["ByteLevel"], add_prefix_space=None,
-                    trim_offsets=None, use_regex=None)  # fmt: skip
-        # unk_token and fuse_unk are for bytes without a token, of which there is none
-        self._check("its model's", content["model"], type=["BPE"], vocab=None, merges=None, unk_token=None,
-                    fuse_unk=None, dropout=[None, 0], byte_fallback=[None, False], ignore_merges=[None, False],
-                    continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""])  # fmt: skip
-        ranks = self._read_vocabulary(content["model"]["vocab"], content["model"]["merges"])
-        self._read_added_tokens(content["added_tokens"], content["model"]["vocab"])
-        self.splits = []
-        pattern = self._read_pre_tokenizer(content["pre_tokenizer"] or {})
-        self.vocab_size = len(self.bytes)
-        self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    @staticmethod
-    def _check(what, found, **known):
-        """ValueError unless `found` has only names of `known`, with one of the values there (None: with any)."""
-        for name, values in known.items():
-            if values and found.get(name) not in values:
-                supported = " or ".join(map(repr, values))
-                raise ValueError(f"{what} {name} is {found.get(name)!r:.100}, supported: {supported}")
-        for name in found:
-            if name not in known:
-                raise ValueError(f"{what} option {name!r} is not known")
-
-    def _read_vocabulary(self, vocab, merges):
-        """Sets self.bytes (of each id) and self.ids (of each of tiktoken's ranks); returns tiktoken's bytes -> rank."""
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError(f"the {len(vocab)} ids of its vocabulary have gaps or come twice")
-        # The vocabulary writes a byte as its Latin-1 character if that prints, else as one from U+0100 on (GPT-2).
-        prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in prints]
-        byte_of = {chr(b): b for b in prints} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-        def to_bytes(token):  # a token with other characters, as some added ones, stands for its own name
-            return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
-
-        never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # in UTF-8; such a byte may lack a token
-        missing = [f"0x{byte:02X}" for c, byte in byte_of.items() if c not in vocab and byte not in never]
-        if missing:
-            raise ValueError(f"its vocabulary has no token for byte {missing[0]}")
-
-        rank_of = {}
-        for i, pair in enumerate(merges):
-            pair = pair.split(" ") if isinstance(pair, str) else pair
-            if len(pair) != 2:
-                raise ValueError(f"merge {i} is {pair!r:.100}, supported: two tokens")
-            left, right = pair
-            for token in (left, right, left + right):
-                if token not in vocab or not all(c in byte_of for c in token):
-                    raise ValueError(f"merge {i}: {token!r} is not in its vocabulary, or not of its bytes")
-            rank_of[left, right] = i  # of a pair that comes twice the last one counts
-        # Hugging Face merges the listed pair of the lowest rank; tiktoken any neighbours that together are a token, of
-        # the lowest rank. That is the same if tiktoken gets just the tokens that their own bytes merge to, ranked by
-        # the last of those merges: neighbours come from merges inside their bytes, in the order in which those bytes
-        # alone would be merged, so if the two together are such a token, they are the pair of its last merge.
-        self.bytes = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]
-        self.ids = {byte: vocab.get(c) for c, byte in byte_of.items()}
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        for token in {left + right for left, right in rank_of}:
-            parts, rank = self._merge(token, rank_of)
-            if len(parts) == 1:
-                ranks[to_bytes(token)], self.ids[256 + rank] = 256 + rank, vocab[token]
-        return ranks
-
-    @staticmethod
-    def _merge(token, rank_of):
-        """Join the neighbours of the lowest rank, leftmost first, until no pair has one: (parts, the last rank)."""
-        parts, rank = list(token), None
-        while found := [(rank_of[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
-            rank, i = min(found)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return parts, rank
-
-    def _read_added_tokens(self, added, vocab):
-        """Sets self.special_tokens, and as (pattern, {name: id}) self.names of all added tokens, to be cut out of a
-        text, and self.letters of those that are one character, as DeepSeek's "ü", to be cut out of a user's words."""
-        self.special_tokens, self.names, self.letters = {}, [], []
-        for token in added:
-            name, id = token["content"], token["id"]
-            # The id is the one that Hugging Face gives, whatever the file says. A token that takes white space with
-            # it, or is one only between words, would not come back from decode.
-            self._check(f"added token {name!r}:", token, content=None, special=None, normalized=[False, True],
-                        single_word=[False], lstrip=[False], rstrip=[False],
-                        id=[vocab.get(name, len(self.bytes))])  # fmt: skip
-            if name not in vocab:
-                self.bytes.append(name.encode())
-            if name in self.special_tokens or not name or self.bytes[id] != name.encode():
-                raise ValueError(f"added token {name!r} is empty, comes twice or is the name of other bytes")
-            self.special_tokens[name] = id
-        for normalized in (False, True):  # in this order; of those that begin at a character the longest counts
-            ids = {token["content"]: token["id"] for token in added if token["normalized"] == normalized}
-            for found, kept in ((self.names, ids), (self.letters, {name: ids[name] for name in ids if len(name) == 1})):
-                names = "|".join(re.escape(name) for name in sorted(kept, key=len, reverse=True))
-                found += [(re.compile(f"({names})"), kept)] if kept else []
-
-    def _read_pre_tokenizer(self, content):
-        """Adds the patterns of the Splits to self.splits; returns tiktoken's pattern, which does the Digits."""
-        steps = content["pretokenizers"] if content.get("type") == "Sequence" else [content]
-        kinds = " ".join(str(step.get("type")) for step in steps)
-        if not re.fullmatch("(Split )*(Digits )?ByteLevel", kinds):
-            raise ValueError(f"its pre-tokenizer is {kinds!r}, supported: Splits, then Digits or not, then ByteLevel")
-        digits = r"(?s:.+)"
-        for step in steps:
-            if step["type"] == "Split":
-                self._check("Split's", step, type=None, pattern=None, behavior=["Isolated"], invert=[False])
-                found = step["pattern"].get("Regex", "")
-                if not self.known_pattern.fullmatch(found):
-                    raise ValueError(f"Split's pattern is {step['pattern']!r:.100}, supported: a Regex of literals, "
-                                     "\\s, [classes of literals], ? * + and $ at its end")  # fmt: skip
-                pattern = re.compile("(" + found.replace(r"\s", self.white_space) + ")", re.MULTILINE)
-                if pattern.search(""):
-                    raise ValueError(f"Split's pattern {found!r:.100} matches an empty piece")
-                self.splits.append((pattern, {}))
-            elif step["type"] == "Digits":
-                self._check("Digits'", step, type=None, individual_digits=[False, True])
-                digits = r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+"
-            else:
-                self._check("ByteLevel's", step, type=["ByteLevel"], trim_offsets=None, add_prefix_space=[False],
-                            use_regex=[False])  # fmt: skip
-        return digits
-
-    def encode(self, *parts):
-        """Text -> list of ids. The name of an added token in the text becomes that token.
-
-        Several parts are, in turn, text and words of a user, text again and so on. They are encoded as one text, but in
-        the words the name of an added token is text like any other. UnicodeEncodeError, a ValueError, on half of a
-        surrogate pair: UTF-8 has no bytes for it.
-        """
-        pieces = []  # strings, and the ids of added tokens that were found
-        for i, part in enumerate(parts):
-            part.encode()
-            for piece in self._cut([part], self.letters if i % 2 else self.names):
-                if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                    piece = pieces.pop() + piece  # two parts meet here
-                pieces.append(piece)
-        ids = []
-        for piece in self._cut(pieces, self.splits):
-            ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
-        return ids
-
-    @staticmethod
-    def _cut(pieces, steps):
-        """Cut strings by the pattern of each step; a piece with the name of one of its added tokens becomes its id."""
-        for pattern, added in steps:
-            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
-            pieces = [added.get(part, part) for part in parts]
-        return [piece for piece in pieces if piece != ""]
-
-    def decode(self, ids):
-        """ids -> text; bytes that are not UTF-8, as half a character's, become U+FFFD. ValueError on an unknown id."""
-        ids = [int(id) for id in ids]
-        for id in ids:
-            if not 0 <= id < self.vocab_size:
-                raise ValueError(f"text token {id} is none of 0 to {self.vocab_size - 1}")
-        return b"".join(self.bytes[id] for id in ids).decode(errors="replace")
-
-
 def train_text_tokenizer(sentences, path, vocab_size=512):
     """Train a small SentencePiece vocabulary on sentences; special ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with whole(path) as temporary, open(temporary, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(s.lower() for s in sentences),
                 model_writer=file,
@@ -828,65 +549,10 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
                 required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/",
                 minloglevel=2,
             )
-        os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path}: cannot write ({error.strerror})") from None
     except RuntimeError as error:
         raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class JanusPrompt:
-    """What Janus-Pro is asked: phrases or a question, in its chat template, as ids with room for a picture.
-
-    The name of a special token in a phrase or question is text like any other.
-
-    directory: an official one with a tokenizer.json. image_tokens: N, places that the picture takes.
-    """
-
-    # the official processor's, for questions about a picture; for generated pictures it has none
-    system = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
-              "user provides, and assist the user with a variety of tasks using natural language.")
-    length = 256  # text tokens of a phrase or question, at most; ours, the model itself reads thousands
-
-    def __init__(self, directory, image_tokens):
-        self.bpe, self.image_tokens = BPETokenizer.from_json(directory), image_tokens
-        names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": "<｜▁pad▁｜>",
-                 "begin": "<begin_of_image>", "image": "<image_placeholder>", "end": "<end_of_image>"}  # fmt: skip
-        missing = [name for name in names.values() if name not in self.bpe.special_tokens]
-        if missing:
-            raise ValueError(f"{directory}: its text tokenizer has no {', '.join(missing)}: not Janus'")
-        self.special = {short: self.bpe.special_tokens[name] for short, name in names.items()}
-
-    def too_long(self, text):
-        """How many tokens `text` needs if that is more than fit, else 0."""
-        needed = len(self.bpe.encode("", text.strip()))
-        return needed if needed > self.length else 0
-
-    def ids(self, *parts):
-        """A prompt in parts, as BPETokenizer.encode takes them -> list of ids: begin of sentence first, and N places
-        for the picture where the text has <image_placeholder>."""
-        special, ids = self.special, [self.special["bos"]]
-        for id in self.bpe.encode(*parts):
-            ids += ([special["begin"]] + self.image_tokens * [special["image"]] + [special["end"]]
-                    if id == special["image"] else [id])  # fmt: skip
-        return ids
-
-    def __call__(self, phrases):
-        """list of B phrases -> int64 (B, L), padded at the left to the longest.
-
-        The paper: `<|User|>: [text]<image>  <|Assistant|>: <begin_of_mask>`, in Janus' own white space.
-        """
-        rows = [self.ids("<|User|>: ", phrase.strip(), "<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
-                for phrase in phrases]  # fmt: skip
-        longest = max(map(len, rows))
-        return torch.tensor([[self.special["pad"]] * (longest - len(row)) + row for row in rows])
-
-    def chat(self, question):
-        """A question about a picture -> int64 (1, L)."""
-        system = f"{self.system}\n\n<|User|>: <image_placeholder>\n"
-        return torch.tensor([self.ids(system, question.strip(), "\n\n<|Assistant|>:")])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -994,13 +660,13 @@ def train(args):
     """
     from tqdm import tqdm
 
-    from data import BadUsage, hold_out, load_dataset
+    from data import WORLDS, hold_out, load_dataset
+    from metrics import BadUsage
 
     torch.manual_seed(args.seed)
     device, first = torch.device(args.device), args.start
-    options = {"rich": True} if args.rich else {}
-    if args.data == "scenes":
-        dataset, val_set = (load_dataset(args.data, split, **options) for split in ("train", "val"))
+    if args.data in WORLDS:
+        dataset, val_set = (load_dataset(args.data, split) for split in ("train", "val"))
     else:
         (dataset,), val_set = hold_out([load_dataset(args.data, "train")])
     model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
@@ -1125,9 +791,10 @@ def reseed_codes(model, masks):
 
 def text_sentences():
     """What the small vocabulary is made from: rich scenes' phrases, bare and instructed."""
-    from data import COLOR_RIDDLES, SHAPE_RIDDLES, TEMPLATES, instruct, load_dataset
+    from data import TEMPLATES, instruct, load_dataset
+    from scenes import COLOR_RIDDLES, SHAPE_RIDDLES
 
-    dataset = load_dataset("scenes", "train", rich=True, phrases=12)
+    dataset = load_dataset("scenes-rich", "train", phrases=12)
     riddles = [text for texts in (SHAPE_RIDDLES | COLOR_RIDDLES).values() for text in texts] * 40
     for i, phrase in enumerate(itertools.chain((dataset[i].phrase for i in range(18_000)), riddles)):
         yield phrase
@@ -1139,8 +806,8 @@ def report(args):
 
     At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
     """
-    from data import BadUsage, contact_sheet, load_dataset
-    from metrics import write_json
+    from data import contact_sheet, load_dataset
+    from metrics import BadUsage, write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
     if args.size % model.config.downsample:
@@ -1171,25 +838,20 @@ def encode(args):
     from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
-    dataset = load_mixture(args.data, args.split, args.root, rich=args.rich)
+    dataset = load_mixture(args.data, args.split, args.root)
     if model.config.codebook_size > 65536:
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = min(args.count or len(dataset), len(dataset)), (args.size // model.config.downsample) ** 2
     path = Path(f"{str(args.out).removesuffix('.npy')}.npy")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:  # no memory map: on a full disk that kills the process
-            header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in tqdm(range(0, count, args.batch_size), desc="encode"):
-                masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
-                tokens = model.encode(mask_to_image(masks.to(args.device)))
-                file.write(tokens.cpu().numpy().astype("<u2").tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would kill us on a full disk
+        header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in tqdm(range(0, count, args.batch_size), desc="encode"):
+            masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
+            tokens = model.encode(mask_to_image(masks.to(args.device)))
+            file.write(tokens.cpu().numpy().astype("<u2").tobytes())
     write_json(path.with_suffix(".json"), {
-        "data": args.data, "split": args.split, "rich": args.rich, "files": dataset.file_hashes(), "count": count,
+        "data": args.data, "split": args.split, "files": dataset.file_hashes(), "count": count,
         "size": args.size, "padded": args.padded, "mask_tokenizer": model.source})  # fmt: skip
     print(f"wrote {path}: {count:,} examples x {length} mask tokens, and {path.with_suffix('.json')}")
 
@@ -1197,13 +859,13 @@ def encode(args):
 def read_tokens(path, shape, source, **expected):
     """The memory-mapped array (examples, tokens) of `encode`; ValueError unless it is of what is expected.
 
-    shape: of the array; source: the mask tokenizer's; expected: data, split, rich, files, size and padded, as `encode`
+    shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded, as `encode`
     wrote them.
     """
     import numpy as np
 
     try:
-        found = {"rich": False, "padded": False, "files": []} | json.loads(path.with_suffix(".json").read_text())
+        found = {"padded": False, "files": []} | json.loads(path.with_suffix(".json").read_text())
         table = np.load(path, mmap_mode="r")
         found |= {"shape": table.shape, "mask tokenizer": found["mask_tokenizer"]["sha256"]}
         expected |= {"shape": shape, "mask tokenizer": source["sha256"]}
@@ -1222,6 +884,7 @@ def read_tokens(path, shape, source, **expected):
 def parse_args(argv=None):
     """The flags of the sub-commands."""
     from metrics import Parser
+    from scenes import WORLDS
 
     assets = Path(__file__).parent / "assets"
     parser = Parser(description=__doc__)
@@ -1230,8 +893,7 @@ def parse_args(argv=None):
     p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
                             description=train.__doc__)  # fmt: skip
     p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
-    p.add_argument("--data", default="scenes", help="masks to learn: scenes or jsonl:PATH (default: scenes)")
-    p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="more of everything")
+    p.add_argument("--data", default="scenes", help="masks to learn: scenes, scenes-rich or jsonl:PATH")
     p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
     p.add_argument("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
@@ -1262,7 +924,6 @@ def parse_args(argv=None):
     p.add_argument("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
     p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
     p.add_argument("--split", default="train", help="default: train")
-    p.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False, help="as for train.py")
     p.add_argument("--padded", action=argparse.BooleanOptionalAction, default=False,
                    help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
     p.add_argument("--count", type=int, help="first examples only (default: all)")
@@ -1285,15 +946,13 @@ def parse_args(argv=None):
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     if args.out.is_dir() and args.command in ("train", "text"):
         parser.error(f"--out {args.out} is a folder: give the file to write")
-    if args.command in ("train", "eval") and args.data != "scenes" and not args.data.startswith("jsonl:"):
-        parser.error(f"--data {args.data}: choose scenes or jsonl:PATH")
+    if args.command in ("train", "eval") and args.data not in WORLDS and not args.data.startswith("jsonl:"):
+        parser.error(f"--data {args.data}: choose {', '.join(WORLDS)} or jsonl:PATH")
     if args.command == "train" and args.out.suffix != ".safetensors":
         parser.error(f"--out {args.out}: the file's name must end in .safetensors")
     if args.command == "train" and args.out.exists() and not (args.init_from and args.init_from.exists()
                                                               and args.out.samefile(args.init_from)):  # fmt: skip
         parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
-    if args.command == "encode" and args.rich and "scenes" not in args.data:
-        parser.error(f"--rich is for scenes, not for --data {args.data}")
     if args.command in ("eval", "encode") and args.data.startswith("jsonl:"):
         parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
     if args.command in ("eval", "encode"):
@@ -1318,8 +977,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage, 130 after Ctrl-C."""
-    from data import BadUsage
-    from metrics import printable
+    from metrics import BadUsage, printable
 
     args = parse_args(argv)
 

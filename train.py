@@ -13,7 +13,7 @@ OUT_DIR gets log.jsonl (one object a step), curves.png, grid-STEP.png at each ev
 truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU, or
 mIoU for semantic sets), and the three files that sample.py --checkpoint OUT_DIR reads: model.safetensors,
 mask_tokenizer.safetensors, text.model. Frozen parts from official files are not copied: model.safetensors has their
-names and hashes, and `python data.py download NAME` fetches them.
+names and hashes, and `python weights.py download NAME` fetches them.
 """
 
 import argparse
@@ -25,58 +25,50 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (
-    DOWNLOADS,
-    BadUsage,
-    Batches,
-    LabelMaps,
-    contact_sheet,
-    hold_out,
-    load_mixture,
-    only_one,
-    pad_picture,
-    padded_box,
-    resize_picture,
-    to_pixels,
-    write_picture,
-)
-from metrics import Parser, SegmentationMetrics, parse_json, printable, regular, write_json
+from data import Batches, LabelMaps, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
+from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
+from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
+from mllm import PRESETS as MLLM_PRESETS
 from model import (
     HEAD_PART,
-    LORA_TARGETS,
-    PRESETS,
     SIGLIP2,
-    WEIGHTS,
-    JanusConfig,
-    JanusSeg,
     LlamaSeg,
     SigLIP,
-    check_source,
     clock,
     compute_dtype,
-    janus_config,
+    peak_memory,
     pick_device,
-    read_header,
-    read_weights,
     siglip_config,
 )
-from tokenizer import VQGAN, JanusPrompt, TextTokenizer, VQGANConfig, decode_masks, mask_to_image, read_tokens
+from model import PRESETS as MODEL_PRESETS
+from sample import Segmenter, check_fit, one_rank_first, setup_ranks
+from scenes import WORLDS
+from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
+from weights import (
+    ASSETS,
+    DOWNLOADS,
+    WEIGHTS,
+    check_source,
+    locate,
+    only_one,
+    read_header,
+    read_weights,
+    write_tensors,
+)
 
-ASSETS = Path(__file__).parent / "assets"
+PRESETS = MODEL_PRESETS | MLLM_PRESETS
 
 # What a preset means where a flag is left out, and below what a stage says instead. --help has the flags.
 SCENES_RECIPE = {
@@ -101,11 +93,6 @@ STAGES = {
 }  # fmt: skip
 
 
-def locate(path):
-    """A path as it is, or for the bare name of official weights the folder that `data.py download` made."""
-    return path if path is None or path.exists() or len(path.parts) > 1 else WEIGHTS / path
-
-
 def parse_args(argv=None):
     """The flags, in groups."""
     parser = Parser(description=__doc__)
@@ -120,11 +107,9 @@ def parse_args(argv=None):
     group.add_argument("--root", type=Path, help="folder in which their official archives were unpacked")
     group.add_argument("--mask-tokens", type=Path, metavar="FILE",
                        help="cached mask tokens of the training split (tokenizer.py encode): the VQGAN encoder rests")
-    group.add_argument("--rich", action=argparse.BooleanOptionalAction, default=False,
-                       help="scenes with more of everything")
     group.add_argument("--phrases", type=int, help="phrases asked of each picture of scenes (default: 4)")
     group.add_argument("--encoder", type=Path, metavar="DIR",
-                       help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that data.py downloads "
+                       help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that weights.py downloads "
                        "(default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the Janus "
                        "directory (default: janus-pro-1b), tokenizers included")
     group.add_argument("--mask-tokenizer", type=Path, metavar="FILE",
@@ -201,14 +186,12 @@ def parse_args(argv=None):
     elif args.encoder and not args.merge:
         parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
     sets = {re.sub(r":\d+$", "", part.strip()) for part in f"{args.data},{args.val or ''}".split(",") if part.strip()}
-    if args.phrases is not None and args.data != "scenes":
-        parser.error(f"--phrases {args.phrases} is for --data scenes alone")
-    if args.rich and "scenes" not in sets:
-        parser.error(f"--rich is for scenes, not for --data {args.data}")
-    if args.root and sets == {"scenes"}:
+    if args.phrases is not None and args.data not in WORLDS:
+        parser.error(f"--phrases {args.phrases} is for drawn scenes alone, not for --data {args.data}")
+    if args.root and sets <= WORLDS.keys():
         parser.error(f"--root {args.root}: scenes are drawn, not read from a folder")
     if args.phrases is None:
-        args.phrases = 4 if args.data == "scenes" else 1
+        args.phrases = 4 if args.data in WORLDS else 1
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every",
@@ -250,34 +233,6 @@ def refuse_unread(parser, args):
 # distributed: plain torchrun
 
 
-def setup_ranks(device_name):
-    """(rank, world size, device); one process unless torchrun started us."""
-    if "RANK" not in os.environ:
-        return 0, 1, pick_device(device_name)
-    device = pick_device(device_name)
-    if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {local_rank} has no GPU, {torch.cuda.device_count()} are here: "
-                             "lower --nproc_per_node")  # fmt: skip
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    # a rank that waits for another longer than this gives up: only a hung machine takes so long
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-@contextmanager
-def one_rank_first():
-    """The first rank of each machine runs the block before the others do, which then find the index that it wrote."""
-    later = dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if later:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and not later:
-        dist.barrier()
-
-
 def on_signal(handler):
     """What Ctrl-C and SIGTERM do from now on."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -298,18 +253,6 @@ def mean_over_ranks(value, world_size):
 
 # ----------------------------------------------------------------------------------------------------------
 # the parts of a step
-
-
-def check_fit(config, mask_tokenizer, text_tokenizer, where):
-    """ValueError unless the tokenizers have as many codes and text pieces as the model of `config` was made for."""
-    sizes = {"codes": (mask_tokenizer.config.codebook_size, config.codebook_size)}
-    if isinstance(text_tokenizer, TextTokenizer):
-        sizes["text pieces"] = (text_tokenizer.model.vocab_size(), config.siglip.vocab_size)
-    elif text_tokenizer.bpe.vocab_size > config.vocab_size:  # Janus' table has rows to spare
-        sizes["text pieces"] = (text_tokenizer.bpe.vocab_size, config.vocab_size)
-    for what, (has, wants) in sizes.items():
-        if has != wants:
-            raise ValueError(f"{where}: {has} {what} beside a model of {wants}: not of one training run")
 
 
 def learning_rate(step, args):
@@ -346,41 +289,27 @@ def make_optimizers(model, args):
     return optimizers
 
 
-@torch.no_grad()
-def predict(model, mask_tokenizer, text_tokenizer, examples, **decoding):
-    """Masks of a list of examples, asked by their bare phrases: bool arrays at the pictures' own sizes.
-
-    decoding: what model.generate takes beside phrases and pictures.
-    """
-    device, size, padded = next(model.parameters()).device, model.config.siglip.image_size, isinstance(model, JanusSeg)
-    text_ids = text_tokenizer([e.phrase for e in examples]).to(device)
-    pixels = to_pixels(np.stack([(pad_picture if padded else resize_picture)(e.image, size) for e in examples]))
-    tokens = model.generate(text_ids, pixels.to(device), **decoding)
-    boxes = [padded_box(*e.image.size, size) for e in examples] if padded else None
-    return decode_masks(mask_tokenizer, tokens, [e.image.size[::-1] for e in examples], boxes)
-
-
-def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, world_size=1, batch_size=32,
+def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32,
              progress=False):  # fmt: skip
     """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
 
     Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
     {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
     """
-    total, by_task, cells, training = SegmentationMetrics(), {}, [], model.training
-    model.eval()
+    total, by_task, cells, training = SegmentationMetrics(), {}, [], segmenter.model.training
+    segmenter.model.eval()
     count = min(count, len(dataset))
     mine = [i * len(dataset) // count for i in range(count)][rank::world_size]
     for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
         examples = [dataset[i] for i in mine[start : start + batch_size]]
-        masks = predict(model, mask_tokenizer, text_tokenizer, examples)
-        for example, mask in zip(examples, masks):
+        masks = segmenter.many([e.image for e in examples], [[e.phrase] for e in examples])
+        for example, (mask,) in zip(examples, masks):
             scores = by_task.setdefault(example.task, SegmentationMetrics())
             for metrics in (total, scores):
                 metrics.update(mask, example.mask, label=example.label, id=example.id, ignore=example.ignore)
             if len(cells) < 24:
                 cells.append((example.phrase, [example.image, mask, example.mask]))
-    model.train(training)
+    segmenter.model.train(training)
     if world_size > 1:
         gathered = [None] * world_size
         dist.all_gather_object(gathered, (total, by_task))
@@ -393,7 +322,7 @@ def evaluate(model, mask_tokenizer, text_tokenizer, dataset, count, rank=0, worl
 
 
 # What a resumed run must share with the one it goes on from. Steps, learning rate, warm-up and ranks may change.
-SAME_RUN = ("preset", "data", "val", "rich", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
+SAME_RUN = ("preset", "data", "val", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
             "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout", "files")  # fmt: skip
 
 
@@ -426,20 +355,16 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
     """
     path = out_dir / f"checkpoint-{step:07d}.pt"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
              "run": run_of(args), "frozen": model.frozen}  # fmt: skip
     try:
-        with open(temporary, "wb") as file:
+        with whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (RuntimeError, OSError) as error:  # RuntimeError: what torch.save makes of a full disk
         why = getattr(error, "strerror", None) or "No space left on device"
         raise OSError(f"{path}: {why}; --resume auto goes on from the checkpoint before it") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     save_weights(model, out_dir / "model.safetensors")
     for old in saved_steps(out_dir)[args.keep:]:
         old.unlink()
@@ -530,13 +455,9 @@ def best_score(path, metric):
 
 
 def write_whole(path, content):
-    """Write bytes under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write bytes to a file."""
+    with whole(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -604,15 +525,6 @@ def matmul_rate(device, dtype):
         a @ a
         seconds.append(clock(device) - start)
     return 2 * n**3 / min(seconds)
-
-
-def peak_memory(device):
-    """Bytes: of the GPU, as PyTorch's allocator counts them; on a CPU the most that the process has had at once."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def sequence(config):
@@ -850,10 +762,10 @@ def open_run(args, model, optimizers, text_tokenizer, master, say):
 
 def load_data(args, say):
     """(training Mixture, validation set) of --data and --val."""
-    train_set = load_mixture(args.data, "train", args.root, rich=args.rich, phrases=args.phrases)
+    train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
     first = args.data.split(",")[0].strip()
     if args.val or not first.startswith("jsonl:"):
-        return train_set, load_mixture(args.val or first, "val", args.root, rich=args.rich)
+        return train_set, load_mixture(args.val or first, "val", args.root)
     whole = train_set.datasets[0]
     train_set.datasets, val_set = hold_out(train_set.datasets)
     say(f"validation: {len(val_set)} of the {len(whole)} lines of {first}" + (
@@ -871,7 +783,7 @@ def read_cache(args, train_set, length, source, size, padded):
         size_of_part = len(getattr(part, "dataset", part))
         rows.append(count + getattr(part, "indices", np.arange(size_of_part)))
         count += size_of_part
-    table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train", rich=args.rich,
+    table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train",
                         files=train_set.file_hashes(), size=size, padded=padded)  # fmt: skip
     return table if len(train_set) == count else table[np.concatenate(rows)]
 
@@ -973,7 +885,7 @@ def train(args, at_end):
 
     # --- model, data, what an earlier run left
     raw_model, mask_tokenizer, text_tokenizer = load_parts(args, device, dtype)
-    config = raw_model.config
+    config, segmenter = raw_model.config, Segmenter(raw_model, mask_tokenizer, text_tokenizer)
     with one_rank_first():
         train_set, val_set = load_data(args, say)
     # mIoU for semantic sets, as the papers report them
@@ -1028,8 +940,7 @@ def train(args, at_end):
         nonlocal best
         on_signal(signal.default_int_handler)
         try:
-            total, by_task, cells = evaluate(raw_model, mask_tokenizer, text_tokenizer, val_set, args.eval_count, rank,
-                                             world_size, progress=master)  # fmt: skip
+            total, by_task, cells = evaluate(segmenter, val_set, args.eval_count, rank, world_size, progress=master)
         except KeyboardInterrupt:
             say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
             return None
@@ -1124,12 +1035,7 @@ def merge(out_dir, base, any_weights):
             weights[f"language_model.model.{name}"] = w
     target = out_dir / "merged"
     target.mkdir(exist_ok=True)
-    temporary = target / f".model.{os.getpid()}.tmp"
-    try:
-        save_file({name: w.contiguous().clone() for name, w in weights.items()}, temporary, metadata={"format": "pt"})
-        os.replace(temporary, target / "model.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(target / "model.safetensors", weights, header={"format": "pt"})
     for file in base.glob("*.json"):
         if not file.name.endswith(".index.json"):
             write_whole(target / file.name, file.read_bytes())

@@ -9,13 +9,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Scenes, resize_mask, resize_pixels
+from scenes import WORLDS
 
-for rich in (False, True):
-    dataset, count = Scenes("train", rich=rich), 500
+for name in WORLDS:
+    dataset, count = Scenes("train", name), 500
     dataset[count]  # warm up
     start = time.perf_counter()
     for i in range(count):
         example = dataset[i]
         resize_pixels(np.array(example.image), 128), resize_mask(example.mask, 128)
     rate = count / (time.perf_counter() - start)
-    print(f"{'rich' if rich else 'plain'}: {rate:.0f} scenes/s, drawn, phrased and resized to 128 px")
+    print(f"{name}: {rate:.0f} scenes/s, drawn, phrased and resized to 128 px")

@@ -125,7 +125,7 @@ LOAD = """
 import re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from model import JanusSeg
+from mllm import JanusSeg
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import annotate
 from annotate import clean_labels, match, names_object, normal_label, outline
-from data import draw_scene, load_dataset, rle_decode, rle_encode, scene_phrases
+from data import load_dataset, rle_decode, rle_encode
+from scenes import WORLDS, draw_scene, scene_phrases
 
 FIXTURE = Path(__file__).parent / "fixtures" / "sa1b"
 
@@ -117,7 +118,7 @@ def scenes_world(folder, count, seed=0):
     folder.mkdir(parents=True)
     for n in range(count):
         rng = np.random.default_rng([seed, n])
-        picture, owner, objects = draw_scene(rng)
+        picture, owner, objects = draw_scene(rng, WORLDS["scenes"])
         height, width = owner.shape
         seen = [i for i in range(len(objects)) if (owner == i).sum() > 60]
         for i, shape in enumerate(objects):

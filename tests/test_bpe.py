@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenizer import BPETokenizer
+from mllm import BPETokenizer
 
 FOLDER = Path(__file__).parent / "fixtures" / "janus_bpe"
 OFFICIAL = json.loads((FOLDER / "io.json").read_text())

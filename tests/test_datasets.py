@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_written_to(tree, monkeypatch):
     def refuse(*args):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(data, "write_text", refuse)
+    monkeypatch.setattr(data, "whole", refuse)
     assert len(load_dataset("ade20k", "val", tree("ade20k"))) == 7
 
 
@@ -540,7 +540,7 @@ def test_wrong_trees_end_in_one_line(tree, tmp_path):
 @pytest.mark.parametrize("name,split,options,message", [
     ("imagenet", "val", {}, "unknown data set 'imagenet'"), ("ade20k", "test", {}, "no split 'test'"),
     ("refcoco", "testC", {}, "no split 'testC'"), ("refcoco", "val", {"split_by": "umd"}, "no split_by 'umd'"),
-    ("ade20k", "val", {"rich": True}, "no option 'rich'"), ("ade20k", "val", {"classes": "some"}, "classes 'some'"),
+    ("ade20k", "val", {"phrases": 2}, "no option 'phrases'"), ("ade20k", "val", {"classes": "some"}, "classes 'some'"),
     ("pc59", "val", {}, "holds none of"), ("refcoco+", "val", {}, r"refs\(unc\).p: no such file"),
 ])  # fmt: skip
 def test_wrong_use_ends_in_one_line(tree, name, split, options, message):

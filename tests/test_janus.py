@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from model import LORA_TARGETS, JanusSeg, LoRALinear
-from tokenizer import VQGAN, JanusPrompt, VQGANConfig
+from mllm import LORA_TARGETS, JanusPrompt, JanusSeg, LoRALinear
+from tokenizer import VQGAN, VQGANConfig
 
 FIXTURE = REPO / "tests" / "fixtures" / "janus_pro"
 

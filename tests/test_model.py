@@ -376,7 +376,7 @@ def test_a_damaged_or_missing_file_ends_in_one_line(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"):
         Llama.from_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="data.py download siglip2-x"):
+    with pytest.raises(FileNotFoundError, match="weights.py download siglip2-x"):
         SigLIP.from_pretrained(M.WEIGHTS / "siglip2-x")
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -419,7 +419,7 @@ def test_a_checkpoint_holds_only_what_was_trained(tmp_path):
     loaded = LlamaSeg.from_pretrained(tmp_path / "m.safetensors", FIXTURES / "siglip")
     batch = tiny_batch(config=model.config)
     assert torch.equal(loaded(*batch)[0], model(*batch)[0])
-    with pytest.raises(FileNotFoundError, match="data.py download siglip"):
+    with pytest.raises(FileNotFoundError, match="weights.py download siglip"):
         LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
 
 
@@ -983,7 +983,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         Path(name).write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(M, "save_file", disk_full)
+    monkeypatch.setattr("weights.save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
         tiny_model().save_pretrained(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -69,10 +69,10 @@ def test_prompts_together_equal_prompts_alone(segmenter):
 
 def test_pictures_together_equal_pictures_alone(segmenter):
     images, prompts = [Scenes("test")[i].image for i in (7, 30, 90)], ["the leftmost object", "everything"]
-    together = segmenter.many(images, prompts)
+    together = segmenter.many(images, [prompts] * 3)
     for image, masks in zip(images, together):
         assert all((one == other).all() for one, other in zip(segmenter(image, prompts), masks))
-    assert segmenter.many([], prompts) == [] and segmenter.many(images, []) == [[], [], []]
+    assert segmenter(images[0], []) == []
 
 
 @torch.inference_mode()

@@ -350,14 +350,14 @@ def test_text_tokenizer_refuses_other_files(tmp_path):
 
 
 def test_the_vocabulary_knows_the_words_of_scenes(tmp_path):
-    import data
     import tokenizer
+    from scenes import EXTREMES, RICH_COLORS, RICH_SHAPES
 
     tokenizer.train_text_tokenizer(itertools.islice(tokenizer.text_sentences(), 3000), tmp_path / "text.model", 640)
     for path in (tmp_path / "text.model", Path(__file__).parents[1] / "assets" / "text.model"):
         model = TextTokenizer(path, 24).model
         assert (model.pad_id(), model.eos_id(), model.bos_id(), model.unk_id()) == (0, 1, 2, 3)
-        for word in (*data.RICH_SHAPES, *data.RICH_COLORS, *data.EXTREMES, "the", "everything", "segmentation"):
+        for word in (*RICH_SHAPES, *RICH_COLORS, *EXTREMES, "the", "everything", "segmentation"):
             assert len(model.encode(word)) == 1, (path, word)
         assert model.unk_id() not in model.encode("a zebra, 7 quick (foxes)!")
 
@@ -445,11 +445,11 @@ def test_cached_mask_tokens_are_of_the_very_masks_that_are_trained(tmp_path, tin
     assert tokenizer.main(flags) == 0
     index = json.loads((tmp_path / "t.json").read_text())
     assert len(np.unique(np.load(path)[0])) > 1  # object in the middle, background above and below
-    expected = {"data": name, "split": "train", "rich": False, "size": 64, "padded": True,
+    expected = {"data": name, "split": "train", "size": 64, "padded": True,
                 "files": load_mixture(name, "train").file_hashes()}  # fmt: skip
     ask = [path, (4, 16), index["mask_tokenizer"]]
     assert tokenizer.read_tokens(*ask, **expected).shape == (4, 16)
-    for change in ({"data": "other"}, {"rich": True}, {"padded": False}, {"size": 128}, {"split": "val"}):
+    for change in ({"data": "other"}, {"padded": False}, {"size": 128}, {"split": "val"}):
         with pytest.raises(ValueError, match=f"{next(iter(change))} .*, expected .*: encode again"):
             tokenizer.read_tokens(*ask, **expected | change)
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines[::-1])))
@@ -473,7 +473,7 @@ def test_cached_mask_tokens_are_of_the_very_masks_that_are_trained(tmp_path, tin
     ("train --lr nan", "--lr nan must be a positive number"),
     ("train --lr 0", "--lr 0.0"),
     ("train --noise nan", "--noise nan"),
-    ("train --data typo", "--data typo: choose scenes or jsonl:PATH"),
+    ("train --data typo", "--data typo: choose scenes, scenes-rich or jsonl:PATH"),
     ("eval --data refcoco", "--data refcoco"),
     ("eval --split typo", "scenes has no split 'typo'"),
     ("train --out tests", "--out tests"),
@@ -581,7 +581,7 @@ def test_outputs_overwrite_nothing_of_others(tmp_path, capsys):
     records.write_text("{}")
     stem = str(records.with_suffix(""))
     for flags in (["train", "--out", str(out)], ["encode", "--out", stem], ["eval", "--out", stem],
-                  ["encode", "--data", "ade20k", "--rich"], ["eval", "--data", "jsonl:x", "--split", "val"]):
+                  ["eval", "--data", "jsonl:x", "--split", "val"]):
         with pytest.raises(SystemExit) as stopped:
             tokenizer.main(flags)
         assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -227,14 +227,14 @@ def test_an_evaluation_that_a_stop_left_out_comes_at_the_resumption(small, tmp_p
 
 
 def test_a_signal_ends_an_evaluation_at_once(small, tmp_path, monkeypatch, capsys):
-    handler, real = signal.getsignal(signal.SIGTERM), train.predict
+    handler, real = signal.getsignal(signal.SIGTERM), train.Segmenter.many
 
-    def predict(*args, **more):
+    def many(*args, **more):
         signal.raise_signal(signal.SIGTERM)
         return real(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "predict", predict)
+        patch.setattr(train.Segmenter, "many", many)
         assert train.main(small(tmp_path, "--eval-every", "2")) == 0
     assert "stopped in the evaluation after step 2, which is saved" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is handler and max(losses(tmp_path)) == 2
@@ -402,7 +402,7 @@ def test_validation_is_spread_over_the_set(tiny_checkpoint):
             return scenes[i]
 
     parts = Segmenter.load(tiny_checkpoint, "cpu")
-    train.evaluate(parts.model, parts.mask_tokenizer, parts.text_tokenizer, Ten(), 4)
+    train.evaluate(parts, Ten(), 4)
     assert asked == [0, 2, 5, 7]
 
 
@@ -421,7 +421,7 @@ def test_own_data_is_held_out_by_picture(small, tmp_path, monkeypatch, capsys):
         return batch
 
     def spy(*args, **more):
-        checked.extend(args[3][i].id for i in range(len(args[3])))
+        checked.extend(args[1][i].id for i in range(len(args[1])))
         return evaluate(*args, **more)
 
     monkeypatch.setattr(train, "next_batch", next_batch)
@@ -478,7 +478,7 @@ def test_one_rank_indexes_and_the_others_wait(monkeypatch, local_rank, order):
 
 @pytest.mark.parametrize("flags", [
     ["--plot", "out", "--lr", "1"], ["--merge", "out", "--preset", "llamaseg-b"], ["--lora-rank", "3"], ["--root", "x"],
-    ["--any-weights"], ["--preset", "llamaseg-janus", "--mask-tokenizer", "x"], ["--data", "ade20k", "--rich"],
+    ["--any-weights"], ["--preset", "llamaseg-janus", "--mask-tokenizer", "x"],
     ["--max-step", "3"], ["--preset", "llamaseg-janus", "--init-from", "x", "--lora-alpha", "3"],
 ])  # fmt: skip
 def test_a_flag_that_would_not_be_read_is_refused(capsys, flags):
@@ -636,7 +636,7 @@ def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path,
     given = ["--encoder", encoder, "--mask-tokenizer", vqgan]
     assert sample("sample.py", *flags, *given).returncode == 0
     done = sample("sample.py", *flags)
-    assert done.returncode == 1 and b"data.py download siglip-tiny" in done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode == 1 and b"weights.py download siglip-tiny" in done.stderr
     other = REPO / "tests" / "fixtures" / "llamagen_vq16" / "vq_ds16_ema.pt"
     given = ["--encoder", encoder, "--mask-tokenizer", other]
     done = sample("sample.py", *flags, *given)
@@ -658,7 +658,7 @@ def test_official_parts_that_are_missing_are_named(capsys):
     args = ["--preset", "llamaseg-b", "--device", "cpu", "--mask-tokenizer", "vq_no", "--max-steps", "1"]
     assert train.main(args) == 1
     error = capsys.readouterr().err
-    assert "vq_no" in error and "data.py download" in error and "Traceback" not in error
+    assert "vq_no" in error and "weights.py download" in error and "Traceback" not in error
     with pytest.raises(SystemExit) as stopped:
         train.main(["--encoder", "siglip2-base-patch16-256"])  # scenes trains its own
     assert stopped.value.code == 2

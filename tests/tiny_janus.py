@@ -25,9 +25,10 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import tokenizer  # noqa: E402
-from data import COLORS, SHAPES, Scenes, pad_mask, pad_picture, to_pixels  # noqa: E402
-from model import JanusSeg, janus_names  # noqa: E402
-from tokenizer import VQGAN, JanusPrompt, VQGANConfig  # noqa: E402
+from data import Scenes, pad_mask, pad_picture, to_pixels  # noqa: E402
+from mllm import JanusPrompt, JanusSeg, janus_names  # noqa: E402
+from scenes import COLORS, SHAPES  # noqa: E402
+from tokenizer import VQGAN, VQGANConfig  # noqa: E402
 
 FIXTURES = REPO / "tests" / "fixtures"
 SIDE, GRID, CODES = 64, 4, 96

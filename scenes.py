@@ -1,0 +1,484 @@
+"""The drawn world: pictures of coloured shapes, and phrases whose masks are known exactly.
+
+What Shakespeare is to nanoGPT: it needs no download and never ends. data.Scenes makes examples of it.
+Legend: H W a picture's height and width. Masks are bool (H, W), True on the object.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# ----------------------------------------------------------------------------------------------------------
+# vocabulary
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "hexagon")
+
+
+# name: hue in degrees, saturation, value. Ranges are wide on purpose: they hold the usual RGB of each name.
+COLORS = {
+    "red": ((-12, 10), (0.72, 1.0), (0.6, 1.0)),
+    "green": ((85, 155), (0.5, 1.0), (0.4, 0.95)),
+    "blue": ((205, 245), (0.6, 1.0), (0.5, 1.0)),
+    "yellow": ((48, 64), (0.6, 1.0), (0.85, 1.0)),
+    "purple": ((262, 302), (0.5, 1.0), (0.4, 0.85)),
+    "orange": ((20, 40), (0.75, 1.0), (0.85, 1.0)),
+    "cyan": ((170, 192), (0.55, 1.0), (0.75, 1.0)),
+    "pink": ((315, 355), (0.22, 0.6), (0.9, 1.0)),
+}
+
+
+RICH_SHAPES = SHAPES + ("diamond", "crescent", "arrow")
+
+
+RICH_COLORS = COLORS | {
+    "brown": ((18, 30), (0.5, 0.8), (0.3, 0.5)),
+    "white": ((0, 360), (0.0, 0.05), (0.93, 1.0)),
+    "black": ((0, 360), (0.0, 0.2), (0.0, 0.12)),
+    "gray": ((0, 360), (0.0, 0.05), (0.4, 0.65)),
+}
+
+
+# Pairs that train, val and test never show; the split `novel` always asks for one of them.
+NOVEL = {("red", "hexagon"), ("green", "ring"), ("blue", "cross"), ("yellow", "triangle"),
+         ("purple", "square"), ("orange", "heart"), ("cyan", "star"), ("pink", "circle")}  # fmt: skip
+
+
+# Reasoning phrases name neither the shape nor the colour.
+SHAPE_RIDDLES = {
+    "circle": ("something round like the full moon", "something shaped like a coin", "what a ball looks like"),
+    "square": ("the shape with four equal sides", "something shaped like a box"),
+    "triangle": ("the shape with three sides", "the shape with three corners", "something like a slice of pizza"),
+    "star": ("something that twinkles at night", "what a sheriff wears", "the shape with five points"),
+    "heart": ("a sign of love", "something for valentine's day"),
+    "cross": ("a plus sign", "the sign of first aid", "what stands between two numbers to add"),
+    "ring": ("something to wear on a finger", "the shape with a hole", "something like a donut"),
+    "hexagon": ("the shape with six sides", "the shape with six corners", "a cell of a honeycomb"),
+    "diamond": ("a kite without a tail", "the suit of cards that looks like a gem"),
+    "crescent": ("the moon when it is not full", "something shaped like a banana"),
+    "arrow": ("something that shows the way", "what an archer shoots"),
+}
+
+
+COLOR_RIDDLES = {
+    "red": ("whatever has the color of blood", "whatever has the color of a ripe tomato"),
+    "green": ("whatever has the color of grass", "whatever has the color of leaves"),
+    "blue": ("whatever has the color of the deep sea", "whatever has the color of jeans"),
+    "yellow": ("whatever has the color of a lemon", "whatever has the color of the sun"),
+    "purple": ("whatever has the color of grapes", "whatever has the color of an eggplant"),
+    "orange": ("whatever has the color of a carrot", "whatever has the color of a pumpkin"),
+    "cyan": ("whatever has the color of turquoise", "whatever has the color of a swimming pool"),
+    "pink": ("whatever has the color of a flamingo", "whatever has the color of bubble gum"),
+    "brown": ("whatever has the color of chocolate", "whatever has the color of wood"),
+    "white": ("whatever has the color of snow", "whatever has the color of milk"),
+    "black": ("whatever has the color of coal", "whatever is as dark as night"),
+    "gray": ("whatever has the color of ash", "whatever has the color of concrete"),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What a drawn world holds. seed: worlds of different seeds show different scenes."""
+
+    seed: int
+    shapes: tuple = SHAPES
+    colors: dict = field(default_factory=lambda: COLORS)
+    fills: tuple = ("plain",)
+    clutter: bool = False  # thin lines and specks that no phrase names
+    most_objects: int = 5
+
+
+WORLDS = {  # by the names of their data sets
+    "scenes": World(0),
+    "scenes-rich": World(1, RICH_SHAPES, RICH_COLORS, ("plain", "plain", "striped", "dotted"), True, 8),
+}
+
+
+def plural(shape):
+    """English plural of a shape's name."""
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# drawing
+
+
+@dataclass
+class Shape:
+    """One drawn object; x, y, radius in pixels, area in visible pixels."""
+
+    kind: str
+    color: str
+    x: float
+    y: float
+    radius: float
+    fill: str = "plain"  # or "striped", "dotted"
+    area: int = 0
+    box: tuple = (0, 0, 0, 0)  # of the visible pixels: left, top, right, bottom
+
+
+def _regular(n, inner=None, start=-90.0):
+    """Points of a regular polygon of n corners on the unit circle, or of a star with radius `inner`."""
+    count = n if inner is None else 2 * n
+    angle = np.radians(start + 360.0 / count * np.arange(count))
+    radius = np.ones(count)
+    if inner is not None:
+        radius[1::2] = inner
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+
+
+def outline(kind, rng):
+    """Outline of a shape within the unit circle, y down: (points (n, 2), points of a hole or None)."""
+    if kind == "circle":
+        return _regular(48), None
+    if kind == "square":
+        return _regular(4, start=45), None
+    if kind == "triangle":
+        return _regular(3), None
+    if kind == "star":
+        return _regular(5, inner=rng.uniform(0.38, 0.5)), None
+    if kind == "hexagon":
+        return _regular(6, start=rng.choice([0, 30])), None
+    if kind == "ring":
+        return _regular(48), _regular(48) * rng.uniform(0.5, 0.68)
+    if kind == "heart":
+        t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return np.stack([16 * np.sin(t) ** 3, -y - 2.5], 1) / 17, None
+    if kind == "cross":
+        a, b = 0.95, rng.uniform(0.28, 0.38)
+        return np.array([(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
+                         (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]), None  # fmt: skip
+    if kind == "diamond":
+        return _regular(4) * (rng.uniform(0.55, 0.75), 1.0), None
+    if kind == "crescent":  # the outer arc, then back along an arc that is set off to the right
+        t = np.radians(np.linspace(50, 310, 40))
+        edge = np.stack([np.cos(t), np.sin(t)], 1)
+        back = edge[::-1] * (rng.uniform(0.35, 0.55), 1.0)
+        return np.concatenate([edge, back + (edge[-1] - back[0])]), None
+    if kind == "arrow":
+        b = rng.uniform(0.2, 0.3)
+        return np.array([(1, 0), (0.2, -0.75), (0.2, -b), (-1, -b), (-1, b), (0.2, b), (0.2, 0.75)]), None
+    raise ValueError(f"unknown shape {kind!r}: choose one of {', '.join(RICH_SHAPES)}")
+
+
+SUPERSAMPLE = 4
+
+
+def _coverage(points, hole, left, top, width, height):
+    """Share of each pixel inside the outline: float32 (height, width) in [0, 1], for the box at (left, top)."""
+    canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
+    draw = ImageDraw.Draw(canvas)
+    for outline_points, value in ((points, 255), (hole, 0)):
+        if outline_points is not None:
+            corners = (outline_points - (left, top)) * SUPERSAMPLE - 0.5
+            draw.polygon([tuple(p) for p in corners.tolist()], fill=value)
+    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
+
+
+def _hsv_to_rgb(hue, saturation, value):
+    """Degrees, [0, 1], [0, 1] -> float32 (3,) in [0, 1]."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue / 60.0) % 6.0
+    return (value - value * saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0)).astype(np.float32)
+
+
+def _background(height, width, rng):
+    """A picture to draw on: float32 (H, W, 3) in [0, 1], of low saturation; flat, gradient, noisy or blotchy."""
+
+    def tone():
+        return _hsv_to_rgb(rng.uniform(0, 360), rng.uniform(0, 0.2), rng.uniform(0.05, 1.0))
+
+    base = tone()
+    style = rng.choice(["flat", "gradient", "noisy", "blotchy"])
+    picture = np.empty((height, width, 3), np.float32)
+    picture[:] = base
+    if style == "gradient":
+        angle = rng.uniform(0, 2 * np.pi)
+        ramp = (np.cos(angle) * np.linspace(-1, 1, width)[None, :]
+                + np.sin(angle) * np.linspace(-1, 1, height)[:, None])  # fmt: skip
+        ramp = ((ramp - ramp.min()) / np.ptp(ramp)).astype(np.float32)[..., None]
+        picture += ramp * (tone() - base)
+    elif style == "noisy":
+        picture += rng.uniform(0.03, 0.15) * rng.standard_normal((height, width, 1), np.float32)
+    elif style == "blotchy":
+        for _ in range(int(rng.integers(1, 4))):
+            cells = int(rng.integers(2, 24))
+            patch = rng.integers(0, 256, (cells, cells, 3), np.uint8)
+            blotch = Image.fromarray(patch).resize((width, height), Image.Resampling.BICUBIC)
+            picture += rng.uniform(0.05, 0.25) * (np.asarray(blotch, np.float32) / 255.0 - 0.5)
+    return np.clip(picture, 0, 1, out=picture)
+
+
+def _pattern(fill, height, width, rng):
+    """Where the second colour of a striped or dotted object goes: float32 (height, width) in [0, 1]."""
+    angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
+    y, x = np.mgrid[:height, :width]
+    u = (np.cos(angle) * x + np.sin(angle) * y) * (2 * np.pi / period)
+    v = (np.cos(angle) * y - np.sin(angle) * x) * (2 * np.pi / period)
+    wave = np.sin(u) if fill == "striped" else np.sin(u) + np.sin(v) - 1.0
+    return np.clip(wave * 2 + 0.5, 0, 1).astype(np.float32)
+
+
+def _clutter(picture, rng):
+    """Thin lines and specks that no phrase names, drawn in place."""
+    image = Image.fromarray((picture * 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    height, width = picture.shape[:2]
+    for _ in range(int(rng.integers(2, 10))):
+        x0, x1 = rng.uniform(0, width, 2)
+        y0, y1 = rng.uniform(0, height, 2)
+        color = tuple(rng.integers(0, 256, 3).tolist())
+        if rng.random() < 0.5:
+            draw.line((x0, y0, x1, y1), fill=color)
+        else:
+            draw.ellipse((x0, y0, x0 + 3, y0 + 3), fill=color)
+    picture[:] = np.asarray(image, np.float32) / 255.0
+
+
+def _place(radius, width, height, others, rng):
+    """A centre for an object of `radius` px that does not bury, and is not buried by, the ones drawn before."""
+    for _ in range(20):
+        x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+        # 0.75 of the summed radii lets neighbours overlap at the rim and keeps each one recognisable
+        if all(np.hypot(x - o.x, y - o.y) > 0.75 * (radius + o.radius) for o in others):
+            return x, y
+    return None
+
+
+def draw_scene(rng, world, novel=False):
+    """Draw one scene of a World.
+
+    Returns picture uint8 (H, W, 3), owner int8 (H, W): the object seen at each pixel or -1, and the list of
+    Shape. With `novel`, object 0 is a colour-shape pair from NOVEL; without, no object is.
+    """
+    color_names = tuple(world.colors)
+    side, aspect = rng.uniform(120, 220), np.exp(rng.uniform(-0.5, 0.5))  # width : height from 0.6 to 1.65
+    height, width = round(side / aspect**0.5), round(side * aspect**0.5)
+    picture = _background(height, width, rng)
+    if world.clutter:
+        _clutter(picture, rng)
+    tint = picture.mean((0, 1))
+    owner = np.full((height, width), -1, np.int8)
+
+    objects = []
+    novel_pairs = sorted(NOVEL)
+    for index in range(int(rng.integers(1, world.most_objects + 1))):
+        if novel and index == 0:
+            color, kind = novel_pairs[rng.integers(len(novel_pairs))]
+        else:
+            while True:
+                repeat = objects and rng.random() < 0.3  # look-alikes make "the large", "leftmost" mean something
+                like = objects[rng.integers(len(objects))] if repeat else None
+                color = like.color if repeat and rng.random() < 0.7 else color_names[rng.integers(len(color_names))]
+                kind = like.kind if repeat and rng.random() < 0.7 else world.shapes[rng.integers(len(world.shapes))]
+                if novel or (color, kind) not in NOVEL:
+                    break
+        radius = min(height, width) * rng.uniform(0.13, 0.4)
+        centre = _place(radius, width, height, objects, rng)
+        if centre is None:  # no room: try it small, else leave it out
+            radius = 0.13 * min(height, width)
+            centre = _place(radius, width, height, objects, rng)
+            if centre is None:
+                continue
+        shape = Shape(kind, color, *centre, radius)
+        if len(world.fills) > 1:
+            shape.fill = world.fills[rng.integers(len(world.fills))]
+
+        points, hole = outline(kind, rng)
+        turn = np.radians(rng.uniform(-18, 18))
+        matrix = radius * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        points = points @ matrix + centre
+        hole = None if hole is None else hole @ matrix + centre
+        left, top = np.maximum(np.floor(points.min(0)) - 1, 0).astype(int)
+        right, bottom = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (width, height))
+        cover = _coverage(points, hole, left, top, right - left, bottom - top)
+
+        rgb = _object_color(world.colors[color], tint, rng)
+        region = picture[top:bottom, left:right]
+        alpha = cover[..., None]
+        paint = rgb
+        if shape.fill != "plain":
+            other = rgb * 0.35 if rgb.mean() > 0.4 else rgb * 0.5 + 0.5
+            paint = rgb + _pattern(shape.fill, *cover.shape, rng)[..., None] * (other - rgb)
+        elif rng.random() < 0.2:  # a little shading from top to bottom
+            paint = rgb * np.linspace(*rng.uniform(0.8, 1.0, 2), len(cover), dtype=np.float32)[:, None, None]
+        region += alpha * (paint - region)
+        owner[top:bottom, left:right][cover >= 0.5] = len(objects)
+        objects.append(shape)
+
+    if rng.random() < 0.5:  # grain over everything
+        picture += rng.uniform(0.005, 0.05) * rng.standard_normal((height, width, 1), np.float32)
+    np.clip(picture, 0, 1, out=picture)
+    picture *= 255
+    picture += 0.5
+    return picture.astype(np.uint8), owner, objects
+
+
+def _object_color(ranges, tint, rng):
+    """A colour within the ranges of its name that stands out from the background's mean `tint`."""
+    for _ in range(10):
+        rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
+        if np.abs(rgb - tint).max() > 0.25:
+            break
+    return rgb
+
+
+def measure(owner, objects):
+    """Fill in each object's visible area and box; False if one is hidden by more than 60 % or below 24 px."""
+    areas = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
+    for index, shape in enumerate(objects):
+        shape.area = int(areas[index])
+        if shape.area < 24 or shape.area < 0.4 * _full_area(shape):
+            return False
+        seen = owner == index
+        rows, cols = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        shape.box = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
+    return True
+
+
+def _full_area(shape):
+    """A rough area of the whole object in pixels, hidden part included."""
+    share = {"circle": 3.1, "square": 2.0, "triangle": 1.3, "star": 1.2, "heart": 1.9, "cross": 1.8,
+             "ring": 2.0, "hexagon": 2.6, "diamond": 1.2, "crescent": 0.9, "arrow": 1.2}  # fmt: skip
+    return share[shape.kind] * shape.radius**2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# phrases
+
+EXTREMES = {  # word: (axis, sign) of the centre of an object's visible box
+    "leftmost": (0, -1),
+    "rightmost": (0, 1),
+    "topmost": (1, -1),
+    "bottommost": (1, 1),
+}
+
+
+RELATIONS = {  # words: (axis, sign) of the object's centre minus the other's
+    ("left of", "to the left of"): (0, -1),
+    ("right of", "to the right of"): (0, 1),
+    ("above",): (1, -1),
+    ("below",): (1, 1),
+}
+
+
+def _winner(values, clear):
+    """Of {index: value} the index of the largest, if it is a clear winner: clear(best, second best); else None."""
+    ranked = sorted(values, key=values.get, reverse=True)
+    return ranked[0] if clear(values[ranked[0]], values[ranked[1]]) else None
+
+
+def scene_phrases(objects, height, width):
+    """Every phrase that fits the scene: {group: [(phrase, task, label, indices of its objects)]}.
+
+    A class name, in any article or number ("circle", "the circles", "a red circle"), means every instance.
+    Size, place and relation words pick exactly one object, with a margin that leaves no doubt.
+    """
+    groups = {name: [] for name in PHRASE_SHARE}
+    everything = tuple(range(len(objects)))
+
+    def add(group, phrases, task, label, indices):
+        groups[group] += [(phrase, task, label, tuple(indices)) for phrase in phrases]
+
+    def names_of(noun, nouns):  # of one thing or of several
+        article = "an" if noun[0] in "aeiou" else "a"
+        return (f"the {noun}", noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
+
+    named = {}  # what can stand after "the large", "the leftmost": noun -> indices
+    for kind in sorted({s.kind for s in objects}):
+        named[kind] = [i for i in everything if objects[i].kind == kind]
+        task = "referring" if len(named[kind]) == 1 else "semantic"
+        singular, bare, *rest = names_of(kind, plural(kind))
+        add("shape", [singular], task, kind, named[kind])
+        add("shape", [bare, *rest], "semantic", kind, named[kind])
+        add("reasoning", SHAPE_RIDDLES[kind], "reasoning", None, named[kind])
+    for color in sorted({s.color for s in objects}):
+        indices = [i for i in everything if objects[i].color == color]
+        named[f"{color} object"] = indices
+        forms = (f"everything {color}", f"the {color} objects", f"all {color} shapes", f"{color} things")
+        add("color", forms + forms[:1] * 2, "semantic", color, indices)
+        if len(indices) == 1:
+            add("color", (f"the {color} object", f"the {color} one"), "referring", color, indices)
+        add("reasoning", COLOR_RIDDLES[color], "reasoning", None, indices)
+        for kind in sorted({objects[i].kind for i in indices}):
+            noun = f"{color} {kind}"
+            named[noun] = [i for i in indices if objects[i].kind == kind]
+            task = "referring" if len(named[noun]) == 1 else "semantic"
+            singular, bare, *rest = names_of(noun, plural(noun))
+            add("color shape", [singular, singular, singular], task, kind, named[noun])
+            add("color shape", [bare, bare, *rest], "semantic", kind, named[noun])
+    add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
+    for fill in ("striped", "dotted"):
+        indices = [i for i in everything if objects[i].fill == fill]
+        if indices:
+            add("color", (f"everything {fill}", f"the {fill} objects"), "semantic", None, indices)
+
+    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
+    named["object"] = everything
+    named["shape"] = everything
+    for word in EXTREMES if len(objects) == 1 else ():
+        add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
+    for noun, indices in named.items():
+        if len(indices) == 1:
+            alone = noun in ("object", "shape")
+            if not alone and objects[indices[0]].radius > 0.28 * min(height, width):
+                add("size", [f"the large {noun}", f"the big {noun}"], "referring", None, indices)
+            elif not alone and objects[indices[0]].radius < 0.18 * min(height, width):
+                add("size", [f"the small {noun}", f"the little {noun}"], "referring", None, indices)
+            continue
+        # A ring or a star has less area than a circle of its extent, so both must say the same.
+        radii = {i: objects[i].radius for i in indices}
+        biggest = _winner({i: objects[i].area for i in indices}, lambda a, b: a > 1.35 * b)
+        if biggest is not None and biggest == _winner(radii, lambda a, b: a > 1.15 * b):
+            add("size", [f"the {w} {noun}" for w in ("large", "big", "biggest", "largest")],
+                "referring", None, [biggest])  # fmt: skip
+        smallest = _winner({i: -objects[i].area for i in indices}, lambda a, b: 1.35 * a > b)
+        if smallest is not None and smallest == _winner({i: -radii[i] for i in radii}, lambda a, b: 1.15 * a > b):
+            add("size", [f"the {w} {noun}" for w in ("small", "little", "smallest")],
+                "referring", None, [smallest])  # fmt: skip
+        for word, (axis, sign) in EXTREMES.items():
+            margin = 0.05 * (width, height)[axis]
+            places = {i: sign * centers[i][axis] for i in indices}
+            first = _winner(places, lambda best, second, margin=margin: best - second > margin)
+            edges = {i: sign * objects[i].box[axis + (2 if sign > 0 else 0)] for i in indices}
+            if first is not None and edges[first] == max(edges.values()):  # centre and edge agree
+                add("extreme", [f"the {word} {noun}"], "referring", None, [first])
+
+    for noun, indices in named.items():
+        if noun in ("object", "shape"):
+            continue
+        for other, (anchor, *more) in named.items():
+            if more or other in ("object", "shape") or anchor in indices:
+                continue
+            for words, (axis, sign) in RELATIONS.items():
+                offsets = [sign * (centers[i][axis] - centers[anchor][axis]) for i in indices]
+                extent = (width, height)[axis]
+                inside = [i for i, offset in zip(indices, offsets) if offset > 0.12 * extent]
+                unsure = [offset for offset in offsets if abs(offset) <= 0.12 * extent]
+                if len(inside) == 1 and not unsure:
+                    add("relation", [f"the {noun} {w} the {other}" for w in words], "referring", None, inside)
+    return groups
+
+
+# How often each group is asked, where the scene has a phrase of it.
+PHRASE_SHARE = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.14, "size": 0.09,
+                "relation": 0.07, "reasoning": 0.12, "all": 0.02}  # fmt: skip
+
+
+def pick_phrases(objects, height, width, count, rng, must=None):
+    """`count` phrases for a scene, different ones while there are; `must`: an object that each must name."""
+    groups = scene_phrases(objects, height, width)
+    if must is not None:
+        groups = {g: [p for p in phrases if must in p[3]] for g, phrases in groups.items()}
+    names = [g for g in groups if groups[g]]
+    share = np.array([PHRASE_SHARE[g] for g in names])
+    share /= share.sum()
+    picked = []
+    for _ in range(count):
+        for _ in range(5):
+            options = groups[names[rng.choice(len(names), p=share)]]
+            choice = options[rng.integers(len(options))]
+            if choice not in picked:
+                break
+        picked.append(choice)
+    return picked

@@ -1,0 +1,150 @@
+"""The drawn world: its phrases against a second reader, its masks against the pixels."""
+
+import numpy as np
+from scipy import ndimage
+
+from data import TEMPLATES, Scenes, instruct
+from scenes import NOVEL, RICH_COLORS, RICH_SHAPES, WORLDS, draw_scene, scene_phrases
+from tokenizer import TextTokenizer
+from weights import ASSETS
+
+
+def same(a, b):
+    return (a.phrase, a.id, a.task) == (b.phrase, b.id, b.task) and (a.mask == b.mask).all() and a.image == b.image
+
+
+def test_example_depends_on_split_and_index_alone():
+    one, two = Scenes("train", phrases=3), Scenes("train", phrases=3)
+    backwards = {i: two[i] for i in reversed(range(12))}
+    assert all(same(one[i], backwards[i]) for i in range(12))
+    assert not same(Scenes("val")[5], Scenes("test")[5])
+    assert not same(Scenes("val")[5], Scenes("val", "scenes-rich")[5])
+
+
+def test_examples_are_well_formed():
+    for name, world in WORLDS.items():
+        dataset = Scenes("test", name)
+        for i in range(60):
+            example = dataset[i]
+            assert example.image.mode == "RGB" and example.image.size == example.mask.shape[::-1]
+            assert example.mask.dtype == bool and example.mask.any()
+            assert example.task in ("semantic", "referring", "reasoning")
+            _, owner, objects, _ = dataset.scene(i)
+            assert 1 <= len(objects) <= world.most_objects
+            assert set(np.unique(owner)) - {-1} == set(range(len(objects)))
+
+
+def test_novel_pairs_are_kept_for_the_novel_split():
+    for split in ("train", "val", "test"):
+        dataset = Scenes(split)
+        assert not any((o.color, o.kind) in NOVEL for i in range(80) for o in dataset.scene(i)[2])
+    novel = Scenes("novel")
+    for i in range(60):
+        _, owner, objects, picked = novel.scene(i)
+        assert (objects[0].color, objects[0].kind) in NOVEL
+        assert 0 in picked[0][3]  # the phrase names it
+        assert (novel[i].mask & (owner == 0)).any()
+
+
+def matching(phrase, objects):
+    """Independent reading of the always-understood phrases: which objects does `phrase` name? None: not one of them."""
+    words = [w for w in phrase.split() if w not in ("the", "a", "an", "all")]
+    colors, kinds = RICH_COLORS, RICH_SHAPES
+    names = {name: kind for kind in kinds for name in (kind, kind + "s", kind + "es")}
+    if len(words) == 1 and words[0] in names:
+        return {i for i, o in enumerate(objects) if o.kind == names[words[0]]}
+    if len(words) == 2 and words[0] in colors and words[1] in names:
+        return {i for i, o in enumerate(objects) if (o.color, o.kind) == (words[0], names[words[1]])}
+    if len(words) == 2 and words[0] == "everything" and words[1] in colors:
+        return {i for i, o in enumerate(objects) if o.color == words[1]}
+    ends = {"leftmost": (0, min), "rightmost": (0, max), "topmost": (1, min), "bottommost": (1, max)}
+    if len(words) == 2 and words[0] in ends and words[1] in ("object", "shape"):
+        axis, pick = ends[words[0]]
+        middle = [(o.box[axis] + o.box[axis + 2]) / 2 for o in objects]
+        return {middle.index(pick(middle))}
+    return None
+
+
+def test_a_lone_object_is_every_extreme():
+    scenes = (Scenes("train").scene(i) for i in range(100))
+    _, owner, objects, _ = next(s for s in scenes if len(s[2]) == 1)
+    extremes = {p[0] for p in scene_phrases(objects, *owner.shape)["extreme"]}
+    assert {f"the {w} object" for w in ("leftmost", "rightmost", "topmost", "bottommost")} <= extremes
+
+
+def test_extremes_agree_by_centre_and_by_edge():
+    dataset, seen = Scenes("train"), 0
+    for i in range(150):
+        _, owner, objects, _ = dataset.scene(i)
+        for phrase, _, _, (target,) in scene_phrases(objects, *owner.shape)["extreme"]:
+            if phrase == "the leftmost object":
+                seen += 1
+                assert all(o.box[0] >= objects[target].box[0] for o in objects)
+            if phrase == "the bottommost object":
+                assert all(o.box[3] <= objects[target].box[3] for o in objects)
+    assert seen > 50
+
+
+def test_phrases_name_what_a_second_reader_says():
+    dataset, checked = Scenes("train"), 0
+    for i in range(60):
+        image, owner, objects, _ = dataset.scene(i)
+        for group in scene_phrases(objects, *owner.shape).values():
+            for phrase, task, _, indices in group:
+                wanted = matching(phrase, objects)
+                if wanted is not None:
+                    assert set(indices) == wanted, (i, phrase)
+                    checked += 1
+                assert task != "referring" or len(indices) == 1, phrase
+    assert checked > 1000
+
+
+def test_relations_and_sizes_hold_with_a_margin():
+    dataset, seen = Scenes("train"), set()
+    for i in range(150):
+        _, owner, objects, _ = dataset.scene(i)
+        ys, xs = np.mgrid[: owner.shape[0], : owner.shape[1]]
+        groups = scene_phrases(objects, *owner.shape)
+        for phrase, _, _, (target,) in groups["relation"]:
+            for word, axis, sign in (("left of", xs, -1), ("right of", xs, 1), ("above", ys, -1), ("below", ys, 1)):
+                if f" {word} " in phrase:
+                    other = phrase.split(f"{word} the ")[1]
+                    names = [(o.kind, f"{o.color} {o.kind}", f"{o.color} object") for o in objects]
+                    anchors = [k for k, nouns in enumerate(names) if other in nouns]
+                    assert len(anchors) == 1
+                    centre = [(axis[owner == k].min() + axis[owner == k].max()) / 2 for k in (target, anchors[0])]
+                    assert sign * (centre[0] - centre[1]) > 0.05 * max(owner.shape), phrase
+                    seen.add(word)
+        for phrase, _, _, (target,) in groups["size"]:
+            if phrase in ("the biggest object", "the smallest object"):
+                areas = [(owner == k).sum() for k in range(len(objects))]
+                assert areas[target] == (max if "biggest" in phrase else min)(areas)
+                seen.add(phrase)
+    assert seen == {"left of", "right of", "above", "below", "the biggest object", "the smallest object"}
+
+
+def test_masks_are_the_visible_pixels():
+    # On a flat background without grain a pixel differs from it exactly where an object is, but for soft edges.
+    checked = 0
+    for seed in range(200):
+        picture, owner, objects = draw_scene(np.random.default_rng(seed), WORLDS["scenes"])
+        flat = [tuple(c) for c in (picture[0, 0], picture[0, -1], picture[-1, 0], picture[-1, -1])]
+        if len(set(flat)) > 1 or (owner[[0, 0, -1, -1], [0, -1, 0, -1]] >= 0).any():
+            continue
+        other = (picture != flat[0]).any(2)
+        if other.mean() > (owner >= 0).mean() + 0.15:  # noise or grain that happened to agree in the corners
+            continue
+        solid = ndimage.binary_erosion(owner >= 0, iterations=1, border_value=1)
+        near = ndimage.binary_dilation(owner >= 0, iterations=2)
+        assert other[solid].mean() > 0.99 and other[~near].mean() < 0.01, seed
+        checked += 1
+    assert checked > 10
+
+
+def test_every_phrase_fits_the_text_length():
+    tokenizer = TextTokenizer(ASSETS / "text.model", 24)
+    dataset = Scenes("train", "scenes-rich", phrases=6)
+    for i in range(300):
+        for template in TEMPLATES:
+            assert not tokenizer.too_long(instruct(dataset[i].phrase, template))
+    assert len(TEMPLATES) == 10
