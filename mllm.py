@@ -132,6 +132,11 @@ class JanusConfig:
         """Masks have the side of the pictures, 16 pixels a token."""
         return self.siglip.image_size // 16
 
+    @property
+    def mask_tokens(self):
+        """M"""
+        return self.mask_grid**2
+
 
 # the paper's second model; its shape is read from the official directory
 PRESETS = {"llamaseg-janus": JanusConfig()}
@@ -182,7 +187,7 @@ class JanusSeg(MaskWriter):
     def padding(self, text_ids):
         return (text_ids == self.config.pad_id).cumprod(1).sum(1)
 
-    def prefix(self, text_ids, pixels, text=None):
+    def prefix(self, text_ids, pixels, text_features=None):
         """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture.
 
         ValueError if a row has another number of places for the picture.

@@ -674,6 +674,11 @@ class LlamaSegConfig:
         if self.mask_grid > self.siglip.image_size:  # no tensor depends on it
             raise ValueError(f"mask_grid is {self.mask_grid}, expected at most image_size {self.siglip.image_size}")
 
+    @property
+    def mask_tokens(self):
+        """M"""
+        return self.mask_grid**2
+
 
 def _paper(layers, width, heads, image_size):
     """A LlamaSeg of the paper. It gives layers, width, heads and 770M or 1.5B parameters; not stated are the size of
@@ -714,7 +719,7 @@ class MaskWriter(nn.Module):
     """What LlamaSeg and JanusSeg have in common: mask tokens after a prefix, in training and in decoding.
 
     A subclass has config (codebook_size, mask_grid, hide), llama, and
-        prefix(text_ids, pixels, text=None) -> embeddings (B,T,D) of all that stands before the first mask token
+        prefix(text_ids, pixels, text_features=None) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K)
         padding(text_ids) -> (B,) tokens at the left of the prefix that are none, or None
         trained_state() -> the part of its state dict that a checkpoint holds
@@ -736,13 +741,13 @@ class MaskWriter(nn.Module):
         if isinstance(self.head, nn.Linear):  # JanusSeg has two layers there, of another shape
             self.head.weight.data = decoding_layout(self.head.weight.data)
 
-    def forward(self, text_ids, pixels, mask_tokens, hide=None, background_weight=1.0, text=None):
+    def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0, text_features=None):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
 
         logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32. In training with
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
-        pixels may have fewer rows than text_ids, and text saves the text encoder, see `prefix`.
-        hide: bool (B,) or (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase
+        pixels may have fewer rows than text_ids, and text_features saves the text encoder, see `prefix`.
+        hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase
         alone must tell the tokens after them (word dropout, Bowman et al. 2016, "Generating Sentences from
         a Continuous Space"). Paper: does not do this; train.py does it for the small preset.
         background_weight: weight in the loss of targets that are code 0, which is plain background in a mask
@@ -750,17 +755,16 @@ class MaskWriter(nn.Module):
         so the likeliest single token is background too often; less weight sets that right. Paper: 1.
         ValueError for a wrong shape or index.
         """
-        B, M, K = text_ids.shape[0], self.config.mask_grid**2, self.config.codebook_size
+        B, M, K = text_ids.shape[0], self.config.mask_tokens, self.config.codebook_size
         if mask_tokens.shape != (B, M):
             raise ValueError(f"mask_tokens have shape {tuple(mask_tokens.shape)}, want ({B}, {M})")
-        if hide is not None and hide.shape not in ((B,), (B, M)):
-            raise ValueError(f"hide has shape {tuple(hide.shape)}, want ({B},) or ({B}, {M})")
+        if hide_tokens is not None and hide_tokens.shape != (B, M):
+            raise ValueError(f"hide_tokens have shape {tuple(hide_tokens.shape)}, want ({B}, {M})")
         check_indices("mask_tokens", mask_tokens, K)
-        prefix = self.prefix(text_ids, pixels, text)
+        prefix = self.prefix(text_ids, pixels, text_features)
         inputs = self.mask_embedding(mask_tokens[:, :-1])  # (B,M-1,D): the last token predicts nothing
-        if hide is not None:
-            hide = hide[:, None] if hide.dim() == 1 else hide[:, :-1]
-            inputs = inputs.masked_fill(hide[:, :, None], 0.0)
+        if hide_tokens is not None:
+            inputs = inputs.masked_fill(hide_tokens[:, :-1, None], 0.0)
         sequence = torch.cat([prefix, inputs.to(prefix.dtype)], dim=1)
         hidden = self.llama(sequence, padding=self.padding(text_ids))  # (B,T-1,D)
         hidden, targets = hidden[:, prefix.shape[1] - 1:], mask_tokens.flatten()  # (B,M,D) from <BOM> on, (B*M,)
@@ -785,7 +789,7 @@ class MaskWriter(nn.Module):
         """Greedy decoding without cache, the reference for `generate`: (B,L), (b,3,S,S) -> (B,M) int64."""
         prefix = self.prefix(text_ids, pixels)
         tokens = text_ids[:, :0]
-        for _ in range(self.config.mask_grid**2):
+        for _ in range(self.config.mask_tokens):
             hidden = self.llama(torch.cat([prefix, self.mask_embedding(tokens)], dim=1), padding=self.padding(text_ids))
             tokens = torch.cat([tokens, self.head(hidden[:, -1:]).argmax(-1)], dim=1)
         return tokens
@@ -808,7 +812,7 @@ class MaskWriter(nn.Module):
         that it took part in; "prefill_ms", encoders included; "decode_ms".
         ValueError for an unknown decode or draft or a value out of range.
         """
-        K, M, device = self.config.codebook_size, self.config.mask_grid**2, text_ids.device
+        K, M, device = self.config.codebook_size, self.config.mask_tokens, text_ids.device
         draft = draft or "none"
         for what, value, known in (("decode", decode, DECODES), ("draft", draft, DRAFTS)):
             if value not in known:
@@ -968,7 +972,7 @@ class MaskWriter(nn.Module):
     def beam_search(self, logits, cache, beams):
         """logits (B,K) of mask token 0 and the cache of the prefix -> the best mask tokens found, (B,M)."""
         B, K = logits.shape
-        M, prefix_length = self.config.mask_grid**2, cache.position
+        M, prefix_length = self.config.mask_tokens, cache.position
         scores, token = logits.log_softmax(-1).topk(beams)  # (B,beams) summed log-probabilities, best first
         tokens = token.view(B * beams, 1)
         cache = cache.repeat(beams)
@@ -1046,16 +1050,16 @@ class LlamaSeg(MaskWriter):
         self.mask_embedding.weight.copy_(rows * 0.02)
         self.head.weight.copy_(rows * self.head_std)
 
-    def prefix(self, text_ids, pixels, text=None):
+    def prefix(self, text_ids, pixels, text_features=None):
         """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
 
-        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text: what
-        encoder.encode_text(text_ids) gives, for a caller that has it already.
+        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text_features:
+        what encoder.encode_text(text_ids) gives, for a caller that has it already.
         """
         B, shared = text_ids.shape[0], phrases_a_picture(text_ids, pixels)
         # no gradient, even if a caller turned requires_grad on again
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
-            text = self.encoder.encode_text(text_ids) if text is None else text
+            text = self.encoder.encode_text(text_ids) if text_features is None else text_features
             image = self.encoder.encode_image(pixels)
         text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
         text = self.text_adaptor(text)  # (B,L,D)

@@ -753,7 +753,7 @@ def bench(args):
         for draft in ("jacobi", "hidden"):
             model.generate(text_ids, pixels, draft=draft, window=draft_window(draft, 1, device),
                            stats=guessed.setdefault(draft, {}))  # fmt: skip
-        accepted = {draft: (model.config.mask_grid**2 - 1) / np.mean(stats["mask_passes"])
+        accepted = {draft: (model.config.mask_tokens - 1) / np.mean(stats["mask_passes"])
                     for draft, stats in guessed.items()} | {"none": 1.0}  # fmt: skip
         dtype = next(model.parameters()).dtype
         with torch.device(device):
@@ -764,7 +764,7 @@ def bench(args):
         pixels = torch.zeros(32, 3, siglip.image_size, siglip.image_size, device=device)
     weights = [p for part in (model.llama, model.head) for p in part.parameters()]
     weight_bytes, dtype = sum(p.nbytes for p in weights), weights[0].dtype
-    M, bandwidth = model.config.mask_grid**2, matvec_bandwidth(device, dtype)
+    M, bandwidth = model.config.mask_tokens, matvec_bandwidth(device, dtype)
     runs = [(batch, draft) for batch in (1, 8, 32) for draft in ("none", "jacobi", "hidden")]
     if large and device.type == "cpu":
         runs = runs[:3]
@@ -809,7 +809,7 @@ def bench(args):
 
 def replay(model, text_ids, pixels, draft, accepted):
     """The passes that a mask takes where each is right about `accepted` tokens; the stats that generate gives."""
-    device, M = text_ids.device, model.config.mask_grid**2
+    device, M = text_ids.device, model.config.mask_tokens
     begun = clock(device)
     prefix = model.prefix(text_ids, pixels)
     B, P, D = prefix.shape

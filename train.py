@@ -482,7 +482,7 @@ def activation_bytes(config, samples, recompute=False):
     c, tokens = config.llama, samples * (sum(sequence(config).values()) - 1)  # the last mask token is only predicted
     H, Hkv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer = 18 * c.width + 4 * H + 4 * Hkv + 8 * c.mlp
-    logits = samples * config.mask_grid**2
+    logits = samples * config.mask_tokens
     if recompute:
         kept = tokens * (c.layers * 4 * c.width + layer)
         return kept + min(logits, HEAD_PART) * config.codebook_size * 10
@@ -496,7 +496,7 @@ def training_flops(config, phrases=1):
     (4 if frozen), as in PaLM's appendix B. Elementwise work, the mask tokenizer and recomputation do not count.
     """
     s, c = config.siglip, config.llama
-    tokens, N, M = sum(sequence(config).values()) - 1, s.image_tokens, config.mask_grid**2
+    tokens, N, M = sum(sequence(config).values()) - 1, s.image_tokens, config.mask_tokens
     D, H, Hkv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
 
     def tower(tokens, layers, width, mlp):  # the forward pass of one of SigLIP's towers
@@ -530,7 +530,7 @@ def matmul_rate(device, dtype):
 def sequence(config):
     """Tokens of one sample by kind, in their order."""
     return {"text": config.siglip.text_length, "<BOI>": 1, "image": config.siglip.image_tokens, "<BOM>": 1,
-            "mask": config.mask_grid**2}  # fmt: skip
+            "mask": config.mask_tokens}  # fmt: skip
 
 
 def print_config(args):
@@ -809,18 +809,23 @@ class TextFeatures:
 
 
 @torch.no_grad()
-def next_batch(loader, device, dtype, mask_tokenizer, text_features):
-    """What the model is asked next, on the device, text encoder and VQGAN already asked; None at the end."""
-    batch = next(loader, None)
-    if batch is None:
-        return None
-    text_ids = batch["text_ids"]
-    batch = {k: v.to(device, non_blocking=True) if k != "ids" else v for k, v in batch.items()}
-    batch["text"] = text_features(text_ids) if text_features else None  # (b,L,D)
-    batch["pixels"] = to_pixels(batch["pictures"])  # (b/P,3,S,S)
-    if "mask_tokens" not in batch:  # in float32: in bfloat16 codes that lie close together would be mixed up
-        batch["mask_tokens"] = mask_tokenizer.encode(mask_to_image(batch["masks"]))  # (b,M)
-    return batch
+def next_batch(loader, device, mask_tokenizer, text_features, args):
+    """(keyword arguments of model.forward for the next micro-batch, ids of its examples); None, None at the end.
+
+    The text encoder, if it is frozen, and the mask tokenizer are already asked.
+    """
+    item = next(loader, None)
+    if item is None:
+        return None, None
+    text, ids = text_features(item["text_ids"]) if text_features else None, item.pop("ids")  # (b,L,D)
+    item = {name: value.to(device, non_blocking=True) for name, value in item.items()}
+    batch = {"text_ids": item["text_ids"], "text_features": text, "pixels": to_pixels(item["pictures"]),  # (b/P,3,S,S)
+             "hide_tokens": item["hide"] if args.hide else None, "background_weight": args.background_weight}
+    if "mask_tokens" in item:
+        batch["mask_tokens"] = item["mask_tokens"]
+    else:  # in float32: in bfloat16 codes that lie close together would be mixed up
+        batch["mask_tokens"] = mask_tokenizer.encode(mask_to_image(item["masks"]))  # (b,M)
+    return batch, ids
 
 
 def load_parts(args, device, dtype):
@@ -891,11 +896,11 @@ def train(args, at_end):
     # mIoU for semantic sets, as the papers report them
     metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
     mask_size, padded = config.mask_grid * mask_tokenizer.config.downsample, isinstance(raw_model, JanusSeg)
-    cached = read_cache(args, train_set, config.mask_grid**2, mask_tokenizer.source, mask_size, padded)
+    cached = read_cache(args, train_set, config.mask_tokens, mask_tokenizer.source, mask_size, padded)
     args.files = train_set.file_hashes()
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train_set) / args.batch_size)
     micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
-    batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_grid**2, args.batch_size,
+    batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
                       micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
                       padded)  # fmt: skip
     accumulation = batches.accumulation
@@ -970,7 +975,7 @@ def train(args, at_end):
     bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not master, smoothing=0.02, desc="train")
     at_end.callback(bar.close)  # before an error is printed
     started = time.perf_counter()
-    batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)
+    batch, ids = next_batch(loader, device, mask_tokenizer, text_features, args)
     for step in bar:
         torch.manual_seed((args.seed * args.max_steps + step) * world_size + rank)  # of LoRA's dropout, if any
         sums, seen = torch.zeros(3, device=device), []  # loss, gradient norm, ranks that were asked to stop
@@ -978,12 +983,12 @@ def train(args, at_end):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if world_size > 1:  # gradients are summed over ranks only once a step
                     model.require_backward_grad_sync = micro == accumulation - 1
-                micro_loss = model(batch["text_ids"], batch["pixels"], batch["mask_tokens"],
-                                   batch["hide"] if args.hide else None, args.background_weight, batch["text"])[1]
+                micro_loss = model(**batch)[1]
             (micro_loss / accumulation).backward()
             sums[0] += micro_loss.detach() / accumulation
-            seen.append((batch["ids"], micro_loss.detach()))
-            batch = next_batch(loader, device, dtype, mask_tokenizer, text_features)  # a GPU is still at the last one
+            seen.append((ids, micro_loss.detach()))
+            # a GPU is still at the last one
+            batch, ids = next_batch(loader, device, mask_tokenizer, text_features, args)
         lr = learning_rate(step, args)
         sums[1] = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)  # the norm before clipping
         sums[2] = len(stop)
@@ -1002,7 +1007,7 @@ def train(args, at_end):
         done, seconds = step + 1, time.perf_counter() - started
         if master:
             log.step(bar, done, loss, grad_norm, lr, args.batch_size / seconds,
-                     args.batch_size * config.mask_grid**2 / seconds,
+                     args.batch_size * config.mask_tokens / seconds,
                      step_flops / seconds / world_size / peak_flops, peak_memory(device))  # fmt: skip
         if master and (done % args.save_every == 0 or due(done) or stopping):  # first: the evaluation may take long
             save_checkpoint(args.out_dir, raw_model, optimizers, done, args)

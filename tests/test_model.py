@@ -44,7 +44,7 @@ def tiny_batch(rows=4, pictures=4, config=TINY, seed=1):
     c = config.siglip
     text_ids = torch.randint(0, c.vocab_size, (rows, c.text_length), generator=g)
     pixels = torch.rand(pictures, 3, c.image_size, c.image_size, generator=g) * 2 - 1
-    mask_tokens = torch.randint(0, config.codebook_size, (rows, config.mask_grid**2), generator=g)
+    mask_tokens = torch.randint(0, config.codebook_size, (rows, config.mask_tokens), generator=g)
     return text_ids, pixels, mask_tokens
 
 
@@ -397,7 +397,7 @@ def test_the_papers_models_have_the_papers_sizes():
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             assert abs(trainable / count - 1) < 0.02
             tokens = (model.config.siglip.image_size // 16) ** 2
-            assert model.config.mask_grid**2 == tokens == model.config.siglip.image_tokens
+            assert model.config.mask_tokens == tokens == model.config.siglip.image_tokens
             assert not any(p.requires_grad for p in model.encoder.parameters())
 
 
@@ -588,20 +588,19 @@ def test_hidden_mask_tokens_are_not_seen():
     model = tiny_model()
     text_ids, pixels, tokens = tiny_batch()
     other = (tokens + 1) % TINY.codebook_size
-    everything = torch.ones(4, dtype=torch.bool)
-    a, b = (model(text_ids, pixels, t, hide=everything)[0] for t in (tokens, other))
+    everything = torch.ones(4, 16, dtype=torch.bool)
+    a, b = (model(text_ids, pixels, t, hide_tokens=everything)[0] for t in (tokens, other))
     assert torch.equal(a, b)
-    assert torch.equal(a, model(text_ids, pixels, tokens, hide=torch.ones(4, 16, dtype=torch.bool))[0])
 
     rows = torch.tensor([True, False, True, False])
-    c = model(text_ids, pixels, tokens, hide=rows)[0]
+    c = model(text_ids, pixels, tokens, hide_tokens=rows[:, None].expand(4, 16))[0]
     plain = model(text_ids, pixels, tokens)[0]
     torch.testing.assert_close(c[rows], a[rows], atol=1e-5, rtol=0)
     torch.testing.assert_close(c[~rows], plain[~rows], atol=1e-5, rtol=0)
 
     one = torch.zeros(4, 16, dtype=torch.bool)
     one[:, 6] = True
-    d = model(text_ids, pixels, tokens, hide=one)[0]
+    d = model(text_ids, pixels, tokens, hide_tokens=one)[0]
     assert torch.equal(d[:, :7], plain[:, :7]) and not torch.allclose(d[:, 7:], plain[:, 7:], atol=1e-3)
 
 
@@ -618,8 +617,8 @@ def test_wrong_shapes_and_indices_stop_with_their_values():
         model(text_ids, pixels, torch.arange(9, 25).repeat(4, 1))
     with pytest.raises(ValueError, match=r"text_ids .* -1 .. "):
         model(text_ids.index_fill(0, torch.tensor(0), -1), pixels, tokens)
-    with pytest.raises(ValueError, match=r"hide .*\(4, 1\)"):
-        model(text_ids, pixels, tokens, hide=torch.ones(4, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"hide_tokens .*\(4, 1\)"):
+        model(text_ids, pixels, tokens, hide_tokens=torch.ones(4, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"codebook .*\(8, 24\).*\(24, C\)"):
         model.init_mask_tokens(torch.zeros(8, 24))
 
@@ -653,10 +652,10 @@ def test_forward_compiles_to_one_graph_under_autocast(freeze_encoders):
     model = tiny_model(replace(TINY, freeze_encoders=freeze_encoders))
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # fullgraph: a graph break is an error
     text_ids, pixels, tokens = tiny_batch(rows=4, pictures=2)
-    hide = torch.tensor([True, False, False, True])
+    hide_tokens = torch.tensor([True, False, False, True])[:, None].expand(4, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = compiled(text_ids, pixels, tokens, hide=hide)[1]
-        want = model(text_ids, pixels, tokens, hide=hide)[1]
+        loss = compiled(text_ids, pixels, tokens, hide_tokens=hide_tokens)[1]
+        want = model(text_ids, pixels, tokens, hide_tokens=hide_tokens)[1]
     torch.testing.assert_close(loss, want)
 
 
@@ -833,7 +832,7 @@ def test_generate_leaves_no_gradient_and_works_under_autocast():
 
 def plain_beam_search(model, text_ids, pixels, beams):
     """One example, lists of (score, tokens), the whole sequence computed anew for each beam at each step."""
-    length = model.config.mask_grid**2
+    length = model.config.mask_tokens
     found = [(0.0, [])]
     for t in range(length):
         longer = []

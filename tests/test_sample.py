@@ -471,7 +471,7 @@ def asked(monkeypatch):
 
     def generate(self, text_ids, pixels, **options):
         calls.append(options)
-        return torch.zeros(len(text_ids), self.config.mask_grid**2, dtype=torch.long)
+        return torch.zeros(len(text_ids), self.config.mask_tokens, dtype=torch.long)
 
     monkeypatch.setattr(LlamaSeg, "generate", generate)
     return calls

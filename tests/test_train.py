@@ -416,9 +416,9 @@ def test_own_data_is_held_out_by_picture(small, tmp_path, monkeypatch, capsys):
     forward, evaluate = train.next_batch, train.evaluate
 
     def next_batch(*args):
-        batch = forward(*args)
-        trained.extend(batch["ids"] if batch else [])
-        return batch
+        batch, ids = forward(*args)
+        trained.extend(ids or [])
+        return batch, ids
 
     def spy(*args, **more):
         checked.extend(args[1][i].id for i in range(len(args[1])))
