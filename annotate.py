@@ -41,9 +41,8 @@ import tarfile
 import unicodedata
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -256,48 +255,42 @@ class Picture:
         return content
 
 
-@dataclass(frozen=True)
-class Part:
-    """One archive, or one folder without what lies in folders below it: the unit of sharding."""
+def pictures_of(name, path):
+    """A part (see `find_parts`) -> (its Pictures, sorted by name; [what is wrong with it]). Nothing is unpacked.
 
-    name: str  # path below the input without .tar, such as "sa_000000"; "." for the input folder itself
-    path: Path
-
-    def pictures(self):
-        """(its Pictures, sorted by name; one line for each thing that is wrong with it). Nothing is unpacked.
-
-        Half a pair is a Picture, too, if it is a picture or is named sa_N.json. Memory: the names of one part.
-        """
-        if self.path.is_file():
-            places, problems = read_archive(self.path)
-        else:
-            places, problems = {e.name: (e.path, 0, -1) for e in os.scandir(self.path) if e.name[0] != "."}, []
-        images = {}
-        for name in sorted(name for name in places if name.lower().endswith(PICTURES)):
-            stem = os.path.splitext(name)[0]
-            if images.setdefault(stem, name) != name:
-                problems.append(f"{self.path}: {name} and {images[stem]} share a name: the first is left out")
-        for name in places:
-            if re.search(r"(^|/)sa_[^/]*\.json$", name):
-                images.setdefault(name[:-5], f"{name[:-5]}.jpg")
-        below = PurePosixPath(self.name)
-        return [Picture((below / stem).as_posix(), (below / image).as_posix(), places.get(image),
-                        places.get(f"{stem}.json")) for stem, image in sorted(images.items())], problems
+    Half a pair is a Picture, too, if it is a picture or is named sa_N.json. Memory: the names of the part.
+    """
+    if path.is_file():
+        places, problems = read_archive(path)
+    else:
+        places, problems = {e.name: (e.path, 0, -1) for e in os.scandir(path) if e.name[0] != "."}, []
+    images = {}
+    for file in sorted(file for file in places if file.lower().endswith(PICTURES)):
+        stem = os.path.splitext(file)[0]
+        if images.setdefault(stem, file) != file:
+            problems.append(f"{path}: {file} and {images[stem]} share a name: the first is left out")
+    for file in places:
+        if re.search(r"(^|/)sa_[^/]*\.json$", file):
+            images.setdefault(file[:-5], f"{file[:-5]}.jpg")
+    return [Picture(os.path.join(name, stem), os.path.join(name, image), places.get(image), places.get(f"{stem}.json"))
+            for stem, image in sorted(images.items())], problems
 
 
 def find_parts(source, out):
-    """The Parts of an archive, or of a folder with all archives and folders below it, sorted by name.
+    """The parts of an archive, or of a folder with all archives and folders below it: {name: path}, sorted.
 
-    Links to folders are followed, and a folder that is reached twice is read once. A folder beside its archive
-    (sa_000000/ and sa_000000.tar) is left out, for it holds the same pictures. So are hidden files and `out`.
+    A part is one archive, or one folder without those below it. Its name is its path below `source` without .tar, ""
+    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. A folder
+    beside its archive (sa_000000/ and sa_000000.tar) is left out, for it holds the same pictures. So are hidden files
+    and `out`.
     """
     if source.is_file():
-        return [Part(source.stem, source)]
+        return {source.stem: source}
 
     def unreadable(error):
         raise error
 
-    found, seen = [], {os.path.realpath(out)}
+    found, seen = {}, {os.path.realpath(out)}
     for folder, folders, files in os.walk(source, followlinks=True, onerror=unreadable):
         if os.path.realpath(folder) in seen:
             folders.clear()
@@ -307,11 +300,11 @@ def find_parts(source, out):
         for name in archives.intersection(folders):
             print(f"{Path(folder, name)}: left out, {name}.tar beside it is read instead", file=sys.stderr)
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in archives)
-        below = Path(folder).relative_to(source)
-        found += [Part((below / name).as_posix(), Path(folder, f"{name}.tar")) for name in archives]
+        below = os.path.relpath(folder, source).removeprefix(".")
+        found |= {os.path.join(below, name): Path(folder, f"{name}.tar") for name in archives}
         if any(name.lower().endswith(PICTURES) or re.fullmatch(r"sa_.*\.json", name) for name in files):
-            found.append(Part(below.as_posix(), Path(folder)))
-    return sorted(found, key=lambda part: part.name)
+            found[below] = Path(folder)
+    return dict(sorted(found.items()))
 
 
 def read_archive(path):
@@ -513,7 +506,8 @@ def probe(args, stages):
     if any(STAGES[stage][2] for stage in stages):
         first.append((args.vlm, chat_body(args, "labels", white), dict, "a chat completion"))
     if "detect" in stages:
-        first.append((args.detector, detector_body(white[0], ["cup"]), list, "a list of boxes"))
+        body = {"inputs": base64.b64encode(white[0]).decode(), "parameters": {"candidate_labels": ["cup"]}}
+        first.append((args.detector, body, list, "a list of boxes"))
     for server, body, kind, expected in first:
         try:
             answer = server.post(body)
@@ -641,8 +635,7 @@ def match(detections, mask_boxes):
     """Which masks have which label. Pure: no files, no models. Paper, section 4.
 
     detections: [{"label", "score" in [0, 1], "box": x0 y0 x1 y1}]; mask_boxes: (M, 4) x0 y0 x1 y1, both in pixels.
-    Returns ([(label, mask index, score, iou)], sorted; [[label, rule it fell by], ...]). For each label, after
-    `suppress`:
+    Returns ([(label, mask index, score, iou)], sorted; [[label, rule it fell by], ...]). After `suppress`, for a label:
 
     (a) more than 4 boxes: the label is dropped;
     (b) of the masks that reach the IoU below with one of its boxes, those are left out whose box has IoU > 0.97 with
@@ -652,9 +645,9 @@ def match(detections, mask_boxes):
 
     paper: not stated which boxes (b) compares and when; we use the boxes of the masks that come into question for the
     label, before (c), so that a box cannot choose the part instead of the whole. "Every" is taken at its word: one bad
-    box drops its label, for the rest would be half of a semantic mask.
-    paper: not stated; one mask never serves two labels: labels come in the order of their mean score (then mean IoU,
-    then name), and one that needs a mask that is already taken is dropped whole.
+    box drops its label, for the rest would be half of a semantic mask. paper: not stated; one
+    mask never serves two labels: labels come in the order of their mean score (then mean IoU, then name), and one that
+    needs a mask that is already taken is dropped whole.
     """
     mask_boxes = np.asarray(mask_boxes, np.float64).reshape(-1, 4)
     found, rejected = [], []
@@ -708,20 +701,15 @@ def name_labels(picture, past, args, log):
     return {"kept": kept, "rejected": rejected}
 
 
-def detector_body(content, labels):
-    """The zero-shot-object-detection request for the bytes of a picture."""
-    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
-    return {"inputs": base64.b64encode(content).decode(), "parameters": parameters}
-
-
 def detect(picture, past, args, log):
     """Stage 2: kept is [{"label", "score", "box"}]; "size" is the picture's (width, height)."""
     content, _, size = original(picture)  # at full size: the detector makes it small itself
     labels, kept, rejected = past["labels"]["kept"], [], []
+    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
     for turn in range(2 if labels else 0):
         log["requests"] += 1
         try:
-            answer = args.detector.post(detector_body(content, labels))
+            answer = args.detector.post({"inputs": base64.b64encode(content).decode(), "parameters": parameters})
             log["raw"].append(answer)
             kept, rejected = read_boxes(answer, labels, size)
             log["answers"] += 1
@@ -1022,9 +1010,9 @@ def run_stage(stage, part, pictures, journals, args, tally):
     if ready and args.to_probe:
         probe(args, args.to_probe)
         args.to_probe = ()
-    with tqdm(desc=f"{part.name} {stage}", unit=" pictures", total=len(ready), leave=False) as bar:
+    with tqdm(desc=f"{part} {stage}", unit=" pictures", total=len(ready), leave=False) as bar:
         # match has no server to wait for, and threads would only take turns
-        records = in_parallel(partial(do_picture, stage, before=before, args=args), ready,
+        records = in_parallel(lambda picture: do_picture(stage, picture, before, args), ready,
                               1 if stage == "match" else args.concurrency)
         for record in hold_back(records, stage, tally):
             journal.append(record)
@@ -1040,14 +1028,13 @@ def annotate(args, stages):
     tallies = {stage: Counter() for stage in stages}
     needed = [stage for stage in STAGES if stage in stages or any(stage in STAGES[other][1] for other in stages)]
     args.to_probe = stages
-    for part in parts[args.shard::args.num_shards]:
-        pictures, wrong = part.pictures()
+    for part, path in [*parts.items()][args.shard::args.num_shards]:
+        pictures, wrong = pictures_of(part, path)
         problems += wrong
         seen += len(pictures)
         with ExitStack() as stack:
-            journals = {stage: Journal(args.out, part.name, stage, write=stage in stages) for stage in needed}
-            for journal in journals.values():
-                stack.callback(journal.close)
+            journals = {stage: stack.enter_context(closing(Journal(args.out, part, stage, write=stage in stages)))
+                        for stage in needed}
             for stage in stages:
                 run_stage(stage, part, pictures, journals, args, tallies[stage])
     if not parts or not seen and not problems and args.num_shards == 1:
@@ -1066,10 +1053,9 @@ def annotate(args, stages):
 
 def parts_done(out, stage):
     """The names of the parts that have a journal of a stage, sorted; ValueError if there are no journals."""
-    top = out / "journals"
-    if not top.is_dir():
+    if not (out / "journals").is_dir():
         raise ValueError(f"{out}: holds no journals: run the stages first")
-    return sorted(path.parent.relative_to(top).as_posix() for path in top.rglob(f"{stage}.jsonl"))
+    return sorted(os.path.relpath(path.parent, out / "journals") for path in (out / "journals").rglob(f"{stage}.jsonl"))
 
 
 def records_of(match, others, settings):
@@ -1118,7 +1104,7 @@ def export(args):
             stack.callback(Path(f"{path}.tmp").unlink, missing_ok=True)
         for part in tqdm(parts, desc="export", unit=" parts"):
             match, refer, reason = (Journal(args.out, part, stage) for stage in ("match", "refer", "reason"))
-            for key in sorted(match.places.keys() - match.failed):
+            for key in sorted(filter(match.good, match.places)):
                 place = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) / 2**64  # a hash never changes
                 split = "val" if place < args.val_share else "train"
                 others = [(task, stage, journal.read(key)) for task, stage, journal in

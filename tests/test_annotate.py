@@ -702,8 +702,8 @@ def test_draw_outline_changes_the_line_and_nothing_else():
 def all_pictures(source, out="nowhere"):
     """({key: Picture}, what is wrong) of all parts of an input."""
     found, problems = {}, []
-    for part in annotate.find_parts(Path(source), Path(out)):
-        pictures, wrong = part.pictures()
+    for part in annotate.find_parts(Path(source), Path(out)).items():
+        pictures, wrong = annotate.pictures_of(*part)
         assert not found.keys() & {picture.key for picture in pictures}
         found |= {picture.key: picture for picture in pictures}
         problems += wrong
@@ -1130,7 +1130,7 @@ def test_two_writers_are_refused(stubs, small, tmp_path, capsys):
     folder, world = small
     stub = stubs(world)
     out = tmp_path / "out"
-    first = annotate.Journal(out, ".", "labels", write=True)
+    first = annotate.Journal(out, "", "labels", write=True)
     assert annotate_all("labels", folder, out, *stub.flags()) == 1
     assert "another process writes it" in capsys.readouterr().err and not stub.bodies
     first.close()
