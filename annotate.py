@@ -847,8 +847,7 @@ class Journal:
     """The lines of one stage and one part: append-only, and of several lines of one picture the last one counts.
 
     A last line without its end, as a killed run leaves it, does not count. With `write` it is cut off, and nobody else
-    may write the file meanwhile. (The lock is flock: on a network file system it must be supported there.)
-    Memory: one small entry per picture of the part; the lines stay on disk.
+    may write the file meanwhile (flock, which a network file system must support). Memory: a small entry per picture.
     """
 
     def __init__(self, out, part, stage, write=False):
@@ -908,16 +907,6 @@ class Journal:
             self.file.close()
 
 
-def settings_of(stage, args):
-    """What the results of a stage depend on, for OUT/settings.json and the provenance of every record."""
-    if stage == "match":
-        return {"rules": MATCH_RULES}
-    if stage == "detect":
-        return {"model": args.detector_model, "threshold": ASK_SCORE}
-    prompts = {name: hashlib.sha256(PROMPTS[name].encode()).hexdigest()[:8] for name in STAGES[stage][2]}
-    return {"model": args.vlm_model, "max_side": args.max_side, "prompts": prompts}
-
-
 def read_settings(out):
     """OUT/settings.json, {stage: settings}; empty if no stage has begun."""
     path = out / "settings.json"
@@ -929,12 +918,17 @@ def read_settings(out):
 
 
 def record_settings(args, stages):
-    """Write the settings of the stages into OUT/settings.json; BadUsage if OUT was begun with others."""
+    """Write what the stages' results depend on into OUT/settings.json; BadUsage if OUT was begun with others."""
     with open(args.out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # shards may begin at the same time
         settings = read_settings(args.out)
         for stage in stages:
-            now = settings_of(stage, args)
+            hashes = {name: hashlib.sha256(PROMPTS[name].encode()).hexdigest()[:8] for name in STAGES[stage][2]}
+            now = {"model": args.vlm_model, "max_side": args.max_side, "prompts": hashes}
+            if stage == "detect":
+                now = {"model": args.detector_model, "threshold": ASK_SCORE}
+            elif stage == "match":
+                now = {"rules": MATCH_RULES}
             before = settings.setdefault(stage, now)
             for name in now:
                 if before.get(name) != now[name]:
@@ -979,10 +973,9 @@ def do_picture(stage, picture, before, args):
 
 
 def hold_back(records, stage, tally):
-    """The records to write, later than they come if a server is to blame for them.
+    """The records to write. One without a useful answer waits until another shows that the server is well.
 
-    They wait until a useful answer shows that the server is well, or the part ends, so a server that has broken down
-    costs no picture. Stop after STOP_AFTER such records in a row.
+    So a server that has broken down costs no picture. Stop after STOP_AFTER such records in a row.
     """
     held = []
     for record in records:

@@ -483,9 +483,9 @@ def test_match_rules_one_by_one():
     square, other = [0, 0, 100, 100], [200, 0, 300, 100]
     found = lambda detections, masks: match(detections, masks)[0]  # noqa: E731
     assert found([detection("a", square)], [other, square]) == [("a", 1, 0.6, 1.0)]
-    assert found([detection("a", square, 0.3)], [square]) == []  # above, not at
+    assert match([detection("a", square, 0.3)], [square]) == ([], [["a", "low_score"]])  # above, not at
     assert found([detection("a", [0, 0, 100, 86])], [square]) == [("a", 0, 0.6, 0.86)]
-    assert found([detection("a", [0, 0, 100, 85])], [square]) == []
+    assert match([detection("a", [0, 0, 100, 85])], [square]) == ([], [["a", "low_iou"]])
     # with two boxes 0.86 is not enough, and the good one falls, too
     assert found([detection("a", other), detection("a", [0, 0, 100, 86])], [square, other]) == []
     assert [m for _, m, *_ in found([detection("a", square), detection("a", other)], [square, other])] == [0, 1]
@@ -509,15 +509,6 @@ def test_a_detector_that_repeats_itself_does_not_cost_the_label():
     assert [m for _, m, *_ in match([*boxes, detection("a", other)], [square, other])[0]] == [0, 1]
     # half of an object is another box: IoU 0.5 is not above 0.5
     assert match([detection("a", square), detection("a", [0, 0, 100, 50])], [square]) == ([], [["a", "low_iou"]])
-
-
-def test_why_a_label_fell():
-    square = [0, 0, 100, 100]
-    detections = [*(detection("many", [200 * i, 0, 200 * i + 9, 9]) for i in range(5)), detection("x", square),
-                  detection("weak", square, 0.2), detection("off", [0, 0, 9, 9]), detection("y", square, 0.4)]
-    matches, rejected = match(detections, [square])
-    assert [m[0] for m in matches] == ["x"]
-    assert rejected == [["many", "too_many_boxes"], ["off", "low_iou"], ["weak", "low_score"], ["y", "mask_taken"]]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1040,6 +1031,7 @@ def killed(argv, prepare):
     pid = os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
+        signal.alarm(120)  # should it hang, it ends, and the test fails
         tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the parent, and would stay held after a kill
         prepare()
         os._exit(annotate.main(argv))
@@ -1455,34 +1447,24 @@ class Noisy(Stub):
         return [box_item(label, box, score) for score, label, box in sorted(boxes, reverse=True)]
 
 
-def score_export(world, records):
-    """Precision of the labels, mask by mask, and how many referring expressions fit more than one object."""
-    right = wrong = whole = semantic = unique = ambiguous = other = 0
+def label_precision(world, records):
+    """(how many masks have a label, the share of them whose label is right)."""
+    right = []
     for record in records:
         things = {t.id: t for t in world.things[record["image"].removesuffix(".jpg")]}
         if record["task"] == "semantic":
-            for id in record["annotation_ids"]:
-                good = id in things and things[id].label == record["label"]
-                right, wrong = right + good, wrong + (not good)
-            semantic += 1
-            whole += set(record["annotation_ids"]) == {t.id for t in things.values() if t.label == record["label"]}
-        elif record["task"] == "referring":
-            fitting = [t.id for t in things.values() if record["phrase"] in t.fits]
-            unique, ambiguous = unique + (len(fitting) == 1), ambiguous + (len(fitting) != 1)
-            other += len(fitting) == 1 and fitting != record["annotation_ids"]
-    return {"labelled masks": right + wrong, "label precision": right / max(right + wrong, 1),
-            "semantic records": semantic, "semantic complete": whole / max(semantic, 1),
-            "referring": unique + ambiguous, "ambiguous": ambiguous, "unique but of another object": other}
+            right += [id in things and things[id].label == record["label"] for id in record["annotation_ids"]]
+    return len(right), sum(right) / max(len(right), 1)
 
 
 def test_noise_is_filtered(tmp_path):
     world = scenes_world(tmp_path / "in", 40, seed=7)
     stub = Noisy(world)
     records = annotate_and_export(tmp_path / "in", tmp_path / "out", *stub.flags())
-    numbers = score_export(world, records)
+    count, precision = label_precision(world, records)
     stub.shutdown()
     stub.server_close()
-    assert numbers["label precision"] >= 0.98 and numbers["labelled masks"] > 40, numbers
+    assert precision >= 0.98 and count > 40, (precision, count)
     phrases = Counter((r["image"], r["phrase"].lower()) for r in records
                       if r["task"] == "referring")
     assert len(phrases) > 30 and max(phrases.values()) == 1
