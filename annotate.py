@@ -118,7 +118,9 @@ ANSWERS = {
     "verify": ("fits", {"type": "boolean"}, 32),
     "reasoning": ("expression", _EXPRESSION, 128),
 }
-FORMS = {"array": '["...", "..."]', "string": '"..."', "boolean": "true or false"}  # how a prompt shows them
+_FORMS = {"array": '["...", "..."]', "string": '"..."', "boolean": "true or false"}
+for _name, (_key, _schema, _) in ANSWERS.items():
+    PROMPTS[_name] += f'\nAnswer with JSON only: {{"{_key}": {_FORMS[_schema["type"]]}}}'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -521,10 +523,9 @@ def probe(args, stages):
 def chat_body(args, name, image, turn=0, **words):
     """The body of a chat completion that asks prompt `name` about an encoded image (bytes, media type)."""
     key, schema, max_tokens = ANSWERS[name]
-    text = PROMPTS[name] % words + f'\nAnswer with JSON only: {{"{key}": {FORMS[schema["type"]]}}}'
     schema = {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
     url = f"data:{image[1]};base64,{base64.b64encode(image[0]).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPTS[name] % words}]
     return {
         "model": args.vlm_model, "messages": [{"role": "user", "content": content}],
         "temperature": 0.7 * turn, "top_p": 1.0, "repetition_penalty": 1.05, "seed": turn, "max_tokens": max_tokens,
