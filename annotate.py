@@ -1,221 +1,182 @@
-"""Pictures with nameless masks (SA-1B) to SA-OVRS: masks with labels, referring and reasoning expressions.
+"""From pictures with nameless masks (SA-1B) to SA-OVRS: masks with labels, referring and reasoning expressions.
 
-Paper, section 4. Seven stages, each its own sub-command; `all` runs them in turn. Two servers do the looking: a
-vision-language model behind an OpenAI-compatible endpoint, and GroundingDINO behind the Hugging Face
-zero-shot-object-detection schema.
+Paper, section 4. Each stage is a command of its own. Two servers look at the pictures: a vision-language model (VLM)
+behind an OpenAI-compatible endpoint, and GroundingDINO behind the Hugging Face zero-shot-object-detection schema.
 
-    labels     the VLM names at most 10 objects a picture
+    labels     the VLM names at most 10 objects per picture
     detect     the detector gives boxes with scores for each label
     match      boxes meet masks: which masks have which label (no server)
     entities   the VLM says which labels are discrete things
     refer      one referring expression for each mask of a thing, checked against the others of its label
     reason     one expression that does not name the object, for things that appear once
-    export     OUT/sa-ovrs.jsonl, what load_dataset("sa-ovrs") reads; it holds no pictures
-    stats      OUT/stats.json and OUT/stats.png: counts, reject rates, labels
+    all        the six stages above, archive by archive
+    export     writes OUT/train.jsonl and OUT/val.jsonl, which load_dataset("sa-ovrs") reads, and the labelled masks
+               before merging, OUT/instances-train.jsonl and OUT/instances-val.jsonl; none of them holds a picture
+    stats      writes OUT/stats.json: counts, reject rates, labels
 
-    python annotate.py all --input sa_000000.tar --out sa-ovrs \\
+    python annotate.py all --input sa1b --out ovrs \\
         --vlm-url http://localhost:8000/v1 --vlm-model Qwen/Qwen2-VL-72B-Instruct \\
         --detector-url http://localhost:9000/
+    python annotate.py export --out ovrs
 
 Stop it at any time, even with kill -9, and run it again: what is finished is not asked again. A unit of work is one
-picture in one stage; it ends as one line of OUT/STAGE.SHARD-of-SHARDS.jsonl, either ok or failed with its reason.
+picture in one stage. It ends as one line of OUT/journals/PART/STAGE.jsonl, either ok or failed with its reason; PART
+is one archive or one folder of the input. OUT/settings.json records the models, the prompts and --max-side. To go on
+with others is refused, because it would mix two data sets. Memory: the names of one part.
 
 Legend: D detected boxes, M masks, H W a picture's height and width. Boxes are x0 y0 x1 y1 in pixels of the upright
 picture, x1 and y1 just outside the object.
 """
 
-import argparse
 import base64
-import email.utils
 import fcntl
 import hashlib
 import io
 import json
 import math
 import os
-import queue
-import random
 import re
 import sys
 import tarfile
-import threading
-import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import numpy as np
 import requests
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
+from requests.adapters import HTTPAdapter
 from scipy import ndimage
 from tqdm import tqdm
+from urllib3.exceptions import ProtocolError, ReadTimeoutError
+from urllib3.util import Retry
 
-from data import BadUsage, open_picture, pack_counts, rle_decode, to_rgb, unpack_counts, write_picture
-from metrics import write_json
+from data import BadUsage, open_picture, rle_decode, rle_encode, to_rgb
+from metrics import Parser, nobody_reads, printable, write_json
 
 
 class Failure(Exception):
-    """A unit of work that ends without its answer: it is recorded with `reason` and the run goes on."""
+    """A unit of work that ends without its answer. It is recorded with `reason`, and the run goes on."""
 
     def __init__(self, reason, detail=""):
         super().__init__(reason)
         self.reason, self.detail = reason, str(detail)[:300]
 
 
+class BadAnswer(Failure):
+    """An answer that is of no use; it is asked for once more."""
+
+
 class Stop(Exception):
-    """The run cannot go on, in one line; what is not finished stays unfinished and is done by the next run."""
+    """The run cannot go on; the message is one line. What is not finished is done by the next run."""
 
 
 # ----------------------------------------------------------------------------------------------------------
-# prompts. Each has a version; with the hash of its words it is in the provenance of every record.
+# prompts. paper: their words are not printed; these are ours
 
 PROMPTS = {
-    "labels": ("1", """\
+    "labels": """\
 List the objects that are clearly visible in this picture, at most 10, the most prominent first.
 - Each is a common noun in the singular, of one to four words, lower case, such as "dog" or "traffic light".
 - No object twice, no two names for one object, no names of people.
-- No words for the whole picture or for light: no "scene", "background", "shadow".
-Answer with JSON only: {"labels": ["...", "..."]}"""),
-    "entities": ("1", """\
+- No words for the whole picture or for light: no "scene", "background", "shadow".""",
+    "entities": """\
 These labels were found in this picture: %(labels)s
 Which of them are discrete things, objects that can be counted one by one, such as "dog", "cup" or "window"?
 Leave out stuff without a shape of its own, such as "sky", "grass", "water" or "road".
-Use the labels exactly as they are written. Answer with JSON only: {"entities": ["...", "..."]}"""),
-    "expression": ("1", """\
+Use the labels exactly as they are written.""",
+    "expression": """\
 One object in this picture has a green line around it.
 Label: %(label)s
 Task: write one referring expression in English that fits this object and nothing else in the picture.
 - Say what sets it apart: its own look, its place (left and right are the viewer's), what it does, what is beside it.
 - A noun phrase of at most 20 words, such as "the small brown dog lying on the left".
-- Never mention the line, a marking, an outline or its colour.
-Answer with JSON only: {"expression": "..."}"""),
-    "verify": ("1", """\
+- Never mention the line, a marking, an outline or its colour.""",
+    "verify": """\
 One object in this picture has an orange line around it.
 Label: %(label)s
 Expression: %(expression)s
-Does the expression fit the object with the orange line? Judge this object alone and leave the line itself out of it.
-Answer with JSON only: {"fits": true} or {"fits": false}"""),
-    "reasoning": ("1", """\
+Does the expression fit the object with the orange line? Judge this object alone, and leave out the line itself.""",
+    "reasoning": """\
 There is one %(label)s in this picture.
 Write one expression in English that a reader can find it by only after some thought: from its use, its parts, what
 people do with it, or its role in this picture.
 - Do not use the words "%(label)s", their plural, parts or synonyms.
-- A noun phrase of at most 25 words, such as "what keeps the rain off the people waiting for the bus".
-Answer with JSON only: {"expression": "..."}"""),
-}  # fmt: skip
-# schema name of response_format: (key of the answer, JSON schema of its value, max_tokens)
-ANSWERS = {
-    "labels": ("labels", {"type": "array", "items": {"type": "string", "maxLength": 80}, "maxItems": 10}, 256),
-    "entities": ("entities", {"type": "array", "items": {"type": "string", "maxLength": 80}, "maxItems": 10}, 256),
-    "expression": ("expression", {"type": "string", "minLength": 1, "maxLength": 300}, 128),
-    "verify": ("fits", {"type": "boolean"}, 32),
-    "reasoning": ("expression", {"type": "string", "minLength": 1, "maxLength": 300}, 128),
+- A noun phrase of at most 25 words, such as "what keeps the rain off the people waiting for the bus".""",
 }
-
-
-def prompt_version(name):
-    """Name, version and hash of a prompt's words, such as "labels-1-0a1b2c3d"."""
-    version, text = PROMPTS[name]
-    return f"{name}-{version}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+_LABELS = {"type": "array", "items": {"type": "string", "maxLength": 80}, "maxItems": 10}
+_EXPRESSION = {"type": "string", "minLength": 1, "maxLength": 300}
+# prompt: (key of the answer, JSON schema of its value, max_tokens)
+ANSWERS = {
+    "labels": ("labels", _LABELS, 256),
+    "entities": ("entities", _LABELS, 256),
+    "expression": ("expression", _EXPRESSION, 128),
+    "verify": ("fits", {"type": "boolean"}, 32),
+    "reasoning": ("expression", _EXPRESSION, 128),
+}
+_FORMS = {"array": '["...", "..."]', "string": '"..."', "boolean": "true or false"}
+for _name, (_key, _schema, _) in ANSWERS.items():
+    PROMPTS[_name] += f'\nAnswer with JSON only: {{"{_key}": {_FORMS[_schema["type"]]}}}'
 
 
 # ----------------------------------------------------------------------------------------------------------
-# words
+# words. Each rule is one that the prompts state; no word is ever changed into another one
 
 MAX_LABELS = 10  # paper, section 4
-_ARTICLES = ("a", "an", "the", "some", "several", "many", "two", "three")
-# paper: not stated; we use this list of words that name no object
-_NO_OBJECTS = frozenset("scene background foreground picture image photo photograph shadow reflection light lighting "
-                        "view object thing item stuff color colour texture nothing none unknown".split())  # fmt: skip
-_PLURALS = dict(pair.split(":") for pair in (
-    "people:person men:man women:woman children:child policemen:policeman firemen:fireman feet:foot teeth:tooth "
-    "geese:goose mice:mouse leaves:leaf knives:knife shelves:shelf bookshelves:bookshelf wolves:wolf loaves:loaf "
-    "scarves:scarf calves:calf halves:half buses:bus lenses:lens cookies:cookie movies:movie hoodies:hoodie "
-    "brownies:brownie smoothies:smoothie zombies:zombie shoes:shoe horseshoes:horseshoe canoes:canoe toes:toe "
-    "axes:axe cacti:cactus"
-).split())  # fmt: skip
-# what ends in s and is no plural, or is one of a thing that has no other number
-_SINGULARS = frozenset("glasses sunglasses eyeglasses scissors pants jeans shorts trousers tights leggings underpants "
-                       "binoculars goggles headphones earphones pliers tongs tweezers pyjamas pajamas clothes stairs "
-                       "gas lens canvas atlas christmas pancreas series species news swiss".split())  # fmt: skip
+NO_OBJECTS = ("scene", "background", "shadow")
+IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "foot": "feet",
+             "tooth": "teeth", "mouse": "mice", "leaf": "leaves", "knife": "knives", "shelf": "shelves"}
+SMALL_WORDS = frozenset("a an the of with in on for and or to at by".split())
+# An expression about our line instead of the object.
+_MARKING = re.compile(r"\b(outlined?|highlighted|bounding box|(green|orange) (line|outline))\b")
+# A refusal begins with these words; within an expression they may be what a sign says.
+_REFUSAL = re.compile(r"\W*(sorry|i['\u2019]?m (very )?sorry|i am sorry|i can['\u2019]?t|i cannot|i['\u2019]?m unable|"
+                      r"i am unable|as an ai)\b", re.IGNORECASE)
 
 
-def singular(word):
-    """English singular of a lower-case noun; a word that is no plural, or that we are not sure of, stays."""
-    if word in _PLURALS:
-        return _PLURALS[word]
-    if word in _SINGULARS or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
-        return word
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
-    if word.endswith(("sses", "shes", "ches", "xes", "zzes", "oes")):
-        return word[:-2]
-    return word[:-1]
+def same_noun(a, b):
+    """Whether two lower-case nouns are the same, or one is the plural of the other: s, es, ies for y, or irregular."""
+    plurals = [{one + "s", one + "es", re.sub("y$", "ies", one), IRREGULAR.get(one, one)} for one in (a, b)]
+    return a in plurals[1] or b in plurals[0] or a == b
 
 
 def normal_label(text):
-    """A label as we keep it: NFKD, lower case, no accent, article or punctuation, head noun singular; may be "".
+    """A label as we keep it: lower case, without accents, punctuation or an article before it; may be "".
 
-    Dots must go: one within a label confuses GroundingDINO's text, in which a dot ends a label.
+    Dots must go, because a dot ends a label in GroundingDINO's text.
     """
-    text = unicodedata.normalize("NFKD", text).lower().replace("\u2019", "'").replace("'s ", " ")
+    text = unicodedata.normalize("NFKD", text).lower().replace("\u2019", "'")
     text = "".join(c for c in text if not unicodedata.combining(c))  # "cafe" for its accented form
-    words = re.sub(r"[^\w\- ]|_", " ", text).split()
-    while words and words[0] in _ARTICLES:
+    words = re.sub(r"[^\w\-' ]|_", " ", text).split()
+    while words and words[0] in ("a", "an", "the"):
         words = words[1:]
-    head = next((i for i, w in enumerate(words) if i and w in ("of", "with", "in", "on", "for")), len(words)) - 1
-    return " ".join(singular(w) if i == head else w for i, w in enumerate(words))
+    return " ".join(words)
 
 
 def clean_labels(named):
     """What the VLM named -> (labels to go on with, [[label, rule it fell by], ...])."""
     kept, rejected = [], []
     for text in named:
-        label = normal_label(text)
-        if not label or not label.isascii():  # paper: not stated; we ask for English and take nothing else
-            rejected.append([text, "no_english_word"])
-        elif label in _NO_OBJECTS:
-            rejected.append([text, "no_object"])
-        elif len(label.split()) > 4:  # paper: not stated; we use four words
-            rejected.append([text, "too_long"])
-        elif label in kept:
-            rejected.append([text, "duplicate"])
+        label, rule = normal_label(text), None
+        if not label or not label.isascii():
+            rule = "no_english_word"  # GroundingDINO knows no others
+        elif label in NO_OBJECTS:
+            rule = "no_object"
+        elif len(label.split()) > 4:
+            rule = "too_long"
+        elif any(same_noun(label, other) for other in kept):
+            rule = "duplicate"  # so that of a noun and its plural the first one stays
         elif len(kept) == MAX_LABELS:
-            rejected.append([text, "too_many"])
+            rule = "too_many"
+        if rule:
+            rejected.append([text, rule])
         else:
             kept.append(label)
     return kept, rejected
-
-
-# paper: not stated; groups of words that name one thing, for the reasoning expressions
-SYNONYMS = [set(group.split()) for group in """\
-person human people pedestrian someone somebody; man guy male gentleman person; woman lady female person; child kid
-toddler person; boy kid child person; girl kid child person; baby infant child; dog puppy hound canine; cat kitten
-feline; horse pony mare stallion foal; cow bull cattle ox calf; sheep lamb ram; pig hog piglet; chicken hen rooster;
-bird fowl; car automobile vehicle sedan auto; truck lorry pickup vehicle; bus coach vehicle; van minivan vehicle;
-motorcycle motorbike bike scooter vehicle; bicycle bike cycle; airplane plane aircraft jet aeroplane; boat ship
-vessel sailboat yacht; train locomotive railway; couch sofa settee; chair seat armchair stool; table desk; bed cot
-mattress; television tv telly; telephone phone cellphone smartphone mobile; computer laptop pc notebook; monitor
-screen display; cup mug; glass tumbler goblet; bottle flask; plate dish platter; bowl dish; bag handbag purse
-backpack rucksack satchel; suitcase luggage baggage; hat cap helmet; shoe boot sneaker sandal; jacket coat; shirt
-tee tshirt blouse; pants trousers jeans; dress gown frock; glasses spectacles eyeglasses sunglasses; umbrella
-parasol brolly; lamp light lantern; streetlight streetlamp lamppost; picture painting photo photograph; rug carpet
-mat; curtain drape; house home building; building tower skyscraper house; shop store; street road avenue lane;
-sidewalk pavement footpath; rock stone boulder; hill mountain; sea ocean; river stream creek; flower blossom bloom;
-tree sapling; bush shrub hedge; grass lawn; trash rubbish garbage bin; refrigerator fridge freezer; stove cooker
-oven; faucet tap; sink basin washbasin; toilet lavatory loo; clock watch; ball football basketball baseball; circle
-disc disk ring; square rectangle box
-""".split(";")]
-_SMALL_WORDS = frozenset("a an the of with in on for and or to at by".split())
-# an expression about our line instead of the object; paper: not stated
-_MARKING = re.compile(r"\b(outlin\w*|contour\w*|highlight\w*|annotat\w*|bounding|marked|marking|markings|encircled|"
-                      r"circled|(?:green|orange) (?:line|border|edge|boundary|frame|box))\b")  # fmt: skip
-_REFUSAL = re.compile(r"\b(i'?m sorry|i am sorry|i can'?t|i cannot|i'?m unable|i am unable|as an ai|unable to assist|"
-                      r"can'?t (?:assist|help)|cannot (?:assist|help))\b", re.IGNORECASE)  # fmt: skip
 
 
 def words_of(text):
@@ -223,31 +184,22 @@ def words_of(text):
     return re.findall(r"[a-z0-9]+", unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'"))
 
 
-def _forms(word):
-    """A word and everything that it may be the plural of."""
-    return {word, singular(word)} | ({word[:-1]} if word.endswith("s") else set()) | (
-        {word[:-2]} if word.endswith("es") else set())  # fmt: skip
-
-
 def names_object(expression, label):
-    """Whether an expression says the label: one of its words, a plural of one, or a synonym from SYNONYMS."""
-    banned, parts = set(), [w for w in words_of(label) if w not in _SMALL_WORDS and len(w) > 1]
-    for word in [*parts, "".join(parts)]:
-        banned |= _forms(word).union(*(group for group in SYNONYMS if not group.isdisjoint(_forms(word))))
+    """Whether an expression says a word of the label, or the singular or plural of one."""
+    parts = [word for word in words_of(label) if word not in SMALL_WORDS and len(word) > 1]
     said = words_of(expression)
-    said += [a + b for a, b in zip(said, said[1:])]  # "fire hydrant" says "firehydrant"
-    return any(not banned.isdisjoint(_forms(word)) for word in said)
+    said += [a + b for a, b in zip(said, said[1:])]  # "traffic light" says "trafficlight", and the other way round
+    return any(same_noun(a, b) for a in said for b in [*parts, "".join(parts)])
 
 
 def expression_fault(expression, label):
-    """The rule that an expression breaks by its words alone, or None. paper: not stated; these are ours."""
+    """The rule that an expression breaks by its words alone, or None."""
     words, marking = words_of(expression), _MARKING.search(expression.lower())
-    foreign = sum(not c.isascii() for c in expression)
-    if not words or foreign > 0.1 * len(expression) or not expression.isprintable():
+    if not words or sum(not c.isascii() for c in expression) > 0.1 * len(expression) or not expression.isprintable():
         return "not_english"
-    if len(words) > 40:
+    if len(words) > 40:  # paper: not stated; we allow about twice what the prompts ask for
         return "too_long"
-    if marking and marking[0] not in label:
+    if marking and set(words_of(marking[0])).isdisjoint(words_of(label)):
         return "mentions_marking"
     if [word for word in words if word not in ("the", "a", "an")] == words_of(label):
         return "only_the_label"  # the semantic record says as much, and of a missed second object it would be wrong
@@ -256,18 +208,28 @@ def expression_fault(expression, label):
 
 def tidy(expression):
     """An expression on one line without the full stop at its end."""
-    return " ".join(expression.split()).rstrip(".").strip("\"' ")
+    return " ".join(expression.split()).strip(". \"'")
 
 
-def split_duplicates(found):
-    """[{"expression", ...}] of one picture -> (those said once, those said more often), case and spaces aside."""
-    count = Counter(tuple(words_of(e["expression"])) for e in found)
-    once = [e for e in found if count[tuple(words_of(e["expression"]))] == 1]
-    return once, [e for e in found if e not in once]
+def judge_expressions(written):
+    """[(label, annotation id, expression, fault or None)] of one picture -> the result of `refer` or `reason`.
+
+    paper: not stated; an expression said of two objects of a picture is dropped for both, case and spaces aside.
+    """
+    count = Counter(tuple(words_of(expression)) for _, _, expression, fault in written if not fault)
+    result = {"kept": [], "rejected": []}
+    for label, id, expression, fault in written:
+        if fault or count[tuple(words_of(expression))] > 1:
+            result["rejected"].append([expression, fault or "duplicate"])
+        else:
+            result["kept"].append({"label": label, "annotation_id": id, "expression": expression})
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json
+
+PICTURES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -295,61 +257,83 @@ class Picture:
         return content
 
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+def pictures_of(name, path):
+    """A part (see `find_parts`) -> (its Pictures, sorted by name; [what is wrong with it]). Nothing is unpacked.
 
-
-def pictures(path, skip=None):
-    """Every Picture of an archive or folder, archives within it included, in one fixed order; nothing is unpacked.
-
-    Yields a ValueError in place of what a damaged archive lost, so that the rest is still found. `skip`: a folder to
-    stay out of. Memory: the names of one folder or one archive.
+    Half a pair is a Picture, too, if it is a picture or is named sa_N.json. Memory: the names of the part.
     """
-    path = Path(path)
     if path.is_file():
-        yield from _pictures_of_archive(path, path.parent)
+        places, problems = read_archive(path)
     else:
-        skip = skip and skip.resolve()
-        for folder, folders, files in os.walk(path):
-            folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(folder, f).resolve() != skip)
-            names = sorted(f for f in files if not f.startswith("."))
-            yield from _pair({name: (Path(folder, name), 0, -1) for name in names}, Path(folder).relative_to(path))
-            for name in names:
-                if name.endswith(".tar"):
-                    yield from _pictures_of_archive(Path(folder, name), path)
+        places, problems = {e.name: (e.path, 0, -1) for e in os.scandir(path) if e.name[0] != "."}, []
+    images = {}
+    for file in sorted(file for file in places if file.lower().endswith(PICTURES)):
+        stem = os.path.splitext(file)[0]
+        if images.setdefault(stem, file) != file:
+            problems.append(f"{path}: {file} and {images[stem]} share a name: the first is left out")
+    for file in places:
+        if re.search(r"(^|/)sa_[^/]*\.json$", file):
+            images.setdefault(file[:-5], f"{file[:-5]}.jpg")
+    return [Picture(os.path.join(name, stem), os.path.join(name, image), places.get(image), places.get(f"{stem}.json"))
+            for stem, image in sorted(images.items())], problems
 
 
-def _pictures_of_archive(path, root):
-    places, problem = {}, None
+def find_parts(source, out):
+    """The parts of an archive, or of a folder with all archives and folders below it: {name: path}, sorted.
+
+    A part is one archive, or one folder without those below it. Its name is its path below `source` without .tar, ""
+    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. A folder
+    beside its archive (sa_000000/ and sa_000000.tar) is left out, for it holds the same pictures. So are hidden files
+    and `out`.
+    """
+    if source.is_file():
+        return {source.stem: source}
+
+    def unreadable(error):
+        raise error
+
+    found, seen = {}, {os.path.realpath(out)}
+    for folder, folders, files in os.walk(source, followlinks=True, onerror=unreadable):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        archives = {name.removesuffix(".tar") for name in files if name.endswith(".tar") and name[0] != "."}
+        for name in archives.intersection(folders):
+            print(f"{Path(folder, name)}: left out, {name}.tar beside it is read instead", file=sys.stderr)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in archives)
+        below = os.path.relpath(folder, source).removeprefix(".")
+        found |= {os.path.join(below, name): Path(folder, f"{name}.tar") for name in archives}
+        if any(name.lower().endswith(PICTURES) or re.fullmatch(r"sa_.*\.json", name) for name in files):
+            found[below] = Path(folder)
+    return dict(sorted(found.items()))
+
+
+def read_archive(path):
+    """A .tar -> ({path of a member: place}, [what is wrong with it]); of a cut archive, what is whole is found.
+
+    Hidden members are left out, such as the ._x.jpg of macOS. Members are read where they lie, without unpacking.
+    """
+    places, problems = {}, set()
     try:
-        with tarfile.open(path, "r:") as archive:  # not compressed: members are read where they lie
+        with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all
-                if member.isreg():
-                    places[Path(member.name).name] = (path, member.offset_data, member.size)
+                name = PurePosixPath(member.name)
+                if not member.isreg() or any(part[0] == "." and part != ".." for part in name.parts):
+                    continue
+                if name.is_absolute() or ".." in name.parts:
+                    problems.add(f"{path}: {name} leads out of the archive: left out")
+                elif str(name) in places:
+                    problems.add(f"{path}: {name} comes twice: the first is read")
+                else:
+                    places[str(name)] = (path, member.offset_data, member.size)
             archive.fileobj.seek(archive.offset)
             if not archive.offset or any(archive.fileobj.read(512)) or path.stat().st_size <= archive.offset:
-                problem = "ends in the middle"
+                problems.add(f"{path}: damaged: the archive ends in the middle")
     except (tarfile.TarError, OSError, EOFError) as error:
-        problem = str(error)
-    yield from _pair(places, path.with_suffix("").relative_to(root))
-    if problem:
-        yield ValueError(f"{path}: damaged or not a plain .tar archive ({problem})")
-
-
-def _pair(places, folder):
-    """Pictures with their mask files; half a pair is a Picture, too, if it is a picture or is named sa_N.json."""
-    names = {}
-    for name in places:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in PICTURE_SUFFIXES:
-            if stem in names:
-                yield ValueError(f"{folder / name} and {names[stem]}: two pictures of one name, the second is left out")
-            names.setdefault(stem, name)
-        elif suffix == ".json" and stem.startswith("sa_"):
-            names.setdefault(stem, f"{stem}.jpg")
-    for stem, name in sorted(names.items()):
-        image = (folder / name).as_posix()
-        yield Picture((folder / stem).as_posix(), image, places.get(name), places.get(f"{stem}.json"))
+        problems.add(f"{path}: damaged or not a plain .tar archive ({error})")
+    return places, sorted(problems)
 
 
 def read_annotations(picture, size):
@@ -363,57 +347,23 @@ def read_annotations(picture, size):
         content = json.loads(picture.read("masks"))
         annotations = content["annotations"] if isinstance(content, dict) else content
         ids, boxes, segmentations = [], [], []
-        shape = [size[1], size[0]]
         for number, annotation in enumerate(annotations, 1):
             rle = annotation["segmentation"]
-            if rle["size"] != shape:
-                raise ValueError(f"a mask of {rle['size']}, the picture is {shape} (height, width)")
+            if rle["size"] != [size[1], size[0]]:
+                raise ValueError(f"a mask of {rle['size']}, the picture is {size[1]} x {size[0]} (height, width)")
             if "bbox" in annotation:
                 x, y, w, h = (float(v) for v in annotation["bbox"])
-                box = (x, y, x + w + 1, y + h + 1)
+                boxes.append((x, y, x + w + 1, y + h + 1))
             else:
                 rows, columns = (np.flatnonzero(rle_decode(rle).any(axis)) for axis in (1, 0))
-                box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+                boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0))
             ids.append(annotation.get("id", number))
-            boxes.append(box)
-            segmentations.append({"size": shape, "counts": rle["counts"]})
+            segmentations.append({"size": rle["size"], "counts": rle["counts"]})
         if len(set(ids)) < len(ids) or not all(isinstance(i, int | str) for i in ids):
             raise ValueError("annotation ids must be numbers or words, each once")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise Failure("broken_masks", f"{type(error).__name__}: {error}") from None
     return ids, np.array(boxes, np.float64).reshape(-1, 4), segmentations
-
-
-def rle_runs(rle):
-    """Where a COCO run-length mask's object runs begin and end, down the columns: int64 (2, n).
-
-    Raises ValueError for counts that do not fill the size, or for a mask without any pixel.
-    """
-    height, width = rle["size"]
-    packed = rle["counts"]
-    counts = np.asarray(packed, np.int64) if isinstance(packed, list) else unpack_counts(packed)
-    ends = counts.cumsum()
-    runs = np.flatnonzero(counts[1::2]) * 2 + 1
-    if not len(runs) or ends[-1] != height * width or counts.min() < 0:
-        raise ValueError(f"{len(runs)} runs that add up to {counts.sum()}, the picture has {height} x {width}")
-    return np.stack([ends[runs] - counts[runs], ends[runs]])
-
-
-def rle_union(parts, size):
-    """Runs of several masks, as of `rle_runs`, and (height, width) -> the COCO run-length mask of their union."""
-    begins, ends = np.concatenate(parts, axis=1)
-    place, step = np.concatenate([begins, ends]), np.repeat([1, -1], len(begins))
-    order = np.lexsort((-step, place))  # a run that begins where another ends goes on
-    place, step = place[order], step[order]
-    depth = step.cumsum()
-    edges = place[(depth == 0) | (depth == step)]  # where the first one begins, where the last one ends
-    rest = [size[0] * size[1]] if edges[-1] < size[0] * size[1] else []
-    return {"size": list(size), "counts": pack_counts(np.diff([*edges, *rest], prepend=0))}
-
-
-def shard_of(key, shards):
-    """The shard in 0 .. shards - 1 that a picture belongs to, by a hash that never changes."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) % shards
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -474,8 +424,7 @@ def outline(mask, width=1):
     most 20 px from the mask. Outside the picture counts as outside, so the line is closed at the picture's border.
     """
     line = np.zeros(mask.shape, bool)
-    if mask.any():
-        # the rectangle that the dilated mask lies in, one pixel to spare
+    if mask.any():  # only the rectangle that the dilated mask lies in, one pixel to spare
         used = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         box = tuple(slice(max(u[0] - DILATE - 1, 0), u[-1] + DILATE + 2) for u in used)
         grown = ndimage.distance_transform_edt(~mask[box]) <= DILATE
@@ -483,233 +432,162 @@ def outline(mask, width=1):
     return line
 
 
-def line_width(size):
-    """Thickness of the line in pixels for a (width, height): paper: not stated; we use 1/300 of the short side."""
-    return max(1, round(min(size) / 300))
-
-
-def draw_outline(image, line, color):
-    """PIL RGB and a line from `outline` -> a copy with the line in `color`."""
+def mark(image, line, color, max_side):
+    """PIL RGB and a line from `outline` -> the encoded picture (bytes, media type) with the line in `color`."""
     pixels = np.array(image)
     pixels[line] = color
-    return Image.fromarray(pixels)
+    return encode(Image.fromarray(pixels), max_side)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # servers
 
-_BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # tried again; other errors would come again, too
-_DOWN = (500, 502, 503, 504)
-DOWN_AFTER = 3  # failures in a row after which /health is asked before anything else is
-STOP_AFTER = 100  # requests in a row without one answer that is fine: the run stops
+ATTEMPTS = 8  # tries of one request
+WAIT = 1.0  # seconds before the third try, doubled before each further one; the second try comes at once
+TIMEOUT = 120  # seconds for one request
+STOP_AFTER = 100  # pictures in a row without one useful answer: the run stops
+_TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # other errors would come again, too
 
 
 class Server:
-    """One HTTP server, shared by all threads: retries with pauses, and nobody asks while it is down.
+    """One HTTP server, shared by all threads. url: where requests go; variable: the environment has its key there."""
 
-    url: where requests go; health: what is asked while it is down; key: bearer token or None.
-    timeout: seconds for one request; attempts: tries of one request; wait: the first pause in seconds, doubled each
-    time; patience: seconds that the server may be away before the run stops.
-    """
-
-    def __init__(self, url, key, timeout, attempts, wait, patience):
-        self.url, self.key, self.timeout, self.attempts = url, key, timeout, attempts
-        self.wait, self.patience = wait, patience
+    def __init__(self, url, variable, concurrency):
+        self.url, self.variable, self.concurrency = url, variable, concurrency
         self.name = url.partition("?")[0]  # what messages call it
-        self.health = "{0.scheme}://{0.netloc}/health".format(urlsplit(url))
-        self.local, self.lock, self.gate = threading.local(), threading.Lock(), threading.Lock()
-        self.down = self.missed = 0  # failures in a row: of the server, of anything
-        self.reached = False
-        self.suspicion = None  # what the first look at the server found wrong
+        self.key = os.environ.get(variable)
+        self.session = requests.Session()
+        self.session.auth = lambda request: request  # so that no .netrc puts in another key
+        self.session.headers["Content-Type"] = "application/json"
+        if self.key:
+            self.session.headers["Authorization"] = f"Bearer {self.key}"
 
-    def send(self, method, url, timeout=10, content=None):
-        """One request, no retries -> requests.Response; its connection stays open for this thread's next one."""
-        if not hasattr(self.local, "session"):
-            self.local.session = session = requests.Session()
-            session.auth = lambda request: request  # so that no .netrc puts in another key
-            session.headers["Content-Type"] = "application/json"
-            if self.key:
-                session.headers["Authorization"] = f"Bearer {self.key}"
-        return self.local.session.request(method, url, data=content, timeout=(10, timeout))
+    def try_again(self, attempts):
+        """Set how often a request is tried; before the first call it is once."""
+        retries = Retry(attempts - 1, read=min(attempts - 1, 2), status_forcelist=_TRY_AGAIN, allowed_methods=None,
+                        backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, raise_on_status=False)
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=retries))
 
-    def post(self, body, log):
-        """POST a JSON body until it is answered -> the answer's JSON. Counts into log["attempts"].
+    def post(self, body):
+        """POST a JSON body -> the answer's JSON.
 
-        Raises Failure with the reason once the tries are used up or the server says that it never will; Stop if the
-        server is away for longer than `patience`, or has not given one good answer in STOP_AFTER requests.
-        429 costs patience, not tries: the server only asks for time.
+        Raises Failure with the reason if there is no answer to this request; Stop if there would be none to any
+        other: nobody listens there, the key is refused, the address or the model does not exist.
         """
-        content, tries, began = json.dumps(body).encode(), 0, time.monotonic()
-        while True:
-            self.wait_until_up()
-            log["attempts"] += 1
-            tries += 1
-            pause = 0.0
+        try:
+            response = self.session.post(self.url, data=json.dumps(body).encode(), timeout=(10, TIMEOUT),
+                                         allow_redirects=False)
+        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
+                requests.exceptions.InvalidHeader) as error:
+            raise BadAnswer("cut_response", error) from None
+        except requests.RequestException as error:
+            cause = error.args[0] if error.args else error
+            cause = getattr(cause, "reason", cause)
+            if isinstance(cause, ReadTimeoutError | ProtocolError):  # it was there, and took the request
+                raise Failure("timeout" if isinstance(cause, ReadTimeoutError) else "connection", cause) from None
+            raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it first") from None
+        status = response.status_code
+        if status == 200:
             try:
-                response = self.send("POST", self.url, self.timeout, content)
-                status, reason = response.status_code, f"http_{response.status_code}"
-                if status == 200:
-                    answer = response.json()
-                    with self.lock:
-                        self.down, self.missed, self.reached = 0, 0, True
-                    return answer
-                detail, code = self.error_of(response)
-                if status == 429:
-                    tries -= time.monotonic() - began < self.patience
-                pause = retry_after(response.headers.get("Retry-After"))
-            except (requests.exceptions.JSONDecodeError, RecursionError):
-                status, reason, detail = 200, "cut_response", "the body is not whole JSON"
-            except requests.Timeout:
-                status, reason, detail = None, "timeout", f"no answer in {self.timeout:g} s"
-            except requests.RequestException as error:
-                status, reason, detail = None, "connection", type(error).__name__
-            with self.lock:
-                self.down = self.down + 1 if status is None or status in _DOWN else 0
-                self.reached |= status is not None
-            if status in (None, 200, *_BUSY) and tries < self.attempts:
-                time.sleep(max(pause, self.wait * 2 ** max(tries - 1, 0) * random.uniform(0.75, 1.25)))
-                continue
-            if status in (401, 403, 404) and self.suspicion:
-                raise Stop(f"{self.suspicion} ({reason}: {detail})")
-            with self.lock:
-                self.missed += 1
-                if self.missed >= STOP_AFTER:
-                    raise Stop(f"{self.name}: {self.missed} requests in a row failed, the last: {reason} {detail}")
-            if status == 400 and (code == "context_length_exceeded"
-                                  or re.search("context length|max_tokens must be at least", detail)):  # fmt: skip
-                reason = "context_overflow"
-            raise Failure(reason, detail)
+                return json.loads(response.content)
+            except (ValueError, RecursionError):
+                raise BadAnswer("cut_response", "the body is not whole JSON") from None
+        text = " ".join(response.text.split()).replace(self.key or "\n", "***")[:300]
+        if status in (401, 403):
+            raise Stop(f"{self.name}: refuses the key ({status} {text}): put the right one into {self.variable}")
+        if status == 404 or 300 <= status < 400:
+            raise Stop(f"{self.name}: {status} {text}: check the address, and the model's name")
+        long = status == 400 and re.search("context.length|max_tokens must be at least", text)
+        raise Failure("context_overflow" if long else f"http_{status}", text)
 
-    def error_of(self, response):
-        """(message, code) of an error answer: {"error": {...}}, {"error": "..."}, {"message": ...} or anything else."""
+
+def probe(args, stages):
+    """Send each server that the stages ask one small request, without a second try; Stop tells what is wrong."""
+    white, first = encode(Image.new("RGB", (64, 64), "white")), []
+    if any(STAGES[stage][2] for stage in stages):
+        first.append((args.vlm, chat_body(args, "labels", white), dict, "a chat completion"))
+    if "detect" in stages:
+        body = {"inputs": base64.b64encode(white[0]).decode(), "parameters": {"candidate_labels": ["cup"]}}
+        first.append((args.detector, body, list, "a list of boxes"))
+    for server, body, kind, expected in first:
         try:
-            value = response.json()
-            value = value.get("error", value)
-            message, code = (value.get("message"), value.get("code")) if isinstance(value, dict) else (value, None)
-        except (ValueError, AttributeError):
-            message, code = response.text, None
-        message = " ".join(str(message).split())
-        return (message.replace(self.key, "***") if self.key else message)[:300], code
-
-    def wait_until_up(self):
-        """Return at once unless the server failed several times in a row; then ask /health until it answers."""
-        if self.down < DOWN_AFTER:
-            return
-        with self.gate:  # one thread asks, the others queue here
-            began, pause = time.monotonic(), self.wait
-            while self.down >= DOWN_AFTER:
-                try:
-                    if self.send("GET", self.health).status_code not in _DOWN:
-                        self.down, self.reached = 0, True
-                        return
-                except requests.RequestException:
-                    pass
-                patience = self.patience if self.reached else min(10, self.patience)  # never seen: a typing mistake?
-                if time.monotonic() - began > patience:
-                    raise Stop(f"{self.name}: no server answers, for {patience:g} s: start it, then run this again")
-                time.sleep(pause)
-                pause = min(2 * pause, 10)
-
-    def look(self, model):
-        """Ask an OpenAI-compatible server which models it has, so that a wrong key or name is told before the work."""
-        try:
-            response = self.send("GET", self.url.removesuffix("/chat/completions") + "/models")
-            self.reached = True
-            if response.status_code in (401, 403):
-                raise Stop(f"{self.name}: refuses the key ({response.status_code}): put the right one into VLM_API_KEY")
-            served = [entry["id"] for entry in response.json()["data"]] if response.status_code == 200 else [model]
-            if model not in served:
-                self.suspicion = f"--vlm-model {model}: the server has {', '.join(map(str, served)) or 'no model'}"
-        except requests.exceptions.JSONDecodeError:
-            pass
-        except requests.RequestException:
-            self.down = DOWN_AFTER
-        except (KeyError, TypeError):  # a server that has no such list
-            pass
+            answer = server.post(body)
+        except Failure as failure:
+            raise Stop(f"{server.name}: the first request failed: {failure.reason} {failure.detail}") from None
+        if not isinstance(answer, kind) or kind is dict and "choices" not in answer:
+            raise Stop(f"{server.name}: answers {json.dumps(answer)[:80]}: expected {expected}")
+        server.try_again(ATTEMPTS)
 
 
-def retry_after(text):
-    """A Retry-After header, seconds or a date, -> seconds to wait, 0 to 300."""
-    try:
-        seconds = float(text or 0)
-    except ValueError:
-        try:
-            seconds = (email.utils.parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            seconds = 0.0
-    return min(max(seconds, 0.0), 300.0) if math.isfinite(seconds) else 0.0
+def chat_body(args, name, image, turn=0, **words):
+    """The body of a chat completion that asks prompt `name` about an encoded image (bytes, media type)."""
+    key, schema, max_tokens = ANSWERS[name]
+    schema = {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
+    url = f"data:{image[1]};base64,{base64.b64encode(image[0]).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPTS[name] % words}]
+    return {
+        "model": args.vlm_model, "messages": [{"role": "user", "content": content}],
+        "temperature": 0.7 * turn, "top_p": 1.0, "repetition_penalty": 1.05, "seed": turn, "max_tokens": max_tokens,
+        "response_format": {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}},
+    }
 
 
 def ask(args, log, name, image, **words):
     """Ask the VLM prompt `name` about an encoded image (bytes, media type) -> the checked value of its answer.
 
     An answer that does not fit the schema is asked for once more, a little warmer; a prompt that is too long once
-    with half the picture's sides. Raw answers and token counts go into `log`. Raises Failure.
+    with half the picture's sides. Raises Failure.
     """
-    text, (key, schema, max_tokens) = PROMPTS[name][1] % words, ANSWERS[name]
     turn, halved = 0, False
     while True:
-        url = f"data:{image[1]};base64,{base64.b64encode(image[0]).decode()}"
-        body = {
-            "model": args.vlm_model,
-            "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}},
-                                                      {"type": "text", "text": text}]}],
-            "temperature": 0.7 * turn, "top_p": 1.0, "repetition_penalty": 1.05, "seed": turn, "max_tokens": max_tokens,
-            "response_format": {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": {
-                "type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}}},
-        }  # fmt: skip
+        log["requests"] += 1
         try:
-            answer = args.vlm.post(body, log)
+            value = read_answer(args.vlm.post(chat_body(args, name, image, turn, **words)), name, log)
+            log["answers"] += 1
+            return value
         except Failure as failure:
-            if failure.reason != "context_overflow" or halved:
+            if failure.reason == "context_overflow" and not halved:
+                halved, smaller = True, decode(image[0])
+                image = encode(smaller, max(smaller.size) // 2)
+            elif isinstance(failure, BadAnswer) and turn == 0:
+                turn = 1
+            else:
                 raise
-            halved = True
-            smaller = decode(image[0])
-            image = encode(smaller, max(smaller.size) // 2)
-            continue
-        try:
-            return read_answer(answer, key, schema, log)
-        except Failure:
-            if turn:
-                raise
-            turn = 1
 
 
-def read_answer(answer, key, schema, log):
-    """A chat completion -> the value of `key` in its JSON content; Failure if it is cut, refused or another thing."""
+def read_answer(answer, name, log):
+    """A chat completion -> the value of its JSON content; BadAnswer if it is cut, refused or another thing."""
+    key, schema, _ = ANSWERS[name]
     try:
-        choice = answer["choices"][0]
-        finish, message = choice["finish_reason"], choice["message"]
+        finish, message = answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]
         content, refusal = message.get("content"), message.get("refusal")
-        for kind in ("prompt_tokens", "completion_tokens"):
-            log["usage"][kind] = log["usage"].get(kind, 0) + ((answer.get("usage") or {}).get(kind) or 0)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Failure("wrong_response", f"not a chat completion ({error!r})") from None
-    log["raw"].append(content if isinstance(content, str) else refusal)
+        raise BadAnswer("wrong_response", f"not a chat completion ({error!r})") from None
+    log["raw"].append(refusal or content)
     if refusal:
-        raise Failure("refused", refusal)
+        raise BadAnswer("refused", refusal)
     if finish != "stop":  # cut by max_tokens, by a content filter, ...
-        raise Failure(re.sub(r"[^a-z_]+", "_", f"finish_{finish}")[:30], f"{content}"[-200:])
+        raise BadAnswer(re.sub(r"[^a-z_]+", "_", f"finish_{finish}")[:30], f"{content}"[-200:])
     if not isinstance(content, str):
-        raise Failure("wrong_response", "no content")
+        raise BadAnswer("wrong_response", "no content")
     value = first_object(content)
     if value is None:
-        raise Failure("refused" if _REFUSAL.search(content) else "no_json", content)
+        raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content)
     if set(value) != {key} or not fits_schema(value[key], schema):
-        raise Failure("wrong_schema", content)
-    if isinstance(value[key], str) and _REFUSAL.search(value[key]):
-        raise Failure("refused", value[key])
+        raise BadAnswer("wrong_schema", content)
+    if isinstance(value[key], str) and _REFUSAL.match(value[key]):
+        raise BadAnswer("refused", value[key])
     return value[key]
 
 
 def first_object(text):
     """The first JSON object within a text, in a fence or in prose; None if there is none."""
-    for start in (m.start() for m in re.finditer(r"\{", text[:20000])):
+    for start in re.finditer(r"\{", text[:20000]):
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, start)
+            return json.JSONDecoder().raw_decode(text, start.start())[0]
         except (ValueError, RecursionError):
             continue
-        return value
     return None
 
 
@@ -725,12 +603,14 @@ def fits_schema(value, schema):
 # ----------------------------------------------------------------------------------------------------------
 # matching (paper, section 4)
 
-MATCH_RULES = "match-1"
+MATCH_RULES = "match-2"  # in the settings of a run: change it with the rules of `match`
 MAX_BOXES = 4  # a label with more boxes is dropped
 NESTED_IOU = 0.97
 MIN_SCORE = 0.3
 MIN_IOU_ONE, MIN_IOU_SEVERAL = 0.85, 0.9
 ASK_SCORE = 0.25  # of the detector; paper: not stated; a weak box tells of an instance that we must not miss
+# GroundingDINO often boxes one object several times. paper: not stated; we use the value of Grounded-SAM's labelling.
+SAME_BOX_IOU = 0.5
 
 
 def box_iou(a, b):
@@ -743,11 +623,20 @@ def box_iou(a, b):
     return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
 
 
-def match(detections, mask_boxes, share=False):
+def suppress(detections):
+    """Non-maximum suppression: detections of one label -> those that no better one covers, the best first."""
+    kept = []
+    for detection in sorted(detections, key=lambda d: (-d["score"], d["box"])):
+        if not (box_iou([detection["box"]], [other["box"] for other in kept]) > SAME_BOX_IOU).any():
+            kept.append(detection)
+    return kept
+
+
+def match(detections, mask_boxes):
     """Which masks have which label. Pure: no files, no models. Paper, section 4.
 
     detections: [{"label", "score" in [0, 1], "box": x0 y0 x1 y1}]; mask_boxes: (M, 4) x0 y0 x1 y1, both in pixels.
-    Returns [(label, mask index, score, iou)], sorted by label, then mask: for each label
+    Returns ([(label, mask index, score, iou)], sorted; [[label, rule it fell by], ...]). After `suppress`, for a label:
 
     (a) more than 4 boxes: the label is dropped;
     (b) of the masks that reach the IoU below with one of its boxes, those are left out whose box has IoU > 0.97 with
@@ -757,52 +646,48 @@ def match(detections, mask_boxes, share=False):
 
     paper: not stated which boxes (b) compares and when; we use the boxes of the masks that come into question for the
     label, before (c), so that a box cannot choose the part instead of the whole. "Every" is taken at its word: one bad
-    box drops its label, for the rest would be half of a semantic mask.
-    paper: not stated; two boxes that take one mask give one record, with the higher (score, iou).
-    paper: not stated; one mask never serves two labels unless `share`: labels come in the order of their mean score
-    (then mean IoU, then name), and one that needs a mask that is already taken is dropped whole.
+    box drops its label, for the rest would be half of a semantic mask. paper: not stated; one
+    mask never serves two labels: labels come in the order of their mean score (then mean IoU, then name), and one that
+    needs a mask that is already taken is dropped whole.
     """
-    return match_or_reject(detections, mask_boxes, share)[0]
-
-
-def match_or_reject(detections, mask_boxes, share=False):
-    """`match`, and why the other labels are not in it: (matches, [[label, rule], ...])."""
     mask_boxes = np.asarray(mask_boxes, np.float64).reshape(-1, 4)
-    sizes = np.prod(np.maximum(mask_boxes[:, 2:] - mask_boxes[:, :2], 0), axis=1)
-    groups = {}
-    for detection in detections:
-        groups.setdefault(detection["label"], []).append(detection)
     found, rejected = [], []
-    for label, boxes in sorted(groups.items()):
-        floor = MIN_IOU_ONE if len(boxes) == 1 else MIN_IOU_SEVERAL
-        if len(boxes) > MAX_BOXES:
-            rejected.append([label, "too_many_boxes"])
-            continue
-        if not all(box["score"] > MIN_SCORE for box in boxes):
-            rejected.append([label, "low_score"])
-            continue
-        iou = box_iou([box["box"] for box in boxes], mask_boxes)  # (D, M)
-        near = np.flatnonzero((iou > floor).any(0))
-        order = near[np.argsort(-sizes[near], kind="stable")]  # large to small
-        nested = np.triu(box_iou(mask_boxes[order], mask_boxes[order]) > NESTED_IOU, 1).any(0)
-        left = np.sort(order[~nested])
-        best = left[iou[:, left].argmax(1)] if len(left) else []
-        if not len(left) or not all(iou[i, m] > floor for i, m in enumerate(best)):
-            rejected.append([label, "low_iou"])
-            continue
-        masks = {}
-        for i, m in enumerate(best):
-            masks[int(m)] = max(masks.get(int(m), (0.0, 0.0)), (float(boxes[i]["score"]), float(iou[i, m])))
-        mean = [sum(values) / len(values) for values in zip(*masks.values())]
-        found.append((-mean[0], -mean[1], label, masks))
+    for label in sorted({detection["label"] for detection in detections}):
+        boxes = suppress([detection for detection in detections if detection["label"] == label])
+        masks, rule = masks_of_label(boxes, mask_boxes)
+        if rule:
+            rejected.append([label, rule])
+        else:
+            mean = [sum(values) / len(values) for values in zip(*masks.values())]
+            found.append((-mean[0], -mean[1], label, masks))
     taken, matches = set(), []
     for *_, label, masks in sorted(found, key=lambda entry: entry[:3]):
-        if not share and not taken.isdisjoint(masks):
+        if not taken.isdisjoint(masks):
             rejected.append([label, "mask_taken"])
             continue
         taken |= masks.keys()
         matches += [(label, m, score, iou) for m, (score, iou) in masks.items()]
     return sorted(matches), sorted(rejected)
+
+
+def masks_of_label(boxes, mask_boxes):
+    """Rules (a) to (c) of `match` for one label's boxes -> ({mask index: (score, iou)}, rule it fell by or None)."""
+    floor = MIN_IOU_ONE if len(boxes) == 1 else MIN_IOU_SEVERAL
+    if len(boxes) > MAX_BOXES:
+        return {}, "too_many_boxes"
+    if not all(box["score"] > MIN_SCORE for box in boxes):
+        return {}, "low_score"
+    sizes = np.prod(np.maximum(mask_boxes[:, 2:] - mask_boxes[:, :2], 0), axis=1)
+    iou = box_iou([box["box"] for box in boxes], mask_boxes)  # (D, M)
+    near = np.flatnonzero((iou > floor).any(0))
+    order = near[np.argsort(-sizes[near], kind="stable")]  # large to small
+    nested = np.triu(box_iou(mask_boxes[order], mask_boxes[order]) > NESTED_IOU, 1).any(0)
+    left = np.sort(order[~nested])
+    best = left[iou[:, left].argmax(1)] if len(left) else []
+    if not len(left) or not all(iou[i, m] > floor for i, m in enumerate(best)):
+        return {}, "low_iou"
+    # Two boxes cannot take one mask: both would have IoU > 0.9 with it, and with each other more than SAME_BOX_IOU.
+    return {int(m): (float(boxes[i]["score"]), float(iou[i, m])) for i, m in enumerate(best)}, None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -820,22 +705,24 @@ def name_labels(picture, past, args, log):
 def detect(picture, past, args, log):
     """Stage 2: kept is [{"label", "score", "box"}]; "size" is the picture's (width, height)."""
     content, _, size = original(picture)  # at full size: the detector makes it small itself
-    labels = past["labels"]["kept"]
-    body = {"inputs": base64.b64encode(content).decode(),
-            "parameters": {"candidate_labels": labels, "threshold": ASK_SCORE}}  # fmt: skip
-    for turn in range(2):
-        answer = args.detector.post(body, log) if labels else []
-        log["raw"].append(answer)
+    labels, kept, rejected = past["labels"]["kept"], [], []
+    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
+    for turn in range(2 if labels else 0):
+        log["requests"] += 1
         try:
+            answer = args.detector.post({"inputs": base64.b64encode(content).decode(), "parameters": parameters})
+            log["raw"].append(answer)
             kept, rejected = read_boxes(answer, labels, size)
-            return {"kept": kept, "rejected": rejected, "size": size}
-        except Failure:
+            log["answers"] += 1
+            break
+        except BadAnswer:
             if turn:
                 raise
+    return {"kept": kept, "rejected": rejected, "size": size}
 
 
 def read_boxes(answer, labels, size):
-    """The detector's answer -> (detections, [[label, rule it fell by], ...]); Failure if it is no list of boxes.
+    """The detector's answer -> (detections, [[label, rule it fell by], ...]); BadAnswer if it is no list of boxes.
 
     Boxes are cut at the picture's border; labels that were not asked for and empty boxes go.
     """
@@ -854,7 +741,7 @@ def read_boxes(answer, labels, size):
             else:
                 kept.append({"label": label, "score": score, "box": box})
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise Failure("wrong_schema", f"not a list of boxes: {error!r}") from None
+        raise BadAnswer("wrong_schema", f"not a list of boxes: {error!r}") from None
     return kept, rejected
 
 
@@ -865,76 +752,64 @@ def match_masks(picture, past, args, log):
     """
     size = past["detect"]["size"]
     ids, boxes, segmentations = read_annotations(picture, size)
-    matches, rejected = match_or_reject(past["detect"]["kept"], boxes, args.share_masks)
-    kept, by_label = [], {}
+    matches, rejected = match(past["detect"]["kept"], boxes)
+    kept, masks = [], {}
     for label, m, score, iou in matches:
-        segmentation = segmentations[m]
         try:
-            runs = rle_runs(segmentation)
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            mask = rle_decode(segmentations[m])
+            if not mask.any():
+                raise ValueError("a mask without a pixel")
+        except ValueError as error:
             raise Failure("broken_masks", f"annotation {ids[m]}: {error}") from None
-        by_label.setdefault(label, []).append(runs)
-        if isinstance(segmentation["counts"], list):
-            segmentation = rle_union([runs], size[::-1])
-        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou, "segmentation": segmentation})
-    merged = {label: rle_union(parts, size[::-1]) for label, parts in by_label.items() if len(parts) > 1}
+        masks.setdefault(label, []).append(mask)
+        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou,
+                     "segmentation": rle_encode(mask)})
+    merged = {label: rle_encode(np.logical_or.reduce(parts)) for label, parts in masks.items() if len(parts) > 1}
     return {"kept": kept, "rejected": rejected, "size": size, "merged": merged}
 
 
 def choose_entities(picture, past, args, log):
     """Stage 4: kept is the list of labels that are discrete things."""
-    labels = sorted({o["label"] for o in past["match"]["kept"]})
+    labels = sorted({found["label"] for found in past["match"]["kept"]})
     if not labels:
         return {"kept": [], "rejected": []}
     image = original(picture, args.max_side)[:2]
     named = {normal_label(text) for text in ask(args, log, "entities", image, labels=json.dumps(labels))}
-    rejected = [[label, "stuff"] for label in labels if label not in named]
-    return {"kept": [label for label in labels if label in named], "rejected": rejected}
+    return {"kept": [label for label in labels if label in named],
+            "rejected": [[label, "stuff"] for label in labels if label not in named]}
 
 
 def things(past):
     """The matched objects of each label that is a discrete thing: {label: [object, ...]}."""
-    groups = {label: [] for label in past["entities"]["kept"]}
-    for found in past["match"]["kept"]:
-        if found["label"] in groups:
-            groups[found["label"]].append(found)
-    return groups
+    return {label: [found for found in past["match"]["kept"] if found["label"] == label]
+            for label in past["entities"]["kept"]}
 
 
 def refer(picture, past, args, log):
-    """Stage 5: kept is [{"label", "annotation_id", "expression"}], one for a mask at most.
+    """Stage 5: kept is [{"label", "annotation_id", "expression"}], at most one per mask.
 
-    A green line marks the object to describe; then an orange one marks each other object of the label, and the
+    A green line marks the object to describe. Then an orange line marks each other object of the label, and the
     expression must fit none of them. A label with one object has nothing to be checked against.
-    paper: not stated; an expression said of two objects of a picture is dropped for both.
     """
-    found, rejected, groups = [], [], things(past)
-    if not groups:
-        return {"kept": [], "rejected": []}
-    image = decode(picture.read("picture"))
+    written, groups = [], things(past)
+    image = decode(picture.read("picture")) if groups else None
     for label, objects in groups.items():
-        lines = [outline(rle_decode(o["segmentation"]), line_width(image.size)) for o in objects]
-
-        def marked(i, color, lines=lines):
-            return encode(draw_outline(image, lines[i], color), args.max_side)
-
+        # paper: the line's width is not stated; we use 1/300 of the short side
+        lines = [outline(rle_decode(o["segmentation"]), max(1, round(min(image.size) / 300))) for o in objects]
         for i, target in enumerate(objects):
             try:
-                expression = tidy(ask(args, log, "expression", marked(i, GREEN), label=label))
+                marked = mark(image, lines[i], GREEN, args.max_side)
+                expression = tidy(ask(args, log, "expression", marked, label=label))
                 fault = expression_fault(expression, label)
-                for j in range(len(objects)):
-                    if not fault and j != i:
-                        words = {"label": label, "expression": expression}
-                        fault = "fits_another" if ask(args, log, "verify", marked(j, ORANGE), **words) else None
-            except Failure as failure:  # the other objects need not suffer
-                log["failures"].append(failure)
-                continue
-            if fault:
-                rejected.append([expression, fault])
-            else:
-                found.append({"label": label, "annotation_id": target["annotation_id"], "expression": expression})
-    kept, twice = split_duplicates(found)
-    return {"kept": kept, "rejected": rejected + [[e["expression"], "duplicate"] for e in twice]}
+                for line in lines[:i] + lines[i + 1:] if not fault else ():
+                    marked = mark(image, line, ORANGE, args.max_side)
+                    if ask(args, log, "verify", marked, label=label, expression=expression):
+                        fault = "fits_another"
+                        break
+            except BadAnswer as answer:  # the picture's other objects need not suffer
+                expression, fault = answer.detail, answer.reason
+            written.append((label, target["annotation_id"], expression, fault))
+    return judge_expressions(written)
 
 
 def reason(picture, past, args, log):
@@ -942,26 +817,19 @@ def reason(picture, past, args, log):
 
     paper: not stated; only discrete things are asked for, with the unmarked picture.
     """
-    found, rejected, image = [], [], None
-    for label, objects in things(past).items():
-        if len(objects) != 1:
-            continue
-        image = image or original(picture, args.max_side)[:2]
+    written, once = [], [(label, found[0]) for label, found in things(past).items() if len(found) == 1]
+    image = original(picture, args.max_side)[:2] if once else None
+    for label, target in once:
         try:
             expression = tidy(ask(args, log, "reasoning", image, label=label))
-        except Failure as failure:
-            log["failures"].append(failure)
-            continue
-        fault = "names_object" if names_object(expression, label) else expression_fault(expression, label)
-        if fault:
-            rejected.append([expression, fault])
-        else:
-            found.append({"label": label, "annotation_id": objects[0]["annotation_id"], "expression": expression})
-    kept, twice = split_duplicates(found)
-    return {"kept": kept, "rejected": rejected + [[e["expression"], "duplicate"] for e in twice]}
+            fault = "names_object" if names_object(expression, label) else expression_fault(expression, label)
+        except BadAnswer as answer:
+            expression, fault = answer.detail, answer.reason
+        written.append((label, target["annotation_id"], expression, fault))
+    return judge_expressions(written)
 
 
-# stage: (its function, the stages that it needs, the prompts that it uses)
+# stage: (its function, the stages whose results it reads, the prompts that it sends to the VLM)
 STAGES = {
     "labels": (name_labels, (), ("labels",)),
     "detect": (detect, ("labels",), ()),
@@ -973,115 +841,101 @@ STAGES = {
 
 
 # ----------------------------------------------------------------------------------------------------------
-# journals: OUT/STAGE.SHARD-of-SHARDS.jsonl, one line for each picture
+# journals: OUT/journals/PART/STAGE.jsonl
 
 
 class Journal:
-    """The lines of one stage and shard, found by picture. With `write`, nobody else may write it meanwhile.
+    """The lines of one stage and one part: append-only, and of several lines of one picture the last one counts.
 
-    A last line without its end, as a killed run leaves it, does not count, and goes once we write.
-    Memory: one small entry a picture; the lines stay on disk. (The lock is flock: on a network file system it must be
-    supported there.)
+    A last line without its end, as a killed run leaves it, does not count. With `write` it is cut off, and nobody else
+    may write the file meanwhile (flock, which a network file system must support). Memory: a small entry per picture.
     """
 
-    def __init__(self, path, write=False):
-        self.path, self.places, self.failed = path, {}, set()  # picture: (offset, bytes)
-        self.file = self.old = None
+    def __init__(self, out, part, stage, write=False):
+        self.path = path = out / "journals" / part / f"{stage}.jsonl"
+        self.places, self.failed, self.end = {}, set(), 0  # places: {picture: (offset, bytes)}
         if write:
-            self.file = open(path, "ab+", buffering=0)
-            self._lock(self.file)
-            path.with_suffix(".tmp").unlink(missing_ok=True)
-            self.file.truncate(self._index())
-        elif path.exists():
-            self._index()
-
-    def _lock(self, file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+" if write else "rb", buffering=0) if write or path.exists() else None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                return
+            if write:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass
-        file.close()
-        raise ValueError(f"{self.path}: another process writes it: wait for its end, or give each its own --shard")
+            self.file.close()
+            raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
+                             "--shard of the same --num-shards") from None
+        if self.file:
+            self._index()
+        if write:
+            self.file.truncate(self.end)
 
     def _index(self):
-        """Where each line lies; returns where the last whole line ends."""
-        offset = 0
+        """Find the last line of each picture, and the end of the last whole line."""
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    break
+                    return
                 try:
-                    record = json.loads(line)
-                    key, failed = record["id"], record["status"] != "ok"
+                    self._note(json.loads(line), len(line))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}: line {number} is damaged ({error!r})") from None
-                if key in self.places:
-                    raise ValueError(f"{self.path}: line {number} has {key} a second time")
-                self.places[key] = (offset, len(line))
-                if failed:
-                    self.failed.add(key)
-                offset += len(line)
-        return offset
+                    raise ValueError(f"{self.path}: line {number} is damaged ({error!r}): delete it") from None
 
-    def forget_failures(self):
-        """Write the journal again without its failed lines, so that they are work to be done; the lock stays held."""
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            for key in self.places:
-                if key not in self.failed:
-                    file.write(os.pread(self.file.fileno(), *reversed(self.places[key])))
-            file.flush()
-            os.fsync(file.fileno())
-        self.old, self.file = self.file, open(temporary, "ab+", buffering=0)  # the old lock holds until the end
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        os.replace(temporary, self.path)
-        self.places, self.failed = {}, set()
-        self._index()
+    def _note(self, record, length):
+        self.places[record["id"]] = (self.end, length)
+        (self.failed.discard if record["status"] == "ok" else self.failed.add)(record["id"])
+        self.end += length
 
     def append(self, record):
         """Add a line; it is on its way to the disk when this returns."""
-        line = memoryview(json.dumps(record).encode() + b"\n")
-        while line:
-            line = line[self.file.write(line) :]
+        line = json.dumps(record).encode() + b"\n"
+        written = 0
+        while written < len(line):
+            written += self.file.write(line[written:])
+        self._note(record, len(line))
 
     def read(self, key):
-        """The record of a picture. The file is not kept open: an export of many shards would run out of handles."""
+        """The record of a picture. Threads may call it at the same time."""
         offset, length = self.places[key]
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            line = file.read(length)
-        if not line.startswith(json.dumps({"id": key})[:-1].encode()):
-            raise ValueError(f"{self.path}: was changed while it was read: run this again")
-        return json.loads(line)
+        return json.loads(os.pread(self.file.fileno(), length, offset))
 
     def good(self, key):
         """Whether a picture is done and did not fail."""
         return key in self.places and key not in self.failed
 
     def close(self):
-        """Let go of the file and the lock."""
-        for file in (self.file, self.old):
-            if file:
-                file.close()
+        """Let go of the file and of the lock."""
+        if self.file:
+            self.file.close()
 
 
-def journal_path(out, stage, shard, shards):
-    """Where a stage of a shard is written."""
-    return out / f"{stage}.{shard}-of-{shards}.jsonl"
+def read_settings(out):
+    """OUT/settings.json, {stage: settings}; empty if no stage has begun."""
+    path = out / "settings.json"
+    try:
+        settings = json.loads(path.read_bytes()) if path.exists() else {}
+        return {stage: dict(settings[stage]) for stage in settings.keys() & STAGES}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error}): take another --out") from None
 
 
-def shards_in(out):
-    """Into how many shards the journals of a folder are cut, 0 if there are none; ValueError if they disagree."""
-    counts = {}
-    for path in out.glob("*-of-*.jsonl"):
-        name = re.fullmatch(r"(\w+)\.(\d+)-of-(\d+)\.jsonl", path.name)
-        if name and name[1] in STAGES:
-            counts[int(name[3])] = path.name
-    if len(counts) > 1:
-        raise ValueError(f"{out}: holds files of runs with different --num-shards: {', '.join(counts.values())}")
-    return next(iter(counts), 0)
+def record_settings(args, stages):
+    """Write what the stages' results depend on into OUT/settings.json; BadUsage if OUT was begun with others."""
+    with open(args.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # shards may begin at the same time
+        settings = read_settings(args.out)
+        for stage in stages:
+            hashes = {name: hashlib.sha256(PROMPTS[name].encode()).hexdigest()[:8] for name in STAGES[stage][2]}
+            now = {"model": args.vlm_model, "max_side": args.max_side, "prompts": hashes}
+            if stage == "detect":
+                now = {"model": args.detector_model, "threshold": ASK_SCORE}
+            elif stage == "match":
+                now = {"rules": MATCH_RULES}
+            before = settings.setdefault(stage, now)
+            for name in now:
+                if before.get(name) != now[name]:
+                    raise BadUsage(f"{stage}: {args.out} was begun with {name} {before.get(name)}, this run has "
+                                   f"{now[name]}: go on with the same, or take another --out")
+        write_json(args.out / "settings.json", settings)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1091,115 +945,99 @@ def shards_in(out):
 def in_parallel(job, units, concurrency):
     """Yield job(unit) for each unit, as they come to an end; at most `concurrency` are under way at any time.
 
-    `units` is drawn from only when there is room. The first exception of a job is raised here. The threads are daemons,
-    so that a stopped run ends at once instead of waiting for its requests.
+    `units` is drawn from only when there is room. The first exception of a job is raised here.
     """
-    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
-
-    def work():
-        while (unit := todo.get()) is not None:
-            try:
-                done.put((job(unit), None))
-            except BaseException as error:
-                done.put((None, error))
-
-    def result():
-        value, error = done.get()
-        if error:
-            raise error
-        return value
-
-    for _ in range(concurrency):
-        threading.Thread(target=work, daemon=True).start()
-    under_way = 0
+    pool, under_way = ThreadPoolExecutor(concurrency), set()
     try:
         for unit in units:
-            todo.put(unit)
-            under_way += 1
-            while under_way == concurrency or not done.empty():
-                under_way -= 1
-                yield result()
-        for _ in range(under_way):
-            yield result()
+            under_way.add(pool.submit(job, unit))
+            if len(under_way) == concurrency:
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        for future in as_completed(under_way):
+            yield future.result()
     finally:
-        for _ in range(concurrency):
-            todo.put(None)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def maker_of(stage, args):
-    """What makes a stage's records, for their provenance. MATCH_RULES: change it with the rules of `match`."""
-    if stage == "match":
-        return {"rules": MATCH_RULES, "share_masks": args.share_masks}
-    if stage == "detect":
-        return {"model": args.detector_model, "threshold": ASK_SCORE}
-    return {"model": args.vlm_model, "prompts": [prompt_version(prompt) for prompt in STAGES[stage][2]]}
-
-
-def run_stage(stage, args):
-    """Do what is left of a stage for this shard. Returns what is wrong with the input or the whole stage, by line."""
-    function, needs, _ = STAGES[stage]
-    journal = Journal(journal_path(args.out, stage, args.shard, args.num_shards), write=True)
-    past = {name: Journal(journal_path(args.out, name, args.shard, args.num_shards)) for name in needs}
-    seen, problems, reasons, waiting = set(), [], Counter(), 0
-    if args.retry_failed:
-        journal.forget_failures()
-    before = len(journal.places)
-
-    def units():
-        nonlocal waiting
-        for picture in pictures(args.input, skip=args.out):
-            if isinstance(picture, ValueError):
-                problems.append(str(picture))
-                continue
-            if shard_of(picture.key, args.num_shards) != args.shard:
-                continue
-            if picture.key in seen:
-                raise ValueError(f"{args.input}: {picture.key} is there twice: is an archive unpacked beside itself?")
-            seen.add(picture.key)
-            if picture.key in journal.places:
-                continue
-            if all(past[name].good(picture.key) for name in needs):
-                yield picture
-            else:
-                waiting += 1
-
-    def job(picture):
-        log = {"attempts": 0, "usage": {}, "raw": [], "failures": []}
-        records, result = {name: past[name].read(picture.key) for name in needs}, None
-        try:
-            result = function(picture, {name: record["result"] for name, record in records.items()}, args, log)
-        except Failure as failure:
-            log["failures"].append(failure)
-        first = log.pop("failures")[:1]
-        made = {}
-        for record in records.values():
-            made |= record["made"]
-        return {"id": picture.key, "stage": stage, "status": "failed" if first else "ok", "image": picture.image,
-                "reason": first[0].reason if first else None, "detail": first[0].detail if first else None,
-                "made": made | {stage: maker_of(stage, args)}, **log, "result": result}  # fmt: skip
-
-    total = min(map(len, (p.places for p in past.values()))) if needs else None
+def do_picture(stage, picture, before, args):
+    """Do a picture in a stage -> its record. before: {stage: Journal} of the stages that it needs."""
+    log, result, failure = {"requests": 0, "answers": 0, "raw": []}, None, None
+    past = {name: journal.read(picture.key)["result"] for name, journal in before.items()}
     try:
-        with tqdm(desc=stage, unit=" pictures", initial=before, total=total) as bar:
-            # match has no server to wait for, and threads would only take turns
-            for record in in_parallel(job, units(), 1 if stage == "match" else args.concurrency):
-                journal.append(record)
-                if record["reason"]:
-                    reasons[record["reason"]] += 1
-                    bar.set_postfix(failed=reasons.total())
-                bar.update()
-        if not seen and not problems and args.num_shards == 1:
-            raise ValueError(f"{args.input}: no pictures (.jpg, .png with a .json beside it, or .tar of such)")
-    finally:
-        journal.close()
-    summary = Journal(journal.path)
-    failed = len(summary.failed)
-    print(f"{stage}: {len(summary.places) - failed} pictures ok, {failed} failed"
-          + (f" (now: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common())})" if reasons else "")
-          + (f", {waiting} wait for a stage before" if waiting else ""))  # fmt: skip
-    if failed and failed == len(summary.places):
-        record = summary.read(next(iter(summary.places)))
-        problems.append(f"{stage}: every picture failed, the first with {record['reason']}: {record['detail']}")
+        result = STAGES[stage][0](picture, past, args, log)
+    except Failure as caught:
+        failure = caught
+    return {"id": picture.key, "status": "failed" if failure else "ok", "image": picture.image,
+            "reason": failure and failure.reason, "detail": failure and failure.detail, **log, "result": result}
+
+
+def hold_back(records, stage, tally):
+    """The records to write. One without a useful answer waits until another shows that the server is well.
+
+    So a server that has broken down costs no picture. Stop after STOP_AFTER such records in a row.
+    """
+    held = []
+    for record in records:
+        if record["requests"] and not record["answers"]:
+            held.append(record)
+            tally["useless"] += 1
+            if tally["useless"] >= STOP_AFTER:
+                why = f"{record['reason']} {record['detail']}" if record["reason"] else f"{record['raw'][-1:]}"[:300]
+                raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
+                           f"{why}: look at the server, then run this again")
+            continue
+        if record["answers"]:
+            yield from held
+            held, tally["useless"] = [], 0
+        yield record
+    yield from held
+
+
+def run_stage(stage, part, pictures, journals, args, tally):
+    """Do what is left of a stage in one part; the stages before it must have done theirs."""
+    journal, before = journals[stage], {name: journals[name] for name in STAGES[stage][1]}
+    todo = [picture for picture in pictures if picture.key not in journal.places
+            or args.retry_failed and picture.key in journal.failed]
+    ready = [picture for picture in todo if all(past.good(picture.key) for past in before.values())]
+    if ready and args.to_probe:
+        probe(args, args.to_probe)
+        args.to_probe = ()
+    with tqdm(desc=f"{part} {stage}", unit=" pictures", total=len(ready), leave=False) as bar:
+        # match has no server to wait for, and threads would only take turns
+        records = in_parallel(lambda picture: do_picture(stage, picture, before, args), ready,
+                              1 if stage == "match" else args.concurrency)
+        for record in hold_back(records, stage, tally):
+            journal.append(record)
+            tally[record["reason"]] += 1
+            bar.update()
+    tally.update(ok=len(journal.places) - len(journal.failed), failed=len(journal.failed),
+                 waiting=len(todo) - len(ready))
+
+
+def annotate(args, stages):
+    """Do what is left of the stages in this shard, part by part. Returns what is wrong with the input, in lines."""
+    parts, problems, seen = find_parts(args.input, args.out), [], 0
+    tallies = {stage: Counter() for stage in stages}
+    needed = [stage for stage in STAGES if stage in stages or any(stage in STAGES[other][1] for other in stages)]
+    args.to_probe = stages
+    for part, path in [*parts.items()][args.shard::args.num_shards]:
+        pictures, wrong = pictures_of(part, path)
+        problems += wrong
+        seen += len(pictures)
+        with ExitStack() as stack:
+            journals = {stage: stack.enter_context(closing(Journal(args.out, part, stage, write=stage in stages)))
+                        for stage in needed}
+            for stage in stages:
+                run_stage(stage, part, pictures, journals, args, tallies[stage])
+    if not parts or not seen and not problems and args.num_shards == 1:
+        raise ValueError(f"{args.input}: no pictures (.jpg, .png with a .json beside it, or .tar of such)")
+    for stage, tally in tallies.items():
+        told = {kind: count for kind, count in tally.items() if count and kind not in (None, "useless")}
+        print(f"{stage}: " + (", ".join(f"{count} {kind}" for kind, count in told.items()) or "nothing to do"))
+        if tally["failed"] and not tally["ok"]:
+            problems.append(f"{stage}: every picture failed: {args.out / 'journals'} has the reasons")
     return problems
 
 
@@ -1207,125 +1045,101 @@ def run_stage(stage, args):
 # export and stats
 
 
-def open_journals(out, stages):
-    """Every shard's journals -> {stage: {picture: Journal}}; ValueError if a picture is in two shards."""
-    count, found = shards_in(out), {}
-    if not count:
+def parts_done(out, stage):
+    """The names of the parts that have a journal of a stage, sorted; ValueError if there are no journals."""
+    if not (out / "journals").is_dir():
         raise ValueError(f"{out}: holds no journals: run the stages first")
-    for stage in stages:
-        found[stage] = {}
-        for shard in range(count):
-            journal = Journal(journal_path(out, stage, shard, count))
-            twice = found[stage].keys() & journal.places.keys()
-            if twice:
-                raise ValueError(f"{journal.path}: {min(twice)} is in another shard, too")
-            found[stage] |= dict.fromkeys(journal.places, journal)
-    return found
+    return sorted(os.path.relpath(path.parent, out / "journals") for path in (out / "journals").rglob(f"{stage}.jsonl"))
 
 
-def records_of(match, others):
-    """The SA-OVRS records of a picture: from its line of `match` and its lines of `refer` and `reason`, if any."""
+def records_of(match, others, settings):
+    """The records of a picture: from its line of `match` and [(task, stage, line)] of `refer` and `reason`, if any.
+
+    Semantic records are labels with all their masks; referring and reasoning records have one mask. Instance records
+    are the masks with their labels before merging.
+    """
     width, height = match["result"]["size"]
-    objects = {}
+    by_label, by_mask = {}, {}
     for found in match["result"]["kept"]:
-        objects.setdefault(found["label"], []).append(found)
+        by_label.setdefault(found["label"], []).append(found)
+        by_mask[found["label"], found["annotation_id"]] = found
 
-    def record(task, name, label, phrase, ids, segmentation, score, made):
+    def record(task, name, phrase, found, segmentation, *stages):
         return {"id": f"{match['id']}:{task}:{name}", "image": match["image"], "width": width, "height": height,
-                "task": task, "label": label, "phrase": phrase, "annotation_ids": ids, "segmentation": segmentation,
-                "score": score, "provenance": made}  # fmt: skip
+                "task": task, "label": found[0]["label"], "phrase": phrase,
+                "annotation_ids": [one["annotation_id"] for one in found], "segmentation": segmentation,
+                "score": min(one["score"] for one in found),
+                "provenance": {stage: settings.get(stage) for stage in ("labels", "detect", "match", *stages)}}
 
-    for label, found in sorted(objects.items()):
-        segmentation = match["result"]["merged"].get(label, found[0]["segmentation"])
-        yield record("semantic", label, label, label, [o["annotation_id"] for o in found], segmentation,
-                     min(o["score"] for o in found), match["made"])  # fmt: skip
-    by_mask = {(o["label"], o["annotation_id"]): o for found in objects.values() for o in found}
-    for task, line in others:
-        for entry in line["result"]["kept"] if line["result"] else ():
-            found = by_mask[entry["label"], entry["annotation_id"]]
-            name = f"{entry['annotation_id']}:{entry['label']}"
-            yield record(task, name, entry["label"], entry["expression"], [entry["annotation_id"]],
-                         found["segmentation"], found["score"], line["made"])  # fmt: skip
-
-
-@contextmanager
-def alone(out):
-    """Hold the folder's lock, so that shards which end together write its files one after the other."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        for left in (*out.glob("sa-ovrs.*.tmp"), *out.glob(".stats.*.tmp"), *out.glob("stats.*.tmp")):
-            left.unlink()  # of a process that was killed
-        os.close(folder)
+    for label, found in sorted(by_label.items()):
+        merged = match["result"]["merged"].get(label, found[0]["segmentation"])
+        yield record("semantic", label, label, found, merged)
+        for one in found:
+            yield record("instance", f"{one['annotation_id']}:{label}", label, [one], one["segmentation"])
+    for task, stage, line in others:
+        for entry in line["result"]["kept"]:
+            one = by_mask[entry["label"], entry["annotation_id"]]
+            yield record(task, f"{entry['annotation_id']}:{entry['label']}", entry["expression"], [one],
+                         one["segmentation"], "entities", stage)
 
 
 def export(args):
-    """Stage 7: write OUT/sa-ovrs.jsonl from what all shards have finished, sorted by picture.
+    """Write train.jsonl, val.jsonl and the instances of each, from what all parts have finished. Memory: one part.
 
-    Semantic records are labels with all their masks; referring and reasoning records have one mask. Nothing in it
-    depends on the order in which answers came.
+    All lines of a picture are in one split. Nothing in them depends on the order in which answers came.
     """
-    path, temporary, count = args.out / "sa-ovrs.jsonl", args.out / "sa-ovrs.jsonl.tmp", Counter()
-    journals = open_journals(args.out, ("match", "refer", "reason"))
-    with open(temporary, "w", encoding="utf-8") as file:
-        for key in tqdm(sorted(journals["match"]), desc="export", unit=" pictures"):
-            match = journals["match"][key].read(key)
-            if match["status"] != "ok":
-                continue
-            others = [(task, journals[stage][key].read(key)) for task, stage in
-                      (("referring", "refer"), ("reasoning", "reason")) if key in journals[stage]]  # fmt: skip
-            for record in records_of(match, others):
-                file.write(json.dumps(record) + "\n")
-                count[record["task"]] += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    print(f"export: wrote {path}: {', '.join(f'{n} {task}' for task, n in sorted(count.items())) or 'no records'}")
+    parts, count = parts_done(args.out, "match"), Counter()
+    paths = {name: args.out / f"{name}.jsonl" for name in ("train", "val", "instances-train", "instances-val")}
+    settings, files = read_settings(args.out), {}
+    with open(args.out / "lock", "w") as lock, ExitStack() as stack:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # for two exports at the same time
+        for name, path in paths.items():
+            files[name] = stack.enter_context(open(f"{path}.tmp", "w", encoding="utf-8"))
+            stack.callback(Path(f"{path}.tmp").unlink, missing_ok=True)
+        for part in tqdm(parts, desc="export", unit=" parts"):
+            match, refer, reason = (Journal(args.out, part, stage) for stage in ("match", "refer", "reason"))
+            for key in sorted(filter(match.good, match.places)):
+                place = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) / 2**64  # a hash never changes
+                split = "val" if place < args.val_share else "train"
+                others = [(task, stage, journal.read(key)) for task, stage, journal in
+                          (("referring", "refer", refer), ("reasoning", "reason", reason)) if journal.good(key)]
+                for record in records_of(match.read(key), others, settings):
+                    name = f"instances-{split}" if record["task"] == "instance" else split
+                    files[name].write(json.dumps(record) + "\n")
+                    count[f"{split} {record['task']}"] += 1
+            for journal in (match, refer, reason):
+                journal.close()
+        for name, path in paths.items():
+            files[name].flush()
+            os.fsync(files[name].fileno())
+            os.replace(f"{path}.tmp", path)
+    told = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items())) or "no records"
+    print(f"export: wrote {', '.join(f'{name}.jsonl' for name in paths)} in {args.out}: {told}")
 
 
 def stats(args):
-    """Write OUT/stats.json and OUT/stats.png and print the counts: failures by reason, rejects by rule, labels."""
-    journals, numbers, labels = open_journals(args.out, STAGES), {}, Counter()
-    for stage, found in journals.items():
-        reasons, rules, kept, attempts, usage = Counter(), Counter(), 0, 0, Counter()
-        for key in tqdm(found, desc=f"stats {stage}", unit=" pictures", leave=False):
-            record = found[key].read(key)
-            result = record["result"] or {"kept": [], "rejected": []}
-            attempts += record["attempts"]
-            usage.update(record["usage"])
-            if record["reason"]:
-                reasons[record["reason"]] += 1
-            rules.update(rule for _, rule in result["rejected"])
-            names = {o["label"] for o in result["kept"]} if stage == "match" else result["kept"]  # rules are on labels
-            kept += len(names)
-            if stage == "match":
-                labels.update(o["label"] for o in result["kept"])
-        judged = kept + rules.total()
-        numbers[stage] = {"pictures": len(found), "failed": dict(reasons.most_common()), "kept": kept,
-                          "rejected": {rule: {"count": n, "rate": n / judged} for rule, n in rules.most_common()},
-                          "requests": attempts, **usage}  # fmt: skip
-        print(f"{stage:9}{len(found):9} pictures {reasons.total():7} failed {kept:9} kept",
-              *(f"{n} {rule} ({n / judged:.1%})" for rule, n in rules.most_common()), sep="  ")  # fmt: skip
-    numbers["labels_of_masks"] = dict(sorted(labels.items(), key=lambda pair: (-pair[1], pair[0])))
-    write_json(args.out / "stats.json", numbers)
-    write_picture(draw_bars(numbers["labels_of_masks"]), args.out / "stats.png")
-    print(f"stats: wrote {args.out / 'stats.json'} and stats.png ({len(labels)} labels on {labels.total()} masks)")
-
-
-def draw_bars(counts, most=30):
-    """{label: count}, the largest first -> PIL picture of the first `most` as bars."""
-    rows, font = list(counts.items())[:most], ImageFont.load_default(13)
-    picture = Image.new("RGB", (640, 20 * max(len(rows), 1) + 34), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((8, 6), f"masks per label: {len(rows)} of {len(counts)} labels", fill="black", font=font)
-    for i, (label, count) in enumerate(rows):
-        y, length = 28 + 20 * i, round(330 * count / rows[0][1])
-        draw.text((180, y + 1), label[:26], fill="black", font=font, anchor="ra")
-        draw.rectangle((188, y, 188 + length, y + 14), fill=(70, 120, 180))
-        draw.text((194 + length, y + 1), f"{count:,}", fill="black", font=font)
-    return picture
+    """Write OUT/stats.json and print the counts: failures by reason, rejects by rule, labels. Memory: one part."""
+    numbers, labels = {}, Counter()
+    for stage in STAGES:
+        count, reasons, rules = Counter(pictures=0, kept=0, requests=0), Counter(), Counter()
+        for part in tqdm(parts_done(args.out, stage), desc=f"stats {stage}", unit=" parts", leave=False):
+            journal = Journal(args.out, part, stage)
+            for record in map(journal.read, journal.places):
+                result = record["result"] or {"kept": [], "rejected": []}
+                kept = result["kept"]
+                if stage == "match":
+                    labels.update(found["label"] for found in kept)
+                    kept = {found["label"] for found in kept}  # as its rules are on labels
+                reasons.update([record["reason"]] if record["reason"] else [])
+                rules.update(rule for _, rule in result["rejected"])
+                count.update(pictures=1, kept=len(kept), requests=record["requests"])
+            journal.close()
+        judged = count["kept"] + rules.total()
+        rejected = {rule: {"count": n, "rate": n / judged} for rule, n in rules.most_common()}
+        numbers[stage] = {**count, "failed": dict(reasons.most_common()), "rejected": rejected}
+        print(f"{stage:9}{count['pictures']:9} pictures {reasons.total():7} failed {count['kept']:9} kept",
+              *(f"{rule['count']} {name} ({rule['rate']:.1%})" for name, rule in rejected.items()), sep="  ")
+    write_json(args.out / "stats.json", {**numbers, "labels_of_masks": dict(labels.most_common())})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1334,129 +1148,103 @@ def draw_bars(counts, most=30):
 EPILOG = """\
 Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.
 
-Sharding: --shard i --num-shards n takes every picture whose hash falls to i. Without the flags, torchrun's RANK and
-WORLD_SIZE or the variables of a Slurm array mean the same. All shards may share OUT: `export` puts together what is
-there, and `all` ends with it, so that the last shard to end writes the whole file. Only one process may write a shard.
+Sharding: --shard i --num-shards n takes every n-th archive or folder of the input. All shards share OUT, and the next
+run may have another number of them. Only one process may work on an archive. `export` puts together what is there.
 
 Exit code: 0 the stage ran to its end (failed pictures are recorded, --retry-failed tries them again); 1 damaged input,
-a server that is away, or every picture failed; 2 wrong usage.
+a server that is away or gives no useful answers, or every picture failed; 2 wrong usage.
 """
-# what a stage cannot do without
-_REQUIRED = {"labels": ("input", "vlm_url", "vlm_model"), "detect": ("input", "detector_url"), "match": ("input",),
-             **dict.fromkeys(("entities", "refer", "reason"), ("input", "vlm_url", "vlm_model")),
-             "export": (), "stats": (), "all": ("input", "vlm_url", "vlm_model", "detector_url")}  # fmt: skip
+_WALK = {"input", "shard", "num_shards", "retry_failed"}
+_VLM = _WALK | {"vlm_url", "vlm_model", "max_side", "concurrency"}
+_DETECT = _WALK | {"detector_url", "detector_model", "concurrency"}
+# the flags that a command reads besides --out
+READS = {"labels": _VLM, "detect": _DETECT, "match": _WALK, "entities": _VLM, "refer": _VLM, "reason": _VLM,
+         "all": _VLM | _DETECT, "export": {"val_share"}, "stats": set()}
 
 
-def shard_from_environment(environ):
-    """(shard, shards) as torchrun or a Slurm array gives them, else (0, 1). BadUsage for an array with holes."""
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_ID" in environ and "SLURM_ARRAY_TASK_COUNT" in environ:
-        first, step = (int(environ.get(f"SLURM_ARRAY_TASK_{name}", d)) for name, d in (("MIN", 0), ("STEP", 1)))
-        count, position = int(environ["SLURM_ARRAY_TASK_COUNT"]), int(environ["SLURM_ARRAY_TASK_ID"]) - first
-        if position % step or position // step >= count:
-            raise BadUsage("the Slurm array has holes: give --shard and --num-shards")
-        return position // step, count
-    return 0, 1
+def make_parser():
+    """The command line."""
+    parser = Parser(description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("stage", choices=READS, help="what to run, as above")
+    add("--input", type=Path, metavar="PATH", help="an SA-1B .tar, or a folder of such archives or of pictures, each "
+        "with NAME.json beside it: SA-1B's format, or any with COCO run-length masks")
+    add("--out", type=Path, metavar="DIR", required=True, help="folder of the journals and the export")
+    add("--vlm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    add("--vlm-model", metavar="NAME", help="model to ask for there; recorded in the provenance")
+    add("--detector-url", metavar="URL", help="zero-shot-object-detection endpoint, the whole address")
+    add("--detector-model", metavar="NAME", default="grounding-dino", help="its name in the provenance "
+        "(default: grounding-dino)")
+    add("--concurrency", type=int, default=64, metavar="N", help="requests under way (default: 64)")
+    add("--max-side", type=int, default=0, metavar="PX", help="longest side of pictures for the VLM; larger ones are "
+        "made small (default: 0, files are sent as they are)")
+    add("--shard", type=int, default=0, metavar="i", help="this process's share of the parts, from 0 (default: 0)")
+    add("--num-shards", type=int, default=1, metavar="n", help="how many shares there are (default: 1)")
+    add("--retry-failed", action="store_true", help="do the pictures that failed again, too")
+    add("--val-share", type=float, default=0.005, metavar="P", help="share of the pictures that export puts into "
+        "val.jsonl (default: 0.005; paper: not stated)")
+    return parser
 
 
 def check_arguments(args):
-    """Fill in the shard and look at every value before the work; BadUsage says what is wrong."""
-    missing = [f"--{name.replace('_', '-')}" for name in _REQUIRED[args.stage] if getattr(args, name) is None]
+    """Look at every value before the work; BadUsage says what is wrong."""
+    missing = [f"--{name.replace('_', '-')}" for name in ("input", "vlm_url", "vlm_model", "detector_url")
+               if name in READS[args.stage] and getattr(args, name) is None]
     if missing:
         raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
     for name in ("vlm_url", "detector_url"):
         url = getattr(args, name)
         if url is not None and (not re.match("https?://[^/]", url) or "@" in urlsplit(url).netloc):
             raise BadUsage(f"--{name.replace('_', '-')} {url.split('@')[-1]}: expected http://HOST:PORT/... "
-                           "(a key goes into the environment)")  # fmt: skip
+                           "(a key goes into the environment)")
     for name in ("VLM_API_KEY", "DETECTOR_API_KEY"):
         if not (os.environ.get(name, "").isascii() and os.environ.get(name, "").isprintable()):
             raise BadUsage(f"{name} holds characters that no key has: set it again")
-    if (args.shard is None) != (args.num_shards is None):
-        raise BadUsage("--shard and --num-shards go together")
-    if args.shard is None:
-        args.shard, args.num_shards = shard_from_environment(os.environ)
-    if not 0 <= args.shard < args.num_shards:
-        raise BadUsage(f"--shard {args.shard}: expected 0 to {args.num_shards - 1} for --num-shards {args.num_shards}")
-    lowest = {"concurrency": 1, "attempts": 1, "timeout": 0.001, "wait": 0, "patience": 0, "max_side": 0}
-    for name, low in lowest.items():
-        if not getattr(args, name) >= low:
-            raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low:g}")
+    for name, low, high in (("num_shards", 1, 10**6), ("shard", 0, args.num_shards - 1), ("concurrency", 1, 10**4),
+                            ("max_side", 0, 10**6), ("val_share", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {high}")
     if args.input is not None and args.input.resolve() == args.out.resolve():
         raise BadUsage(f"--out {args.out}: expected another folder than --input")
-    if _REQUIRED[args.stage]:
-        there = shards_in(args.out) if args.out.is_dir() else 0
-        if there not in (0, args.num_shards):
-            raise BadUsage(f"--num-shards {args.num_shards}: {args.out} has {there}: use it, or another --out")
+    needed = args.out if args.input is None else args.input  # export and stats read OUT
+    if not needed.exists():
+        raise FileNotFoundError(f"{needed}: no such folder or archive")
 
 
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data or a server that is away, 2 for bad usage."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("stage", choices=_REQUIRED, help="the stage to run, or all of them")
-    group = parser.add_argument_group("files")
-    group.add_argument("--input", type=Path, metavar="PATH", help="an SA-1B .tar, or a folder of such archives or of "
-                       "pictures, each with NAME.json beside it: SA-1B's format, or any with COCO run-length masks")
-    group.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the journals and the export")
-    group = parser.add_argument_group("servers")
-    group.add_argument("--vlm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
-    group.add_argument("--vlm-model", metavar="NAME", help="model to ask for there; recorded in the provenance")
-    group.add_argument("--detector-url", metavar="URL", help="zero-shot-object-detection endpoint, the whole address")
-    group.add_argument("--detector-model", metavar="NAME", default="grounding-dino",
-                       help="its name in the provenance (default: grounding-dino)")
-    group.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests under way (default: 64)")
-    group.add_argument("--max-side", type=int, default=0, metavar="PX", help="longest side of pictures for the VLM; "
-                       "larger ones are made small (default: 0, files are sent as they are)")
-    group.add_argument("--timeout", type=float, default=120, metavar="S", help="for one request (default: 120)")
-    group.add_argument("--attempts", type=int, default=5, metavar="N", help="tries of one request (default: 5)")
-    group.add_argument("--wait", type=float, default=0.5, metavar="S", help="before the second try, doubled before "
-                       "each further one; a server's Retry-After goes above it (default: 0.5)")
-    group.add_argument("--patience", type=float, default=600, metavar="S", help="how long a server may be away before "
-                       "the run stops (default: 600; 10 if it was never there)")
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--shard", type=int, metavar="i", help="this process's part, from 0 (default: see below)")
-    group.add_argument("--num-shards", type=int, metavar="n", help="how many parts there are")
-    group.add_argument("--retry-failed", action="store_true", help="first forget failed pictures, then do them again")
-    group.add_argument("--share-masks", action="store_true", help="let one mask serve several labels")
+    parser = make_parser()
     args = parser.parse_args(argv)
+    parser.check_read(args, args.stage, {"stage", "out", "help", *READS[args.stage]})
+    problems, stages = [], tuple(STAGES) if args.stage == "all" else (args.stage,)
     try:
         check_arguments(args)
-        if _REQUIRED[args.stage]:
-            if not args.input.exists():
-                raise FileNotFoundError(f"{args.input}: no such folder or archive")
+        if args.stage in ("export", "stats"):
+            (export if args.stage == "export" else stats)(args)
+        else:
             args.out.mkdir(parents=True, exist_ok=True)
-        elif not args.out.is_dir():
-            raise FileNotFoundError(f"{args.out}: no such folder")
-        flags = (args.timeout, args.attempts, args.wait, args.patience)
-        if args.vlm_url is not None:
-            address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-            args.vlm = Server(address, os.environ.get("VLM_API_KEY"), *flags)
-            if args.stage not in ("match", "detect", "export", "stats"):
-                args.vlm.look(args.vlm_model)
-        if args.detector_url is not None:
-            args.detector = Server(args.detector_url, os.environ.get("DETECTOR_API_KEY"), *flags)
-        problems = {}
-        for stage in STAGES if args.stage == "all" else [args.stage] if args.stage in STAGES else ():
-            problems |= dict.fromkeys(run_stage(stage, args))
-        if args.stage in ("export", "stats", "all"):
-            with alone(args.out):
-                for last in (export, stats):
-                    if args.stage in (last.__name__, "all"):
-                        last(args)
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 1 if problems else 0
+            if args.vlm_url is not None:
+                address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+                args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
+            if args.detector_url is not None:
+                args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
+            record_settings(args, stages)
+            problems = annotate(args, stages)
     except BadUsage as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        return nobody_reads()
     except (ValueError, OSError, Stop) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        problems = [error]
     except KeyboardInterrupt:
         print("stopped: run this again to go on", file=sys.stderr)
         return 130
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a run that was stopped does not wait for the answers that are under way
