@@ -11,7 +11,6 @@ K rows of the codebook.
 
 import argparse
 import hashlib
-import itertools
 import json
 import re
 import signal
@@ -126,10 +125,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels, config):
         super().__init__()
         self.norm = _norm(channels, config)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
         y = self.norm(x)
@@ -168,28 +164,19 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, count, attention, config, downsample=False, upsample=False):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(count))
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(count if attention else 0))
-        if downsample:
-            self.downsample = Downsample(c_out)
-        if upsample:
-            self.upsample = Upsample(c_out)
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in range(count))
+        self.downsample = Downsample(c_out) if downsample else nn.Identity()
+        self.upsample = Upsample(c_out) if upsample else nn.Identity()
 
     def forward(self, x):
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn) > 0:
-                x = self.attn[i](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.upsample(self.downsample(x))
 
 
 def _middle(channels, config):
-    return nn.ModuleList(
-        [ResBlock(channels, channels, config), AttnBlock(channels, config), ResBlock(channels, channels, config)]
-    )
+    return nn.ModuleList([ResBlock(channels, channels, config), AttnBlock(channels, config),
+                          ResBlock(channels, channels, config)])
 
 
 class Encoder(nn.Module):
@@ -500,15 +487,14 @@ def protobuf(*fields):
     def varint(n):
         return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
-    parts = []
-    for number, value in fields:
+    def field(number, value):
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
         if isinstance(value, float):
-            parts += varint(number << 3 | 5), struct.pack("<f", value)
-        elif isinstance(value, int):
-            parts += varint(number << 3), varint(value)
-        else:
-            parts += varint(number << 3 | 2), varint(len(value)), value
-    return b"".join(parts)
+            return varint(number << 3 | 5) + struct.pack("<f", value)
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    return b"".join(field(number, value) for number, value in fields)
 
 
 def train_text_tokenizer(sentences, path, vocab_size=512):
@@ -516,17 +502,9 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
     try:
         with whole(path) as temporary, open(temporary, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(s.lower() for s in sentences),
-                model_writer=file,
-                vocab_size=vocab_size,
-                model_type="bpe",
-                pad_id=0,
-                eos_id=1,
-                bos_id=2,
-                unk_id=3,
-                required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/",
-                minloglevel=2,
-            )
+                sentence_iterator=(sentence.lower() for sentence in sentences), model_writer=file,
+                vocab_size=vocab_size, model_type="bpe", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+                required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/")
     except OSError as error:
         raise OSError(f"{path}: cannot write ({error.strerror})") from None
     except RuntimeError as error:
@@ -595,14 +573,12 @@ def reconstruction_loss(images, masks):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, size, count, sheet, device="cpu"):
-    """Encode and decode the first `count` masks at size x size; 24 of them go to the picture `sheet`.
+def evaluate(model, dataset, size, count, device="cpu"):
+    """Encode and decode the first `count` masks at size x size.
 
-    Returns (metrics at that size, metrics at the pictures' own sizes, codes used). The sheet shows picture, mask and
-    reconstruction at the picture's own size.
+    Returns (metrics at that size, metrics at the pictures' own sizes, codes used, cells of a contact sheet: up to 24
+    of phrase, picture, mask and reconstruction at the picture's own size).
     """
-    from data import contact_sheet
-
     square, own, cells = SegmentationMetrics(), SegmentationMetrics(), []
     used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
     for start in range(0, count, 32):
@@ -617,8 +593,7 @@ def evaluate(model, dataset, size, count, sheet, device="cpu"):
             own.update(again_large, example.mask, id=example.id)
             if len(cells) < 24:
                 cells.append((example.phrase, [example.image, example.mask, again_large]))
-    contact_sheet(cells, sheet)
-    return square.compute(), own.compute(), int(used.sum())
+    return square.compute(), own.compute(), int(used.sum()), cells
 
 
 def summary(scores):
@@ -652,15 +627,14 @@ def train(args):
     encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
     try:
         with tqdm(total=sum(phases.values()), smoothing=0.05) as bar:
-            for phase, steps in phases.items():
-                if steps:
-                    if encoder_moved:
-                        learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
-                        codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
-                        model.quantize.embedding.weight.data.copy_(codebook)
-                    encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
-                    train_phase(model, dataset, val_set, phase, steps, args, device, bar)
-                args.start += steps * args.batch_size * 2  # the next phase sees new masks
+            for phase in (phase for phase in phases if phases[phase]):
+                if encoder_moved:
+                    learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
+                    codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
+                    model.quantize.embedding.weight.data.copy_(codebook)
+                encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
+                train_phase(model, dataset, val_set, phase, phases[phase], args, device, bar)
+                args.start += phases[phase] * args.batch_size * 2  # the next phase sees new masks
     except BaseException:  # Ctrl-C, SIGTERM or an error
         if bar.n:
             model.save_pretrained(args.out, torch.float16)
@@ -686,6 +660,8 @@ def how_to_go_on(out, first, batch_size, phases, done, has_codebook):
 
 def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
     """One phase of `train`; saves and evaluates as it goes."""
+    from data import contact_sheet
+
     bar.set_description(f"mask tokenizer, {phase}")
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
     model.requires_grad_(False)
@@ -693,10 +669,9 @@ def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
     # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
     banks = [p for p in parameters if p.dim() == 4]
     views = [nn.Parameter(p.data.flatten(1)) for p in banks]
-    optimizers = [
-        torch.optim.Muon(views, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([p for p in parameters if p.dim() != 4], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    others = [p for p in parameters if p.dim() != 4]
+    optimizers = (torch.optim.Muon(views, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0))
     position = args.start
     for step in range(steps):
         fraction = step / steps
@@ -727,8 +702,8 @@ def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
             if phase != "free":
-                scores, _, used = evaluate(model, val_set, args.size, min(128, len(val_set)),
-                                           args.out.with_suffix(".png"), device)
+                scores, _, used, cells = evaluate(model, val_set, args.size, min(128, len(val_set)), device)
+                contact_sheet(cells, args.out.with_suffix(".png"))
                 bar.write(f"step {step + 1}: {summary(scores)}, {used} of {model.config.codebook_size} codes used")
 
 
@@ -763,12 +738,13 @@ def reseed_codes(model, masks):
 
 
 def text_sentences():
-    """What the small vocabulary is made from: rich scenes' phrases, bare and instructed."""
+    """What the small vocabulary is made from: phrases of rich scenes, bare and as instructions."""
     from data import TEMPLATES, instruct, load_dataset
 
     dataset = load_dataset("scenes-rich", "train", phrases=12)
     riddles = [text for texts in (SHAPE_RIDDLES | COLOR_RIDDLES).values() for text in texts] * 40
-    for i, phrase in enumerate(itertools.chain((dataset[i].phrase for i in range(18_000)), riddles)):
+    for i in range(18_000 + len(riddles)):
+        phrase = dataset[i].phrase if i < 18_000 else riddles[i - 18_000]
         yield phrase
         yield instruct(phrase, TEMPLATES[i % len(TEMPLATES)])
 
@@ -778,17 +754,18 @@ def report(args):
 
     At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
     """
-    from data import load_dataset
+    from data import contact_sheet, load_dataset
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
     if args.size % model.config.downsample:
         raise BadUsage(f"--size {args.size} must be a multiple of {model.config.downsample}")
     dataset = load_dataset(args.data, args.split)
     count = min(args.count, len(dataset))
-    square, own, used = evaluate(model, dataset, args.size, count, f"{args.out}.png")
+    square, own, used, cells = evaluate(model, dataset, args.size, count)
     print(f"{args.data}:{args.split}, {count} masks, {used} of {model.config.codebook_size} codes used")
     for name, scores in ((f"at {args.size} x {args.size} px", square), ("at the pictures' own sizes", own)):
         print(f"{name:28} {summary(scores)}")
+    contact_sheet(cells, f"{args.out}.png")
     write_json(f"{args.out}.json", {
         "data": args.data, "split": args.split, "size": args.size, "codes_used": used,
         "codebook_size": model.config.codebook_size, "square": square, "own_size": own})
@@ -807,11 +784,11 @@ def encode(args):
     dataset = load_mixture(args.data, args.split, args.root)
     if model.config.codebook_size > 65536:
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
-    count, length = min(args.count or len(dataset), len(dataset)), (args.size // model.config.downsample) ** 2
+    count, length = len(dataset), (args.size // model.config.downsample) ** 2
     path = Path(f"{str(args.out).removesuffix('.npy')}.npy")
     with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would kill us on a full disk
-        header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<u2", "fortran_order": False, "shape": (count, length)})
         for start in tqdm(range(0, count, args.batch_size), desc="encode"):
             masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
             tokens = model.encode(mask_to_image(masks.to(args.device)))
@@ -890,7 +867,6 @@ def parse_args(argv=None):
     add("--split", default="train", help="default: train")
     add("--padded", action=argparse.BooleanOptionalAction, default=False,
         help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
-    add("--count", type=int, help="first examples only (default: all)")
     add("--batch-size", type=int, default=32, help="default: 32")
     add("--out", type=Path, default=Path("mask_tokens"), help="stem of the .npy and .json to write")
 
@@ -898,8 +874,8 @@ def parse_args(argv=None):
         add = commands.choices[name].add_argument
         add("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
         if name != "eval":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            add("--device", default=device, help="cpu, cuda, cuda:N or mps (default: cuda, else cpu)")
+            add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                help="cpu, cuda, cuda:N or mps (default: cuda, else cpu)")
         if name != "train":
             add("--mask-tokenizer", type=Path, default=ASSETS / "mask_tokenizer.safetensors", metavar="FILE",
                 help="default: the embedded one")
@@ -917,11 +893,11 @@ def check_args(parser, args):
     least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"), 1)
     least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start", "seed", "noise"), 0) | {"lr": 1e-12}
     for name, value in vars(args).items():
-        if name in least and value is not None and not least[name] <= value < 2**63:  # true of NaN as well
+        if name in least and not least[name] <= value < 2**63:  # true of NaN as well
             parser.error(f"--{name.replace('_', '-')} {value} must be at least {least[name]} and below 2^63")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
-    if args.command in ("train", "text") and args.out.is_dir():
+    if args.out.is_dir() and args.command in ("train", "text"):
         parser.error(f"--out {args.out} is a folder: give the file to write")
     if args.command in ("train", "eval") and args.data not in WORLDS and not args.data.startswith("jsonl:"):
         parser.error(f"--data {args.data}: choose {', '.join(WORLDS)} or jsonl:PATH")

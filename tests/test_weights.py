@@ -1,6 +1,7 @@
 """Downloads from a server of our own."""
 
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
@@ -16,29 +17,34 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT with ranges; server.plan is a list of misbehaviours, one a request, then all is well."""
+    """Serves CONTENT with ranges. server.plan is a list of misbehaviours, one per request, after which all is well: a
+    status, headers of a redirect or of a 503, or a name."""
 
     def log_message(self, *args):
         pass
+
+    def answer(self, status, headers):
+        """An answer without content."""
+        self.send_response(status)
+        for name, value in ({"Content-Length": "0"} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def do_GET(self):
         server = self.server
         server.requests.append((self.path, dict(self.headers)))
         misbehaviour = server.plan.pop(0) if server.plan else None
         if isinstance(misbehaviour, int):
-            self.send_response(misbehaviour)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(misbehaviour, {"Retry-After": "0"})
+            return
+        if isinstance(misbehaviour, dict):
+            self.answer(302 if "Location" in misbehaviour else 503, misbehaviour)
             return
         start, resume = 0, self.headers.get("Range")
         if resume and self.headers.get("If-Range") == server.etag and misbehaviour != "no ranges":
             start = int(resume.removeprefix("bytes=").rstrip("-"))
         if start >= len(CONTENT):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(416, {"Content-Range": f"bytes */{len(CONTENT)}"})
             return
         body = CONTENT[start:]
         if misbehaviour == "a piece":  # less than was asked for
@@ -154,6 +160,34 @@ def test_answers_that_stay_bad(server, tmp_path, status, requests, message):
         weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001)
     assert len(server.requests) == requests and not (tmp_path / "x.bin").exists()
     assert server.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_token_does_not_follow_to_another_host(server, tmp_path):
+    """The hub's redirect: it announces size and hash, another host has the file and gets no token."""
+    port, linked = server.server_port, {"X-Linked-Size": str(len(CONTENT)), "X-Linked-Etag": f'"{SHA256}"'}
+    server.plan = [{"Location": f"http://localhost:{port}/y.bin", **linked}]
+    assert weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", token="secret") == SHA256
+    assert [path for path, _ in server.requests] == ["/x.bin", "/y.bin"]
+    assert [headers.get("Authorization") for _, headers in server.requests] == ["Bearer secret", None]
+    server.plan = [{"Location": f"http://localhost:{port}/y.bin", "X-Linked-Etag": f'"{"0" * 64}"'}]
+    with pytest.raises(ValueError, match=f"its SHA-256 is {SHA256}, expected 0000"):
+        weights.fetch(f"{server.url}/x.bin", tmp_path / "z.bin")
+
+
+@pytest.mark.parametrize("pause", ["soon", "-1", "Fri, 99 Foo 2026"])
+def test_an_odd_retry_after_is_one_line(server, tmp_path, pause):
+    server.plan = [{"Retry-After": pause}] * 6
+    with pytest.raises(OSError, match="run this") as caught:
+        weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001)
+    assert server.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_server_that_cannot_be_reached_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/x.bin"
+    with pytest.raises(OSError, match=f"{url}: .*Connection refused.*: what came is kept, run this again") as caught:
+        weights.fetch(url, tmp_path / "x.bin", attempts=2, wait=0.001)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_token_is_never_printed(server, tmp_path):
