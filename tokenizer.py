@@ -71,9 +71,9 @@ class VQGANConfig:
     """Shape of a mask tokenizer; the defaults are LlamaGen's VQ-16 (72M parameters)."""
 
     channels: int = 128  # width at full resolution
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry a resolution; downsample ratio 2^(len - 1)
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry per resolution; downsample ratio 2^(len - 1)
     decoder_mult: tuple[int, ...] | None = None  # None: as channel_mult, from full resolution down too
-    res_blocks: int = 2  # a resolution in the encoder; the decoder has one more
+    res_blocks: int = 2  # per resolution in the encoder; the decoder has one more
     latent_channels: int = 256
     codebook_size: int = 16384
     codebook_dim: int = 8
@@ -610,7 +610,7 @@ def train(args):
     decoder  k-means once more, so that no code is wasted; then encoder and codebook stay and the decoder alone
              goes on. Given --init-from and only this phase, every mask keeps the mask tokens it had.
 
-    A run that is stopped saves its weights and says how to go on.
+    A run that is stopped saves its weights and prints the command that goes on.
     """
     from data import hold_out, load_dataset
 
@@ -786,9 +786,9 @@ def encode(args):
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = len(dataset), (args.size // model.config.downsample) ** 2
     path = Path(f"{str(args.out).removesuffix('.npy')}.npy")
-    with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would kill us on a full disk
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<u2", "fortran_order": False, "shape": (count, length)})
+    with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
+        header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
+        np.lib.format.write_array_header_1_0(file, header)
         for start in tqdm(range(0, count, args.batch_size), desc="encode"):
             masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
             tokens = model.encode(mask_to_image(masks.to(args.device)))
