@@ -342,7 +342,7 @@ class VQGAN(nn.Module):
         path = Path(path)
         weights = read_weights(path, lambda name: name.removeprefix(JANUS) not in VQGAN_DROPPED)
         janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
-        weights, header = janus or weights, read_header(weight_files(path)[0])
+        weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
         try:
             config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(weights)
             config = VQGANConfig(**config)

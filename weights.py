@@ -1,6 +1,9 @@
 """Official weights: download, verify, read, account for every tensor; and files of our own.
 
     python weights.py download NAME          # official weights, into weights/NAME
+
+Stop a download at any time and run it again: it goes on where it was. HF_ENDPOINT names a mirror of the Hugging Face
+hub, STORAGE_EMULATOR_HOST one of Google's buckets. HF_TOKEN is sent to the hub for gated files. HTTPS_PROXY is respected.
 """
 
 import argparse
@@ -282,11 +285,7 @@ BUSY = (408, 429, *range(500, 600))  # answers that mean: ask again later
 
 
 def download(name, root=WEIGHTS):
-    """Fetch official weights into ROOT/NAME/. Stop it at any time and run it again: it goes on where it was.
-
-    HF_ENDPOINT names a mirror of the hub, STORAGE_EMULATOR_HOST one of Google's buckets. HF_TOKEN is sent to the hub
-    for gated files. HTTPS_PROXY is respected.
-    """
+    """Fetch official weights into ROOT/NAME/; OSError, ValueError in one line."""
     place, files = DOWNLOADS[name]
     if place.startswith("gs://"):
         host, token = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com", None
@@ -385,15 +384,16 @@ def receive(session, url, part, wait):
                     if file.tell() >= (size or 1):
                         linked = announced(answer, "[0-9]{1,18}", "X-Linked-Size")
                         return int(linked or 0) or size, announced(answer, "[0-9a-f]{64}", "X-Linked-Etag", "ETag")
-    raise OSError(f"{url}: gave up after {broken + 1} broken connections: what came is kept, run this again")
+    raise OSError(f"{url}: the connection broke {broken + 1} times: what came is kept, run this again")
 
 
 def check_answer(url, answer):
     """OSError for an answer that is not the file."""
-    if answer.status_code not in (200, 206):
-        more = ": a gated file needs a token in HF_TOKEN" if answer.status_code in (401, 403) else ""
-        more = ", also when asked again: what came is kept, run this later" if answer.status_code in BUSY else more
-        raise OSError(f"{url}: the server answers {answer.status_code} {answer.reason}{more}")
+    status = answer.status_code
+    if status not in (200, 206):
+        hints = dict.fromkeys((401, 403), ": a gated file needs a token in HF_TOKEN")
+        hints |= dict.fromkeys(BUSY, ", also when asked again: what came is kept, run this later")
+        raise OSError(f"{url}: the server answers {status} {answer.reason}{hints.get(status, '')}")
     if answer.headers.get("Content-Type", "").startswith("text/html"):
         raise OSError(f"{url}: a web page came instead of the file: is a proxy or a login in between?")
     if answer.headers.get("Content-Encoding", "identity") != "identity":
@@ -409,7 +409,7 @@ def announced(answer, pattern, *names):
 
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
-    parser = Parser(description=f"{__doc__}\n{download.__doc__}")
+    parser = Parser(description=__doc__)
     parser.add_argument("command", choices=["download"], help="fetch official weights")
     parser.add_argument("name", choices=DOWNLOADS, metavar="NAME", help=", ".join(DOWNLOADS))
     parser.add_argument("--root", type=Path, default=WEIGHTS,

@@ -198,6 +198,9 @@ def test_broken_files_end_in_one_line(tmp_path, tiny_checkpoint):
         with pytest.raises(ValueError, match=f"{path}: {message}") as caught:
             VQGAN.from_pretrained(path)
         assert "\n" not in str(caught.value)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="holds no mask tokenizer"):
+        VQGAN.from_pretrained(tmp_path)
     for name, message in (("none.safetensors", "no such file$"), ("empty", "has neither model.safetensors"),
                           ("vq_ds16_c2i", "no such file: python weights.py download vq_ds16_c2i$")):
         (tmp_path / "empty").mkdir(exist_ok=True)
