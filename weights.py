@@ -3,7 +3,8 @@
     python weights.py download NAME          # official weights, into weights/NAME
 
 Stop a download at any time and run it again: it goes on where it was. HF_ENDPOINT names a mirror of the Hugging Face
-hub, STORAGE_EMULATOR_HOST one of Google's buckets. HF_TOKEN is sent to the hub for gated files. HTTPS_PROXY is respected.
+hub, STORAGE_EMULATOR_HOST one of Google's buckets. HF_TOKEN is sent to the hub for gated files. A proxy is taken from
+HTTPS_PROXY.
 """
 
 import argparse
