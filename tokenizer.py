@@ -11,7 +11,6 @@ K rows of the codebook.
 
 import argparse
 import hashlib
-import itertools
 import json
 import re
 import signal
@@ -21,13 +20,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from metrics import whole
-from weights import fingerprint, read_checkpoint, write_tensors
+from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, printable, whole, write_json
+from scenes import COLOR_RIDDLES, SHAPE_RIDDLES, WORLDS
+from weights import ASSETS, build_from, fingerprint, read_header, read_weights, weight_files, write_tensors
 
 # ----------------------------------------------------------------------------------------------------------
 # masks and pictures
@@ -69,9 +71,9 @@ class VQGANConfig:
     """Shape of a mask tokenizer; the defaults are LlamaGen's VQ-16 (72M parameters)."""
 
     channels: int = 128  # width at full resolution
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry a resolution; downsample ratio 2^(len - 1)
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry per resolution; downsample ratio 2^(len - 1)
     decoder_mult: tuple[int, ...] | None = None  # None: as channel_mult, from full resolution down too
-    res_blocks: int = 2  # a resolution in the encoder; the decoder has one more
+    res_blocks: int = 2  # per resolution in the encoder; the decoder has one more
     latent_channels: int = 256
     codebook_size: int = 16384
     codebook_dim: int = 8
@@ -80,19 +82,15 @@ class VQGANConfig:
     def __post_init__(self):
         self.channel_mult = tuple(self.channel_mult)  # JSON has lists
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
-        if not 0 < len(self.decoder_mult) == len(self.channel_mult) < 10:
-            raise ValueError(f"channel_mult {self.channel_mult!s:.99} and decoder_mult {self.decoder_mult!s:.99}: "
-                             "one entry each for at most 9 resolutions")  # fmt: skip
+        mults = self.channel_mult + self.decoder_mult
         numbers = [value for value in asdict(self).values() if not isinstance(value, tuple)]
-        if any(type(n) is not int or not 0 < n <= 2**20 for n in [*numbers, *self.channel_mult, *self.decoder_mult]):
-            raise ValueError(f"{self!s:.300}: all of its numbers must be integers from 1 to 2^20")
-        if self.res_blocks > 100:
-            raise ValueError(f"res_blocks is {self.res_blocks}, expected at most 100")
-        for width in {self.channels * m for m in self.channel_mult + self.decoder_mult} | {self.channels}:
-            if width > 2**20:
-                raise ValueError(f"{width} channels, expected at most 2^20")
-            if width % self.norm_groups:
-                raise ValueError(f"{width} channels do not divide into {self.norm_groups} groups")
+        known = all(type(n) is int and 0 < n <= 2**20 for n in (*numbers, *mults)) and self.res_blocks <= 100
+        if not known or not 0 < len(self.channel_mult) == len(self.decoder_mult) < 10:
+            raise ValueError(f"{self!s:.300}: expected integers from 1 to 2^20, at most 100 res_blocks, and at most 9 "
+                             "resolutions, each with an entry in channel_mult and in decoder_mult")
+        for width in (self.channels * mult for mult in (1, *mults)):
+            if width > 2**20 or width % self.norm_groups:
+                raise ValueError(f"{width} channels, expected at most 2^20 and a multiple of {self.norm_groups} groups")
 
     @property
     def downsample(self):
@@ -127,10 +125,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels, config):
         super().__init__()
         self.norm = _norm(channels, config)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
         y = self.norm(x)
@@ -169,28 +164,19 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, count, attention, config, downsample=False, upsample=False):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(count))
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(count if attention else 0))
-        if downsample:
-            self.downsample = Downsample(c_out)
-        if upsample:
-            self.upsample = Upsample(c_out)
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in range(count))
+        self.downsample = Downsample(c_out) if downsample else nn.Identity()
+        self.upsample = Upsample(c_out) if upsample else nn.Identity()
 
     def forward(self, x):
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn) > 0:
-                x = self.attn[i](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.upsample(self.downsample(x))
 
 
 def _middle(channels, config):
-    return nn.ModuleList(
-        [ResBlock(channels, channels, config), AttnBlock(channels, config), ResBlock(channels, channels, config)]
-    )
+    return nn.ModuleList([ResBlock(channels, channels, config), AttnBlock(channels, config),
+                          ResBlock(channels, channels, config)])
 
 
 class Encoder(nn.Module):
@@ -353,62 +339,48 @@ class VQGAN(nn.Module):
 
         All widths are read off the tensors. FileNotFoundError, or ValueError with one line that names file and tensor.
         """
-        header, tensors = read_checkpoint(path)
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in VQGAN_DROPPED}
-        for key, tensor in tensors.items():
-            known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-            if not isinstance(key, str) or not known or tensor.layout != torch.strided or tensor.is_meta:
-                raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected plain floating-point numbers")
+        path = Path(path)
+        weights = read_weights(path, lambda name: name.removeprefix(JANUS) not in VQGAN_DROPPED)
+        janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
+        weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
         try:
-            config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(tensors)
+            config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(weights)
             config = VQGANConfig(**config)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error})") from None
-        with torch.device("meta"):  # shapes only: the weights come from the file
-            model = cls(config)
-        want = model.state_dict()
-        problems = [f"{key} is missing" for key in want if key not in tensors]
-        problems += [f"{key} is left over" for key in tensors if key not in want]
-        problems += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(want[key].shape)}"
-                     for key in want if key in tensors and tensors[key].shape != want[key].shape]  # fmt: skip
-        problems = problems or [f"{key} has values that are not finite"
-                                for key, tensor in tensors.items() if not tensor.float().isfinite().all()]  # fmt: skip
-        if problems:
-            more = f", and {len(problems) - 1} more such tensors" if problems[1:] else ""
-            raise ValueError(f"{path}: {problems[0]}{more}")
-        model.source = {"name": Path(path).absolute().stem, "sha256": fingerprint(tensors)}
-        # a copy of each: the tensors of a .pt file may share memory, or be windows into the file on disk
-        copies = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
-        model.load_state_dict(copies, assign=True)
-        return model.eval()
+        model = build_from(lambda: cls(config), weights, path, torch.float32, copy=True)
+        model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
+        return model
 
 
+JANUS = "gen_vision_model."  # where a Janus-Pro checkpoint keeps its image tokenizer
 # What the official files hold and no output depends on: usage statistics of the official trainer.
 VQGAN_DROPPED = ("quantize.codebook_used",)
 
 
-def vqgan_widths(tensors):
+def vqgan_widths(weights):
     """Fields of VQGANConfig, read off the tensors of an official checkpoint; its GroupNorms have 32 groups."""
-    for key, dims in (("encoder.conv_in.weight", 4), ("encoder.conv_out.weight", 4), ("quantize.embedding.weight", 2)):
-        if key not in tensors:
-            raise ValueError(f"{key} is missing")
-        if tensors[key].dim() != dims or 0 in tensors[key].shape:
-            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, expected {dims} dimensions")
+    shapes = {name: w.shape for name, w in weights.items() if w.numel()}
+    for name, dims in (("encoder.conv_in.weight", 4), ("encoder.conv_out.weight", 4), ("quantize.embedding.weight", 2)):
+        if len(shapes.get(name, ())) != dims:
+            raise ValueError(f"{name} is missing or not of {dims} dimensions")
 
-    def width(key):  # a missing or odd one is reported by its name later
-        return max(1, tensors[key].shape[0] // channels) if key in tensors and tensors[key].dim() == 4 else 1
+    def mult(coder, level):  # a missing or odd one is reported by its name later
+        shape = shapes.get(f"{coder}.conv_blocks.{level}.res.0.conv1.weight") or [channels]
+        return max(1, shape[0] // channels)
 
-    channels = tensors["encoder.conv_in.weight"].shape[0]
-    levels = len({key.split(".")[2] for key in tensors if key.startswith("encoder.conv_blocks.")})
-    blocks = {key.split(".")[4] for key in tensors if key.startswith("encoder.conv_blocks.0.res.")}
+    channels = shapes["encoder.conv_in.weight"][0]
+    levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.conv_blocks.")})
+    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.conv_blocks.0.res.")}
+    codebook_size, codebook_dim = shapes["quantize.embedding.weight"]
     return {
         "channels": channels,
-        "channel_mult": [width(f"encoder.conv_blocks.{i}.res.0.conv1.weight") for i in range(levels)],
-        "decoder_mult": [width(f"decoder.conv_blocks.{i}.res.0.conv1.weight") for i in reversed(range(levels))],
+        "channel_mult": [mult("encoder", i) for i in range(levels)],
+        "decoder_mult": [mult("decoder", i) for i in reversed(range(levels))],
         "res_blocks": len(blocks),
-        "latent_channels": tensors["encoder.conv_out.weight"].shape[0],
-        "codebook_size": tensors["quantize.embedding.weight"].shape[0],
-        "codebook_dim": tensors["quantize.embedding.weight"].shape[1],
+        "latent_channels": shapes["encoder.conv_out.weight"][0],
+        "codebook_size": codebook_size,
+        "codebook_dim": codebook_dim,
     }
 
 
@@ -424,7 +396,7 @@ def decode_masks(mask_tokenizer, tokens, sizes, boxes=None):
     if boxes is not None:
         soft = [m[:, top : top + h, left : left + w] for m, (left, top, w, h) in zip(soft, boxes)]
     return [(F.interpolate(m[None], size, mode="bilinear", antialias=True)[0, 0] >= 0).numpy()
-            for m, size in zip(soft, sizes)]  # fmt: skip
+            for m, size in zip(soft, sizes)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -481,56 +453,48 @@ def sentencepiece_from_json(path):
     A merge's rank becomes the score of the piece it makes: SentencePiece joins the neighbours of the best score first,
     as the merges do. ValueError if the file is no such tokenizer.
     """
+    special = {"<unk>": 2, "<bos>": 3, "<eos>": 3, "<pad>": 3}  # SentencePiece.Type: unknown is 2, control is 3
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = parse_json(path.read_bytes())
         bpe, added = content["model"], {token["content"] for token in content["added_tokens"]}
-        if bpe["type"] != "BPE" or not bpe.get("byte_fallback"):
-            raise ValueError(f"its model is {bpe['type']}, byte_fallback {bpe.get('byte_fallback')}")
-        vocab = sorted(bpe["vocab"], key=bpe["vocab"].get)
-        if [bpe["vocab"][piece] for piece in vocab] != list(range(len(vocab))):
-            raise ValueError("its ids have gaps")
-        "".join(vocab).encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
-        missing = [piece for piece in ("<pad>", "<eos>", "<bos>", "<unk>") if piece not in bpe["vocab"]]
-        if missing:
-            raise ValueError(f"it has no {missing[0]}")
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in bpe["merges"]]
-        rank = {}
-        for i, (left, right) in enumerate(merges):
-            rank.setdefault(left + right, i)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        ids, merges = bpe["vocab"], bpe["merges"]
+        if bpe["type"] != "BPE" or not bpe["byte_fallback"]:
+            raise ValueError("its model is not BPE with byte_fallback")
+        if sorted(ids.values()) != list(range(len(ids))) or not special.keys() <= ids.keys():
+            raise ValueError(f"its ids have gaps, or one of {', '.join(special)} is missing")
+        made = [pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in merges]
+        rank = {piece: i for i, piece in reversed(list(enumerate(made)))}  # the first merge that makes a piece counts
+        pieces = []
+        for piece in sorted(ids, key=ids.get):
+            kind = special.get(piece, 4 if piece in added else 1)  # user defined, else normal
+            score = -float(rank.get(piece, len(made)))
+            if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                kind = 6  # a byte
+            elif piece == "\t" and ids[piece] == ids.get("<0x08>", -2) + 1:  # Hugging Face writes byte 9 as itself
+                piece, kind = "<0x09>", 6
+            pieces.append((1, protobuf((1, piece.encode()), (2, score), (3, kind))))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not Gemma's tokenizer.json ({error!r})") from None
+    trainer = [(3, 2), (4, len(ids)), (35, 1), *((40 + i, ids[piece]) for i, piece in enumerate(special)),
+               (46, b"<bos>"), (47, b"<eos>")]  # model_type BPE, vocab_size, byte_fallback, ids of special pieces
+    normalizer = [(1, b"identity"), (3, 0), (4, 0)]  # no dummy prefix; extra white space stays
+    return protobuf(*pieces, (2, protobuf(*trainer)), (3, protobuf(*normalizer)))
 
-    # the wire format of protocol buffers: (field << 3 | kind), then a varint, 4 bytes, or a length and as many bytes
+
+def protobuf(*fields):
+    """(number, value) pairs in the wire format of protocol buffers; a value is an int >= 0, a float or bytes."""
+
     def varint(n):
         return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
     def field(number, value):
-        if isinstance(value, float):
-            return varint(number << 3 | 5) + struct.pack("<f", value)
         if isinstance(value, int):
             return varint(number << 3) + varint(value)
+        if isinstance(value, float):
+            return varint(number << 3 | 5) + struct.pack("<f", value)
         return varint(number << 3 | 2) + varint(len(value)) + value
 
-    normal, unknown, control, user_defined, byte = 1, 2, 3, 4, 6  # SentencePiece.Type
-    pieces = b""
-    for i, piece in enumerate(vocab):
-        kind = normal
-        if piece in ("<pad>", "<eos>", "<bos>", "<unk>"):
-            kind = unknown if piece == "<unk>" else control
-        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            kind = byte
-        elif piece == "\t" and vocab[i - 1] == "<0x08>":  # Hugging Face's conversion writes byte 9 as itself
-            piece, kind = "<0x09>", byte
-        elif piece in added:
-            kind = user_defined
-        score = -float(rank.get(piece, len(merges)))
-        pieces += field(1, field(1, piece.encode()) + field(2, score) + field(3, kind))
-    ids = [bpe["vocab"][piece] for piece in ("<unk>", "<bos>", "<eos>", "<pad>")]
-    trainer = field(3, 2) + field(4, len(vocab)) + field(35, 1)  # model_type BPE, vocab_size, byte_fallback
-    trainer += b"".join(field(40 + i, id) for i, id in enumerate(ids))
-    trainer += field(46, b"<bos>") + field(47, b"<eos>")
-    normalizer = field(1, b"identity") + field(3, 0) + field(4, 0)  # no dummy prefix, extra white space stays
-    return pieces + field(2, trainer) + field(3, normalizer)
+    return b"".join(field(number, value) for number, value in fields)
 
 
 def train_text_tokenizer(sentences, path, vocab_size=512):
@@ -538,17 +502,9 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
     try:
         with whole(path) as temporary, open(temporary, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(s.lower() for s in sentences),
-                model_writer=file,
-                vocab_size=vocab_size,
-                model_type="bpe",
-                pad_id=0,
-                eos_id=1,
-                bos_id=2,
-                unk_id=3,
-                required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/",
-                minloglevel=2,
-            )
+                sentence_iterator=(sentence.lower() for sentence in sentences), model_writer=file,
+                vocab_size=vocab_size, model_type="bpe", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+                required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/")
     except OSError as error:
         raise OSError(f"{path}: cannot write ({error.strerror})") from None
     except RuntimeError as error:
@@ -556,11 +512,11 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# python tokenizer.py train | eval | text
+# python tokenizer.py train | eval | encode | text
 
 # The default's mask tokenizer: 128 px, 64 mask tokens. LOG.md has what it cost and reached.
 SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), decoder_mult=(1, 1, 2, 6, 6), res_blocks=1,
-                     latent_channels=32, codebook_size=4096, codebook_dim=8, norm_groups=8)  # fmt: skip
+                     latent_channels=32, codebook_size=4096, codebook_dim=8, norm_groups=8)
 
 
 def mask_batch(dataset, size, start, count, padded=False):
@@ -617,29 +573,27 @@ def reconstruction_loss(images, masks):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, size, count, batch=32, device="cpu"):
+def evaluate(model, dataset, size, count, device="cpu"):
     """Encode and decode the first `count` masks at size x size.
 
-    Returns (metrics at that size, codes used, up to 24 of (example, mask, reconstruction), metrics at the
-    pictures' own sizes).
+    Returns (metrics at that size, metrics at the pictures' own sizes, codes used, cells of a contact sheet: up to 24
+    of phrase, picture, mask and reconstruction at the picture's own size).
     """
-    from data import resize_mask
-    from metrics import SegmentationMetrics
-
-    scores, own, shown = SegmentationMetrics(), SegmentationMetrics(), []
+    square, own, cells = SegmentationMetrics(), SegmentationMetrics(), []
     used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
-    for start in range(0, count, batch):
-        examples = [dataset[i] for i in range(start, min(start + batch, count))]
-        masks = torch.stack([torch.from_numpy(resize_mask(e.mask, size)) for e in examples])
+    for start in range(0, count, 32):
+        examples = [dataset[i] for i in range(start, min(start + 32, count))]
+        masks = mask_batch(examples, size, 0, len(examples))
         tokens = model.encode(mask_to_image(masks.to(device)))
         used[tokens.unique().cpu()] = True
-        back = decode_masks(model, tokens, [(size, size)] * len(examples))
+        small = decode_masks(model, tokens, [(size, size)] * len(examples))
         large = decode_masks(model, tokens, [e.mask.shape for e in examples])
-        for example, mask, again, again_large in zip(examples, masks.numpy(), back, large):
-            scores.update(again, mask, id=example.id)
+        for example, mask, again, again_large in zip(examples, masks.numpy(), small, large):
+            square.update(again, mask, id=example.id)
             own.update(again_large, example.mask, id=example.id)
-            shown.append((example, mask, again))
-    return scores.compute(), int(used.sum()), shown[:24], own.compute()
+            if len(cells) < 24:
+                cells.append((example.phrase, [example.image, example.mask, again_large]))
+    return square.compute(), own.compute(), int(used.sum()), cells
 
 
 def summary(scores):
@@ -656,12 +610,9 @@ def train(args):
     decoder  k-means once more, so that no code is wasted; then encoder and codebook stay and the decoder alone
              goes on. Given --init-from and only this phase, every mask keeps the mask tokens it had.
 
-    A run that is stopped saves its weights and says how to go on.
+    A run that is stopped saves its weights and prints the command that goes on.
     """
-    from tqdm import tqdm
-
-    from data import WORLDS, hold_out, load_dataset
-    from metrics import BadUsage
+    from data import hold_out, load_dataset
 
     torch.manual_seed(args.seed)
     device, first = torch.device(args.device), args.start
@@ -676,15 +627,14 @@ def train(args):
     encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
     try:
         with tqdm(total=sum(phases.values()), smoothing=0.05) as bar:
-            for phase, steps in phases.items():
-                if steps:
-                    if encoder_moved:
-                        learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
-                        codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
-                        model.quantize.embedding.weight.data.copy_(codebook)
-                    encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
-                    train_phase(model, dataset, val_set, phase, steps, args, device, bar)
-                args.start += steps * args.batch_size * 2  # the next phase sees new masks
+            for phase in (phase for phase in phases if phases[phase]):
+                if encoder_moved:
+                    learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
+                    codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
+                    model.quantize.embedding.weight.data.copy_(codebook)
+                encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
+                train_phase(model, dataset, val_set, phase, phases[phase], args, device, bar)
+                args.start += phases[phase] * args.batch_size * 2  # the next phase sees new masks
     except BaseException:  # Ctrl-C, SIGTERM or an error
         if bar.n:
             model.save_pretrained(args.out, torch.float16)
@@ -719,21 +669,20 @@ def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
     # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
     banks = [p for p in parameters if p.dim() == 4]
     views = [nn.Parameter(p.data.flatten(1)) for p in banks]
-    optimizers = [
-        torch.optim.Muon(views, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([p for p in parameters if p.dim() != 4], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    others = [p for p in parameters if p.dim() != 4]
+    optimizers = (torch.optim.Muon(views, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0))
     position = args.start
     for step in range(steps):
         fraction = step / steps
         if phase == "codes" and step % 200 == 0 and fraction < 0.7:
             reseed_codes(model, mask_batch(dataset, args.size, position, 512).to(device))
         # Crops about the object, where there is something to learn; whole masks in the last third, with a codebook.
-        whole = phase != "free" and fraction > 2 / 3
-        count = args.batch_size if whole else args.batch_size * 2
+        uncropped = phase != "free" and fraction > 2 / 3
+        count = args.batch_size if uncropped else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
         position += count
-        masks = (masks if whole else crop_masks(masks, args.size // 2)).to(device)
+        masks = (masks if uncropped else crop_masks(masks, args.size // 2)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
             decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
@@ -753,9 +702,8 @@ def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
             if phase != "free":
-                scores, used, shown, _ = evaluate(model, val_set, args.size, min(128, len(val_set)), device=device)
-                contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown],
-                              args.out.with_suffix(".png"))  # fmt: skip
+                scores, _, used, cells = evaluate(model, val_set, args.size, min(128, len(val_set)), device)
+                contact_sheet(cells, args.out.with_suffix(".png"))
                 bar.write(f"step {step + 1}: {summary(scores)}, {used} of {model.config.codebook_size} codes used")
 
 
@@ -790,13 +738,13 @@ def reseed_codes(model, masks):
 
 
 def text_sentences():
-    """What the small vocabulary is made from: rich scenes' phrases, bare and instructed."""
+    """What the small vocabulary is made from: phrases of rich scenes, bare and as instructions."""
     from data import TEMPLATES, instruct, load_dataset
-    from scenes import COLOR_RIDDLES, SHAPE_RIDDLES
 
     dataset = load_dataset("scenes-rich", "train", phrases=12)
     riddles = [text for texts in (SHAPE_RIDDLES | COLOR_RIDDLES).values() for text in texts] * 40
-    for i, phrase in enumerate(itertools.chain((dataset[i].phrase for i in range(18_000)), riddles)):
+    for i in range(18_000 + len(riddles)):
+        phrase = dataset[i].phrase if i < 18_000 else riddles[i - 18_000]
         yield phrase
         yield instruct(phrase, TEMPLATES[i % len(TEMPLATES)])
 
@@ -807,21 +755,20 @@ def report(args):
     At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
     """
     from data import contact_sheet, load_dataset
-    from metrics import BadUsage, write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
     if args.size % model.config.downsample:
         raise BadUsage(f"--size {args.size} must be a multiple of {model.config.downsample}")
     dataset = load_dataset(args.data, args.split)
     count = min(args.count, len(dataset))
-    scores, used, shown, own = evaluate(model, dataset, args.size, count)
-    result = {"data": args.data, "split": args.split, "size": args.size, "codes_used": used,
-              "codebook_size": model.config.codebook_size, "square": scores, "own_size": own}  # fmt: skip
+    square, own, used, cells = evaluate(model, dataset, args.size, count)
     print(f"{args.data}:{args.split}, {count} masks, {used} of {model.config.codebook_size} codes used")
-    for name, row in ((f"at {args.size} x {args.size} px", scores), ("at the pictures' own sizes", own)):
-        print(f"{name:28} {summary(row)}")
-    contact_sheet([(e.phrase, [e.image, mask, again]) for e, mask, again in shown], f"{args.out}.png")
-    write_json(f"{args.out}.json", result)
+    for name, scores in ((f"at {args.size} x {args.size} px", square), ("at the pictures' own sizes", own)):
+        print(f"{name:28} {summary(scores)}")
+    contact_sheet(cells, f"{args.out}.png")
+    write_json(f"{args.out}.json", {
+        "data": args.data, "split": args.split, "size": args.size, "codes_used": used,
+        "codebook_size": model.config.codebook_size, "square": square, "own_size": own})
     print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
 
 
@@ -831,19 +778,15 @@ def encode(args):
 
     `python train.py --mask-tokens OUT.npy` then never runs the VQGAN encoder.
     """
-    import numpy as np
-    from tqdm import tqdm
-
     from data import load_mixture
-    from metrics import write_json
 
     model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
     dataset = load_mixture(args.data, args.split, args.root)
     if model.config.codebook_size > 65536:
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
-    count, length = min(args.count or len(dataset), len(dataset)), (args.size // model.config.downsample) ** 2
+    count, length = len(dataset), (args.size // model.config.downsample) ** 2
     path = Path(f"{str(args.out).removesuffix('.npy')}.npy")
-    with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would kill us on a full disk
+    with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
         header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
         np.lib.format.write_array_header_1_0(file, header)
         for start in tqdm(range(0, count, args.batch_size), desc="encode"):
@@ -852,7 +795,7 @@ def encode(args):
             file.write(tokens.cpu().numpy().astype("<u2").tobytes())
     write_json(path.with_suffix(".json"), {
         "data": args.data, "split": args.split, "files": dataset.file_hashes(), "count": count,
-        "size": args.size, "padded": args.padded, "mask_tokenizer": model.source})  # fmt: skip
+        "size": args.size, "padded": args.padded, "mask_tokenizer": model.source})
     print(f"wrote {path}: {count:,} examples x {length} mask tokens, and {path.with_suffix('.json')}")
 
 
@@ -862,8 +805,6 @@ def read_tokens(path, shape, source, **expected):
     shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded, as `encode`
     wrote them.
     """
-    import numpy as np
-
     try:
         found = {"padded": False, "files": []} | json.loads(path.with_suffix(".json").read_text())
         table = np.load(path, mmap_mode="r")
@@ -881,66 +822,78 @@ def read_tokens(path, shape, source, **expected):
     return table
 
 
+def text(args):
+    """Train the small SentencePiece vocabulary on the phrases of scenes."""
+    train_text_tokenizer(text_sentences(), args.out, args.vocab_size)
+    print(f"wrote {args.out}: {args.vocab_size} pieces")
+
+
 def parse_args(argv=None):
     """The flags of the sub-commands."""
-    from metrics import Parser
-    from scenes import WORLDS
-
-    assets = Path(__file__).parent / "assets"
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, job, help in (("train", train, "train a mask tokenizer on the masks of a data set"),
+                            ("eval", report, "total IoU, mAHD and codebook use on held-out masks"),
+                            ("encode", encode, "cache the mask tokens of a data set"),
+                            ("text", text, "train the small SentencePiece vocabulary of the scenes' phrases")):
+        commands.add_parser(name, help=help, description=job.__doc__).set_defaults(job=job)
 
-    p = commands.add_parser("train", help="train a mask tokenizer on the masks of scenes",
-                            description=train.__doc__)  # fmt: skip
-    p.add_argument("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
-    p.add_argument("--data", default="scenes", help="masks to learn: scenes, scenes-rich or jsonl:PATH")
-    p.add_argument("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
-    p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
-    p.add_argument("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
-    p.add_argument("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
-    p.add_argument("--decoder-steps", type=int, default=3000, help="steps of the decoder alone (default: 3000)")
-    p.add_argument("--batch-size", type=int, default=8, help="whole masks a step, or twice as many crops (default: 8)")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    p.add_argument("--noise", type=float, default=0.05, help="on the latents of the free steps (default: 0.05)")
-    p.add_argument("--fit-masks", type=int, default=2600, help="masks for each k-means (default: 2600)")
-    p.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=False,
-                   help="train the decoder in bfloat16: twice as fast where the hardware has it")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
-    p.add_argument("--seed", type=int, default=0, help="default: 0")
-    p.add_argument("--start", type=int, default=0, help="first training mask, to go on with new ones")
-    p.add_argument("--save-every", type=int, default=400, help="steps between saves and evaluations")
+    add = commands.choices["train"].add_argument
+    add("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
+    add("--data", default="scenes", help="masks to learn: scenes, scenes-rich or jsonl:PATH (default: scenes)")
+    add("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
+    add("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
+    add("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
+    add("--decoder-steps", type=int, default=3000, help="steps of the decoder alone (default: 3000)")
+    add("--batch-size", type=int, default=8, help="whole masks per step, or twice as many crops (default: 8)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    add("--noise", type=float, default=0.05, help="on the latents of the free steps (default: 0.05)")
+    add("--fit-masks", type=int, default=2600, help="masks for each k-means (default: 2600)")
+    add("--bfloat16", action=argparse.BooleanOptionalAction, default=False,
+        help="train the decoder in bfloat16: twice as fast where the hardware has it")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--start", type=int, default=0, help="first training mask, to go on with new ones")
+    add("--save-every", type=int, default=400, help="steps between saves and evaluations (default: 400)")
 
-    p = commands.add_parser("eval", help="total IoU, mAHD and codebook use on held-out masks",
-                            description=report.__doc__)  # fmt: skip
-    p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
-    p.add_argument("--data", default="scenes", help="scenes or jsonl:PATH (default: scenes)")
-    p.add_argument("--split", default="test", help="default: test")
-    p.add_argument("--count", type=int, default=2000, help="masks (default: 2000)")
-    p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128)")
-    p.add_argument("--out", type=Path, default=Path("mask_tokenizer_eval"), help="stem of the .png and .json to write")
+    add = commands.choices["eval"].add_argument
+    add("--data", default="scenes", help="scenes, scenes-rich or jsonl:PATH (default: scenes)")
+    add("--split", default="test", help="default: test")
+    add("--count", type=int, default=2000, help="masks (default: 2000)")
+    add("--out", type=Path, default=Path("mask_tokenizer_eval"), help="stem of the .png and .json to write")
 
-    p = commands.add_parser("encode", help="cache the mask tokens of a data set", description=encode.__doc__)
-    p.add_argument("--mask-tokenizer", type=Path, default=assets / "mask_tokenizer.safetensors", metavar="FILE")
-    p.add_argument("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
-    p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
-    p.add_argument("--split", default="train", help="default: train")
-    p.add_argument("--padded", action=argparse.BooleanOptionalAction, default=False,
-                   help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
-    p.add_argument("--count", type=int, help="first examples only (default: all)")
-    p.add_argument("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
-    p.add_argument("--batch-size", type=int, default=32, help="default: 32")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
-    p.add_argument("--out", type=Path, default=Path("mask_tokens"), help="stem of the .npy and .json to write")
+    add = commands.choices["encode"].add_argument
+    add("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
+    add("--root", type=Path, help="folder in which the official archives were unpacked")
+    add("--split", default="train", help="default: train")
+    add("--padded", action=argparse.BooleanOptionalAction, default=False,
+        help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
+    add("--batch-size", type=int, default=32, help="default: 32")
+    add("--out", type=Path, default=Path("mask_tokens"), help="stem of the .npy and .json to write")
 
-    p = commands.add_parser("text", help="train the small SentencePiece vocabulary of the scenes' phrases")
-    p.add_argument("--out", type=Path, default=Path("text.model"), help="file to write")
-    p.add_argument("--vocab-size", type=int, default=768)
+    for name in ("train", "eval", "encode"):
+        add = commands.choices[name].add_argument
+        add("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
+        if name != "eval":
+            add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                help="cpu, cuda, cuda:N or mps (default: cuda, else cpu)")
+        if name != "train":
+            add("--mask-tokenizer", type=Path, default=ASSETS / "mask_tokenizer.safetensors", metavar="FILE",
+                help="default: the embedded one")
+
+    add = commands.choices["text"].add_argument
+    add("--out", type=Path, default=Path("text.model"), help="file to write")
+    add("--vocab-size", type=int, default=768, help="pieces (default: 768)")
     args = parser.parse_args(argv)
-    parser = commands.choices[args.command]
+    check_args(commands.choices[args.command], args)
+    return args
+
+
+def check_args(parser, args):
+    """Error for values that a sub-command cannot use, and for an output that would overwrite another's file."""
     least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"), 1)
-    least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start", "seed", "noise"), 0)
+    least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start", "seed", "noise"), 0) | {"lr": 1e-12}
     for name, value in vars(args).items():
-        if name in least and value is not None and not least[name] <= value < 2**63:  # true of NaN as well
+        if name in least and not least[name] <= value < 2**63:  # true of NaN as well
             parser.error(f"--{name.replace('_', '-')} {value} must be at least {least[name]} and below 2^63")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
@@ -948,37 +901,30 @@ def parse_args(argv=None):
         parser.error(f"--out {args.out} is a folder: give the file to write")
     if args.command in ("train", "eval") and args.data not in WORLDS and not args.data.startswith("jsonl:"):
         parser.error(f"--data {args.data}: choose {', '.join(WORLDS)} or jsonl:PATH")
-    if args.command == "train" and args.out.suffix != ".safetensors":
-        parser.error(f"--out {args.out}: the file's name must end in .safetensors")
-    if args.command == "train" and args.out.exists() and not (args.init_from and args.init_from.exists()
-                                                              and args.out.samefile(args.init_from)):  # fmt: skip
-        parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
-    if args.command in ("eval", "encode") and args.data.startswith("jsonl:"):
-        parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
+    if args.command == "train":
+        if args.out.suffix != ".safetensors":
+            parser.error(f"--out {args.out}: the file's name must end in .safetensors")
+        goes_on = args.init_from and args.init_from.exists() and args.out.exists() and args.out.samefile(args.init_from)
+        if args.out.exists() and not goes_on:
+            parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
+        if not args.free_steps + args.steps + args.decoder_steps:
+            parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
     if args.command in ("eval", "encode"):
-        stem = args.out.with_name(args.out.name.removesuffix(".npy"))
+        if args.data.startswith("jsonl:"):
+            parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
+        stem = str(args.out).removesuffix(".npy")
         other = Path(f"{stem}.npy" if args.command == "encode" else f"{stem}.png")
         if Path(f"{stem}.json").exists() and not other.exists():
             parser.error(f"--out {args.out}: {stem}.json is there already and not from this command")
-    if args.command == "train" and not 0 < args.lr < float("inf"):
-        parser.error(f"--lr {args.lr} must be a positive number")
-    if args.command == "train" and not any((args.free_steps, args.steps, args.decoder_steps)):
-        parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
-    if hasattr(args, "device"):
+    if "device" in args:
         try:
-            torch.empty(0, device=args.device)
-            known = torch.device(args.device).type in ("cpu", "cuda", "mps")
+            torch.zeros(1, device=args.device).cpu()
         except (RuntimeError, AssertionError):
-            known = False
-        if not known:
             parser.error(f"--device {args.device} is not there: choose cpu, cuda, cuda:N or mps")
-    return args
 
 
 def main(argv=None):
     """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage, 130 after Ctrl-C."""
-    from metrics import BadUsage, printable
-
     args = parse_args(argv)
 
     def terminate(*_):
@@ -986,15 +932,7 @@ def main(argv=None):
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        if args.command == "train":
-            train(args)
-        elif args.command == "eval":
-            report(args)
-        elif args.command == "encode":
-            encode(args)
-        else:
-            train_text_tokenizer(text_sentences(), args.out, args.vocab_size)
-            print(f"wrote {args.out}: {args.vocab_size} pieces")
+        args.job(args)
     except (ValueError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2 if isinstance(error, BadUsage) else 1

@@ -1,6 +1,7 @@
 """Downloads from a server of our own."""
 
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
@@ -16,29 +17,34 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT with ranges; server.plan is a list of misbehaviours, one a request, then all is well."""
+    """Serves CONTENT with ranges. server.plan is a list of misbehaviours, one per request, after which all is well: a
+    status, headers of a redirect or of a 503, or a name."""
 
     def log_message(self, *args):
         pass
+
+    def answer(self, status, headers):
+        """An answer without content."""
+        self.send_response(status)
+        for name, value in ({"Content-Length": "0"} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def do_GET(self):
         server = self.server
         server.requests.append((self.path, dict(self.headers)))
         misbehaviour = server.plan.pop(0) if server.plan else None
         if isinstance(misbehaviour, int):
-            self.send_response(misbehaviour)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(misbehaviour, {"Retry-After": "0"})
+            return
+        if isinstance(misbehaviour, dict):
+            self.answer(302 if "Location" in misbehaviour else 503, misbehaviour)
             return
         start, resume = 0, self.headers.get("Range")
         if resume and self.headers.get("If-Range") == server.etag and misbehaviour != "no ranges":
             start = int(resume.removeprefix("bytes=").rstrip("-"))
         if start >= len(CONTENT):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(416, {"Content-Range": f"bytes */{len(CONTENT)}"})
             return
         body = CONTENT[start:]
         if misbehaviour == "a piece":  # less than was asked for
@@ -96,11 +102,12 @@ def test_a_stopped_download_goes_on_in_the_next_run(server, tmp_path):
     (tmp_path / "x.bin.part").write_bytes(CONTENT[:1000])
     (tmp_path / "x.bin.etag").write_text(server.etag)
     assert weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin") == SHA256
-    assert server.requests[0][1]["Range"] == "bytes=1000-"
+    assert server.requests[0][1]["Range"] == "bytes=999-"  # the last byte again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.bin.sha256"]
     (tmp_path / "y.bin.part").write_bytes(CONTENT)  # killed just before the renaming
     (tmp_path / "y.bin.etag").write_text(server.etag)
-    assert weights.fetch(f"{server.url}/y.bin", tmp_path / "y.bin") == SHA256 and len(server.requests) == 2
+    assert weights.fetch(f"{server.url}/y.bin", tmp_path / "y.bin") == SHA256
+    assert server.requests[-1][1]["Range"] == f"bytes={len(CONTENT) - 1}-" and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("misbehaviour", ["a piece", "another range", "another file"])
@@ -127,7 +134,7 @@ def test_a_part_of_another_file_is_thrown_away(server, tmp_path, etag, plan):
     ({"X-Linked-Etag": '"' + "0" * 64 + '"'}, f"its SHA-256 is {SHA256}, expected 0000"),
     ({"Content-Type": "text/html; charset=utf-8"}, "a web page came"),
     ({"Content-Encoding": "gzip"}, "came as gzip"),
-])  # fmt: skip
+])
 def test_wrong_size_hash_or_kind_leaves_nothing(server, tmp_path, headers, message):
     server.headers = headers
     with pytest.raises((ValueError, OSError), match=message):
@@ -143,15 +150,44 @@ def test_a_recorded_hash_is_kept_to(server, tmp_path):
 
 
 @pytest.mark.parametrize("status,requests,message", [
-    (404, 1, "answers 404"), (401, 1, "HF_TOKEN"), (403, 1, "HF_TOKEN"), (503, 6, "gave up after 6 attempts"),
-    (429, 6, "gave up after 6 attempts"),
-])  # fmt: skip
+    (404, 1, "answers 404"), (401, 1, "HF_TOKEN"), (403, 1, "HF_TOKEN"),
+    (503, 6, "answers 503 Service Unavailable, also when asked again: what came is kept, run this later"),
+    (429, 6, "answers 429 Too Many Requests, also when asked again"), (408, 6, "answers 408"),
+])
 def test_answers_that_stay_bad(server, tmp_path, status, requests, message):
     server.plan = [status] * 20
     with pytest.raises(OSError, match=message) as caught:
         weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001)
     assert len(server.requests) == requests and not (tmp_path / "x.bin").exists()
     assert server.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_token_does_not_follow_to_another_host(server, tmp_path):
+    """The hub's redirect: it announces size and hash, another host has the file and gets no token."""
+    port, linked = server.server_port, {"X-Linked-Size": str(len(CONTENT)), "X-Linked-Etag": f'"{SHA256}"'}
+    server.plan = [{"Location": f"http://localhost:{port}/y.bin", **linked}]
+    assert weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", token="secret") == SHA256
+    assert [path for path, _ in server.requests] == ["/x.bin", "/y.bin"]
+    assert [headers.get("Authorization") for _, headers in server.requests] == ["Bearer secret", None]
+    server.plan = [{"Location": f"http://localhost:{port}/y.bin", "X-Linked-Etag": f'"{"0" * 64}"'}]
+    with pytest.raises(ValueError, match=f"its SHA-256 is {SHA256}, expected 0000"):
+        weights.fetch(f"{server.url}/x.bin", tmp_path / "z.bin")
+
+
+@pytest.mark.parametrize("pause", ["soon", "-1", "Fri, 99 Foo 2026"])
+def test_an_odd_retry_after_is_one_line(server, tmp_path, pause):
+    server.plan = [{"Retry-After": pause}] * 6
+    with pytest.raises(OSError, match="run this") as caught:
+        weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001)
+    assert server.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_server_that_cannot_be_reached_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/x.bin"
+    with pytest.raises(OSError, match=f"{url}: .*Connection refused.*: what came is kept, run this again") as caught:
+        weights.fetch(url, tmp_path / "x.bin", attempts=2, wait=0.001)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_token_is_never_printed(server, tmp_path):
@@ -175,8 +211,8 @@ def test_the_command_uses_mirror_and_token(server, tmp_path, monkeypatch, capsys
     assert weights.main(["download", "gemma-tokenizer", "--root", str(tmp_path)]) == 0
     assert SHA256 in capsys.readouterr().out
     paths = [path for path, _ in server.requests]
-    assert paths[1] == "/google/siglip2-base-patch16-256/resolve/main/model.safetensors"
-    assert paths[-1] == "/big_vision/gemma_tokenizer.model"
+    assert "/google/siglip2-base-patch16-256/resolve/main/model.safetensors" in paths
+    assert len(paths) == 7 and paths[-1] == "/big_vision/gemma_tokenizer.model"
     assert server.requests[0][1]["Authorization"] == "Bearer secret"
     assert "Authorization" not in server.requests[-1][1]  # the token is the hub's
     assert (tmp_path / "siglip2-base-patch16-256" / "tokenizer.json").exists()
@@ -220,9 +256,3 @@ def test_a_stop_says_that_a_download_can_go_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(weights, "fetch", stop)
     assert weights.main(["download", "var-vq", "--root", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "stopped: run this again to go on\n"
-
-
-def test_a_revision_is_for_the_hub(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        weights.main(["download", "gemma-tokenizer", "--revision", "x"])
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --revision has no use")
