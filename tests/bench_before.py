@@ -4,7 +4,8 @@
     python tests/bench_before.py /tmp/before --pairs 7
 
 Each measurement runs in a process of its own, in the two checkouts in turn, because the speed of a busy machine changes
-from minute to minute. The table gives the ratio of the best times and of the medians: above 1 means that this checkout is faster.
+from minute to minute. The table gives the ratio of the best times and of the medians. A ratio above 1 means that this
+checkout is faster.
 """
 
 import argparse
