@@ -36,8 +36,7 @@ from metrics import BadUsage, Parser, nobody_reads, parse_json, printable, read_
 from scenes import WORLDS, draw_scene, measure, pick_phrases
 from weights import sha256_of
 
-# ----------------------------------------------------------------------------------------------------------
-# Example: what every data set yields
+# ---- Example: what every data set yields -----------------------------------------------------------------
 
 
 @dataclass
@@ -76,8 +75,7 @@ def instruct(phrase, template):
     return template.format(phrase)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# run-length encoding, as COCO stores masks: runs down the columns, the first one of background
+# ---- run-length encoding, as COCO stores masks: runs down the columns, the first one of background -------
 
 
 def rle_encode(mask):
@@ -106,7 +104,7 @@ def rle_decode(rle, size=None):
         raise ValueError(f"a run-length mask is an object with size and counts, got {short(rle)}")
     sides, counts = _numbers(rle["size"], "iu"), rle["counts"]
     if sides is None or len(sides) != 2 or (sides < 0).any() or math.prod(sides.tolist()) > MOST_PIXELS:
-        raise ValueError(f"a mask of size {short(rle['size'])}: expected height, width and {MOST_PIXELS:,} pixels at most")
+        raise ValueError(f"a mask of size {short(rle['size'])}: expected [height, width], below {MOST_PIXELS:,} pixels")
     height, width = sides.tolist()
     if size not in (None, (height, width)):
         raise ValueError(f"a run-length mask of {(height, width)}, not {size}")
@@ -193,6 +191,7 @@ def polygons_to_mask(polygons, height, width):
 
 
 def _fill(points, height, width):
+    """Points (n, 2) of one polygon -> bool (height, width)."""
     corners = np.trunc(5 * points + 0.5).astype(np.int64)
     xs, ys = [], []
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
@@ -232,8 +231,7 @@ def segmentation_to_mask(segmentation, height, width):
     return polygons_to_mask(polygons, height, width)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# pictures from files
+# ---- pictures from files ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -283,8 +281,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# to the square that the model sees
+# ---- to the square that the model sees -------------------------------------------------------------------
 
 
 def resize_picture(image, size):
@@ -346,8 +343,7 @@ def to_pixels(pictures):
     return planes.float().div_(127.5).sub_(1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# data sets
+# ---- data sets -------------------------------------------------------------------------------------------
 
 
 class Scenes:
@@ -388,8 +384,7 @@ class Scenes:
         return Example(image, phrase, np.isin(owner, indices), f"{self.split}-{i:07d}", task, label)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# public data sets, in the layouts of their official archives. Opening one reads no picture.
+# ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
 
 LABELS = Path(__file__).parent / "assets" / "labels"
 
@@ -415,20 +410,17 @@ def _check_split(name, split, splits=("train", "val")):
 
 
 def read_label_map(path):
-    """A PNG or TIFF of class numbers -> integer array (H, W): raw indices, never colors."""
-    with _reading(path, "label map"), Image.open(regular(path)) as image:
-        mode, labels = image.mode, np.asarray(image)
+    """A PNG or TIFF of class numbers or a .mat of PASCAL Context -> integer array (H, W): raw indices, never colors."""
+    with _reading(path, "label map"):
+        if path.suffix == ".mat":
+            from scipy.io import loadmat  # takes a third of a second
+
+            return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
+        with Image.open(regular(path)) as image:
+            mode, labels = image.mode, np.asarray(image)
     if mode not in ("L", "P", "I;16", "I"):
         raise ValueError(f"{path}: a picture of mode {mode}, expected a map of class numbers")
     return labels
-
-
-def _read_label_mat(path):
-    """LabelMap of a .mat of PASCAL Context -> integer array (H, W)."""
-    from scipy.io import loadmat
-
-    with _reading(path, "label map"):
-        return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
 
 
 class LabelMaps:
@@ -446,8 +438,8 @@ class LabelMaps:
         if len(set(stems)) < len(stems):
             raise ValueError(f"{maps}: the split's list names a picture twice")
         self.items = [(prefix + stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
-        self.names, self.ignored, self.read = names, ignored, _read_label_mat if end == ".mat" else read_label_map
-        values = _values_of_maps(self.items, self.read, cache)
+        self.names, self.ignored, self.counts = names, ignored, {"pictures": len(stems)}
+        values = _values_of_maps(self.items, cache)
         self.pairs = []
         for i, (picture_id, _, file) in enumerate(self.items):
             unknown = sorted(set(values[picture_id]) - set(names) - set(ignored))
@@ -455,7 +447,6 @@ class LabelMaps:
                 raise ValueError(f"{file}: value {unknown[0]} is none of the {len(names)} classes")
             present = [value for value in values[picture_id] if value in names]
             self.pairs += [(i, value) for value in (names if classes == "all" and present else present)]
-        self.counts = {"pictures": len(self.items)}
         self._recent = None, None, None
 
     def __len__(self):
@@ -465,7 +456,7 @@ class LabelMaps:
         index, value = self.pairs[i]
         if self._recent[0] != index:  # the classes of one picture are asked in a row
             _, picture, file = self.items[index]
-            image, labels = open_picture(picture), self.read(file)
+            image, labels = open_picture(picture), read_label_map(file)
             if labels.shape != image.size[::-1]:
                 raise ValueError(f"{file}: {labels.shape[1]} x {labels.shape[0]} labels for {picture} of "
                                  f"{image.size[0]} x {image.size[1]} pixels")
@@ -476,7 +467,7 @@ class LabelMaps:
                        ignore if ignore.any() else None)
 
 
-def _values_of_maps(items, read, cache):
+def _values_of_maps(items, cache):
     """{picture id: sorted values in its label map}. They take long to find, so they are kept in the file `cache`, with
     a hash of them and of the name, size and time of each map."""
     try:
@@ -495,7 +486,7 @@ def _values_of_maps(items, read, cache):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # there is none yet, or it is not ours: make it
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
-        rows = pool.imap(lambda item: values_in(read(item[2])), items)
+        rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
         bar = tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200)
         values = {picture_id: row for (picture_id, _, _), row in zip(items, bar)}
     try:
@@ -664,11 +655,11 @@ class Refer:
                 self.refs += 1
                 image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
                 for sentence in ref["sentences"]:
-                    key = image["id"], sentence["sent_id"]
-                    if key in seen:
-                        raise TypeError(f"sentence {key[1]} comes twice")
-                    seen.add(key)
-                    self.rows.append((image, annotation, {k: sentence[k] for k in ("sent", "sent_id")}, ref.get("ref_id")))
+                    row = image, annotation, sentence["sent"], sentence["sent_id"], ref.get("ref_id")
+                    if (image["id"], row[3]) in seen:
+                        raise TypeError(f"sentence {row[3]} comes twice")
+                    seen.add((image["id"], row[3]))
+                    self.rows.append(row)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{self.file}: ref {short(ref.get('ref_id'))}: not as the refer sets have it, or not "
                                  f"in {self.instances.name} ({error!r})") from None
@@ -689,14 +680,14 @@ class Refer:
 
     def phrase(self, i):
         """The sentence of example i; ValueError if it has no words. This opens no picture."""
-        _, _, sentence, ref = self.rows[i]
+        _, _, sentence, sentence_id, ref = self.rows[i]
         try:
-            return _words(sentence["sent"])
+            return _words(sentence)
         except ValueError as error:
-            raise ValueError(f"{self.file}: ref {ref}: sentence {sentence['sent_id']}: {error}") from None
+            raise ValueError(f"{self.file}: ref {ref}: sentence {sentence_id}: {error}") from None
 
     def __getitem__(self, i):
-        image, annotation, sentence, _ = self.rows[i]
+        image, annotation, _, sentence_id, _ = self.rows[i]
         phrase, number = self.phrase(i), image["id"]
         try:
             files = (image["file_name"], f"{number // 1000:02d}/images/{number}.jpg", f"{number}.jpg")  # they vary
@@ -710,7 +701,7 @@ class Refer:
             mask = segmentation_to_mask(parts, image["height"], image["width"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.instances}: annotation {annotation['id']}: {error}") from None
-        return Example(picture, phrase, mask, f"{number}:{sentence['sent_id']}", "referring")
+        return Example(picture, phrase, mask, f"{number}:{sentence_id}", "referring")
 
 
 def _words(phrase):
@@ -743,10 +734,14 @@ class JSONLines:
     from ROOT. There the mask is called `segmentation`; annotation_ids, score and provenance are not read here.
     """
 
-    def __init__(self, path, root=None):
+    def __init__(self, split, name, root=None):
+        if name == "sa-ovrs":  # annotate.py leaves sa-ovrs.jsonl, which is for training
+            path = _find(root, f"{split}.jsonl", *["sa-ovrs.jsonl"] * (split == "train"))
+        else:
+            path = Path(name.removeprefix("jsonl:"))
         if not path.is_file():
             raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-        self.path, self.root = path, Path(root) if root else path.parent
+        self.path, self.root = path, root or path.parent
         rows, start = array("q"), 0  # 32 bytes per line
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -814,20 +809,11 @@ def _hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _jsonl(split, name, root):
-    return JSONLines(Path(name.removeprefix("jsonl:")), root)
-
-
-def _sa_ovrs(split, name, root):
-    files = [f"{split}.jsonl"] + ["sa-ovrs.jsonl"] * (split == "train")  # the second as annotate.py leaves it
-    return JSONLines(_find(root, *files), root)
-
-
 # --- by name
 
 DATASETS = {**dict.fromkeys(WORLDS, Scenes), "ade20k": _ade20k, "cocostuff": _cocostuff, "voc20": _voc20,
             "pc59": _pascal_context, "pc459": _pascal_context, **dict.fromkeys(Refer.SPLITTERS, Refer),
-            "sa-ovrs": _sa_ovrs, "jsonl:PATH": _jsonl}
+            "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
 
 
 def load_dataset(name, split, root=None, **options):
@@ -854,17 +840,14 @@ def load_dataset(name, split, root=None, **options):
         raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
     if name in WORLDS:
         return Scenes(split, name, **options)
-    if kind != "jsonl:PATH":
-        if root is None:
-            raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"{root}: no such folder")
-        root = Path(root)
-    return DATASETS[kind](split, name, root, **options)
+    if root is None and kind != "jsonl:PATH":
+        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return DATASETS[kind](split, name, root and Path(root), **options)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# batches
+# ---- batches ---------------------------------------------------------------------------------------------
 
 
 class Mixture:
@@ -943,14 +926,11 @@ class Batches(torch.utils.data.Dataset):
     list of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
     """
 
-    def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
-                 rank=0, world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None,
-                 padded=False):
+    def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1, rank=0,
+                 world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None, padded=False):
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
-            raise ValueError(
-                f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x {world_size} "
-                f"ranks, and the micro-batch size a multiple of {phrases} phrases a picture"
-            )
+            raise ValueError(f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x "
+                             f"{world_size} ranks, and the micro-batch size one of {phrases} phrases per picture")
         self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
         self.mask_size, self.mask_tokens, self.padded = mask_size or size, mask_tokens, padded
         parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
@@ -986,14 +966,11 @@ class Batches(torch.utils.data.Dataset):
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
             hidden.append(rng.random(self.tokens) < share)
             ids.append(example.id)
-        return {
-            "text_ids": self.text_tokenizer(text),
-            "pictures": torch.from_numpy(pictures),
-            **({"masks": torch.from_numpy(masks)} if self.mask_tokens is None else
-               {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}),
-            "hide": torch.from_numpy(np.stack(hidden)),
-            "ids": ids,
-        }
+        batch = {"text_ids": self.text_tokenizer(text), "pictures": torch.from_numpy(pictures),
+                 "hide": torch.from_numpy(np.stack(hidden)), "ids": ids}
+        if self.mask_tokens is None:
+            return batch | {"masks": torch.from_numpy(masks)}
+        return batch | {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}
 
     def _index(self, position):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
@@ -1006,8 +983,7 @@ class Batches(torch.utils.data.Dataset):
         return int(self.starts[k]) + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
 
 
-# ----------------------------------------------------------------------------------------------------------
-# pictures for people
+# ---- pictures for people ---------------------------------------------------------------------------------
 
 
 def contact_sheet(cells, path, columns=4, tile=112, headings=()):
@@ -1043,8 +1019,7 @@ def write_picture(image, path):
         image.save(temporary, "PNG")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# python data.py preview | check
+# ---- python data.py preview | check ----------------------------------------------------------------------
 
 # What each split is published to hold: pictures, or for the referring sets refs, pictures and sentences; None: unknown.
 PUBLISHED = {
