@@ -530,11 +530,10 @@ def _cocostuff(split, name, root, classes="present", labels=None, label_root=Non
     if len(places) != 1:
         raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root=" if places
                          else f"no folder of label maps, as in annotations/{folder}"))
-    maps, end = root / places[0] / folder, ".png"
-    stems = _stems(maps, end)
-    if all(stem.endswith("_labelTrainIds") for stem in stems):
-        end = "_labelTrainIds.png"
-    stems = [stem.removesuffix("_labelTrainIds") for stem in stems if end != ".png" or "_labelTrainIds" not in stem]
+    maps = root / places[0] / folder
+    plain = [stem for stem in _stems(maps, ".png") if not stem.endswith("_labelTrainIds")]
+    end = ".png" if plain else "_labelTrainIds.png"
+    stems = plain or _stems(maps, end)
     names, used = _names("cocostuff_171.txt"), [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
     labels = labels or _cocostuff_kind(maps, [maps / f"{stem}{end}" for stem in stems], used)
     if labels not in ("raw", "converted"):
@@ -840,7 +839,7 @@ def load_dataset(name, split, root=None, **options):
         raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
     if name in WORLDS:
         return Scenes(split, name, **options)
-    if root is None and kind != "jsonl:PATH":
+    if root is None and kind == name:
         raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
@@ -1047,18 +1046,18 @@ def check(args):
     options = {"split_by": args.split_by} if args.split_by else {}
     splitter = args.split_by or Refer.SPLITTERS.get(args.name, [""])[0]
     published = PUBLISHED.get(f"{args.name} {splitter}".strip(), {})
-    optional = ("train",) if args.name.startswith("jsonl:") else ("train", "val", "test")  # for JSON lines and SA-OVRS
-    splits = [args.split] if args.split else published or (Scenes.SPLITS if args.name in WORLDS else optional)
+    splits = [args.split] if args.split else [*(published or (Scenes.SPLITS if args.name in WORLDS else ["train"]))]
+    if args.name == "sa-ovrs" and args.root and not args.split:
+        splits += [split for split in ("val", "test") if (args.root / f"{split}.jsonl").exists()]
     opened = broken = 0
     for split in splits:
         try:
             dataset = load_dataset(args.name, split, args.root, **options)
+        except BadUsage:
+            raise
         except (ValueError, OSError) as error:
-            if isinstance(error, BadUsage):
-                raise
-            if args.split or split != "val" and split != "test" or published:
-                print(printable(f"{args.name}:{split}: {error}"))
-                broken += 1
+            print(printable(f"{args.name}:{split}: {error}"))
+            broken += 1
             continue
         known = published.get(split, [None] * 3)
         counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})"

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ----------------------------------------------------------------------------------------------------------
-# vocabulary
+# ---- vocabulary ------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "hexagon")
 
@@ -88,8 +87,7 @@ WORLDS = {  # by the names of their data sets
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# drawing
+# ---- drawing ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -334,8 +332,7 @@ def measure(owner, objects):
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------
-# phrases
+# ---- phrases ---------------------------------------------------------------------------------------------
 
 # How often each group of phrases is asked, where the scene has a phrase of it.
 PHRASE_SHARE = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.14, "size": 0.09,
