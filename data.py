@@ -577,24 +577,22 @@ def _pascal_context(split, name, root, classes="present"):
     _check_split(name, split)
     base = _find(root, "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages", "JPEGImages").parent
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt", base / f"pascalcontext_{split}.txt"]
-    stems = next((file.read_text(errors="replace").split() for file in lists if file.exists()), None)
-    names, ids = _names(f"pascal_context_{name.removeprefix('pc')}.txt"), range(1, 460)
+    listed = next((file.read_text(errors="replace").split() for file in lists if file.exists()), None)
+    prepared = f"annotations_detectron2/{name}_{split}"  # One folder per split: needs no list.
     if name == "pc59":
-        ids = [int(value) for value in _names("pascal_context_59_ids.txt")]
-    prepared, end = base / "annotations_detectron2" / f"{name}_{split}", ".png"
-    if name == "pc59" and (base / "SegmentationClassContext").is_dir() and stems:
-        maps, values, ignored = base / "SegmentationClassContext", range(1, 60), (0,)
-    elif prepared.is_dir():
-        maps, values, ignored = prepared, range(len(names)), (255,) if name == "pc59" else (459, 65535)
-        end = ".png" if name == "pc59" else ".tif"
-        stems = _stems(maps, end)
-    elif (base / "trainval").is_dir() and stems:
-        maps, values, ignored, end = base / "trainval", ids, set(range(460)) - set(ids), ".mat"
+        names, ids = _names("pascal_context_59.txt"), [int(value) for value in _names("pascal_context_59_ids.txt")]
+        forms = [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
+                 ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))]
     else:
-        raise FileNotFoundError(f"{base}: holds none of SegmentationClassContext with ImageSets/SegmentationContext, "
-                                f"{prepared.relative_to(base)}, trainval with a list of {split}")
-    return LabelMaps(stems, base / "JPEGImages", maps, dict(zip(values, names)), tuple(ignored),
-                     base / f"{name}_{split}.{maps.name}.index.json", classes, end)
+        names = _names("pascal_context_459.txt")
+        forms = [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]
+    for folder, end, values, ignored in forms:
+        maps = base / folder
+        if maps.is_dir() and (listed or folder == prepared):
+            stems = _stems(maps, end) if folder == prepared else listed
+            return LabelMaps(stems, base / "JPEGImages", maps, dict(zip(values, names)), ignored,
+                             base / f"{name}_{split}.{maps.name}.index.json", classes, end)
+    raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
 
 
 # --- referring expressions: one example for each sentence

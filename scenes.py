@@ -4,7 +4,7 @@ What Shakespeare is to nanoGPT: it needs no download and never ends. data.Scenes
 Legend: H W a picture's height and width. Masks are bool (H, W), True on the object.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -74,20 +74,23 @@ class World:
     """What a drawn world holds. seed: worlds of different seeds show different scenes."""
 
     seed: int
-    shapes: tuple = SHAPES
-    colors: dict = field(default_factory=lambda: COLORS)
-    fills: tuple = ("plain",)
-    clutter: bool = False  # thin lines and specks that no phrase names
-    most_objects: int = 5
+    shapes: tuple
+    colors: dict
+    fills: tuple
+    clutter: bool  # thin lines and specks that no phrase names
+    most_objects: int
 
 
 WORLDS = {  # by the names of their data sets
-    "scenes": World(0),
+    "scenes": World(0, SHAPES, COLORS, ("plain",), False, 5),
     "scenes-rich": World(1, RICH_SHAPES, RICH_COLORS, ("plain", "plain", "striped", "dotted"), True, 8),
 }
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------
+
+
+SUPERSAMPLE = 4  # The edges of objects are drawn on a canvas this many times as fine.
 
 
 @dataclass
@@ -149,9 +152,6 @@ def outline(kind, rng):
     raise ValueError(f"unknown shape {kind!r}: choose one of {', '.join(RICH_SHAPES)}")
 
 
-SUPERSAMPLE = 4
-
-
 def _hsv_to_rgb(hue, saturation, value):
     """Degrees, [0, 1], [0, 1] -> float32 (3,) in [0, 1]."""
     k = (np.array([5.0, 3.0, 1.0]) + hue / 60.0) % 6.0
@@ -211,13 +211,15 @@ def _clutter(picture, rng):
     picture[:] = np.asarray(image, np.float32) / 255.0
 
 
-def _place(radius, width, height, others, rng):
-    """A centre for an object of `radius` px that does not bury, and is not buried by, the ones drawn before."""
-    for _ in range(20):
-        x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-        # 0.75 of the summed radii lets neighbours overlap at the rim and keeps each one recognisable
-        if all(np.hypot(x - o.x, y - o.y) > 0.75 * (radius + o.radius) for o in others):
-            return x, y
+def _place(width, height, others, rng):
+    """(x, y, radius) of an object that does not bury, and is not buried by, the ones drawn before; None: no room."""
+    side = min(height, width)
+    for radius in (side * rng.uniform(0.13, 0.4), side * 0.13):  # of any size, else a small one
+        for _ in range(20):
+            x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+            # 0.75 of the summed radii lets neighbours overlap at the rim and keeps each one recognisable
+            if all(np.hypot(x - o.x, y - o.y) > 0.75 * (radius + o.radius) for o in others):
+                return x, y, radius
     return None
 
 
@@ -238,14 +240,10 @@ def draw_scene(rng, world, novel=False):
     objects = []
     for index in range(int(rng.integers(1, world.most_objects + 1))):
         color, kind = _choose_class(objects, world, novel, index, rng)
-        radius = min(height, width) * rng.uniform(0.13, 0.4)
-        centre = _place(radius, width, height, objects, rng)
-        if centre is None:  # There is no room: the object is tried small, or left out.
-            radius = 0.13 * min(height, width)
-            centre = _place(radius, width, height, objects, rng)
-            if centre is None:
-                continue
-        shape = Shape(kind, color, *centre, radius)
+        place = _place(width, height, objects, rng)
+        if place is None:
+            continue
+        shape = Shape(kind, color, *place)
         if len(world.fills) > 1:
             shape.fill = world.fills[rng.integers(len(world.fills))]
         seen, cover = _coverage(shape, height, width, rng)
@@ -295,23 +293,19 @@ def _coverage(shape, height, width, rng):
 
 
 def _paint(region, cover, shape, ranges, tint, rng):
-    """Paint a Shape in place into its part of the picture, float32 (h, w, 3); cover: from _coverage."""
-    paint = rgb = _object_color(ranges, tint, rng)
+    """Paint a Shape in place into its part of the picture, float32 (h, w, 3); cover: from _coverage; ranges: of its
+    color in COLORS; tint: the mean of the background, float32 (3,)."""
+    for _ in range(10):  # a colour that stands out from the background
+        rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
+        if np.abs(rgb - tint).max() > 0.25:
+            break
+    paint = rgb
     if shape.fill != "plain":
         other = rgb * 0.35 if rgb.mean() > 0.4 else rgb * 0.5 + 0.5
         paint = rgb + _pattern(shape.fill, *cover.shape, rng)[..., None] * (other - rgb)
     elif rng.random() < 0.2:  # a little shading from top to bottom
         paint = rgb * np.linspace(*rng.uniform(0.8, 1.0, 2), len(cover), dtype=np.float32)[:, None, None]
     region += cover[..., None] * (paint - region)
-
-
-def _object_color(ranges, tint, rng):
-    """A colour within the ranges of its name that stands out from the background's mean `tint`."""
-    for _ in range(10):
-        rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
-        if np.abs(rgb - tint).max() > 0.25:
-            break
-    return rgb
 
 
 # A rough area of a whole object, over its radius squared.
