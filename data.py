@@ -69,7 +69,7 @@ _DETERMINERS = ("the", "a", "an", "all", "every", "everything", "something", "wh
 
 
 def instruct(phrase, template):
-    """Put `phrase` into an instruction `template`; a bare class name gets the paper's "the" before it."""
+    """Put `phrase` into an instruction `template`. A bare class name gets the paper's "the" before it."""
     if phrase.split()[0].lower() not in _DETERMINERS:
         phrase = "the " + phrase
     return template.format(phrase)
@@ -82,7 +82,7 @@ def rle_encode(mask):
     """bool (H, W) -> {"size": [H, W], "counts": compressed COCO string}."""
     mask = np.asarray(mask, bool)
     height, width = mask.shape
-    # where a pixel differs from the one before it, down the columns; without turning the whole mask
+    # The pixels that differ from the one before them, down the columns. Turning the whole mask would take longer.
     rows, columns = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), max(width, 1))
     across = np.flatnonzero(mask[:1, 1:] != mask[-1:, :-1]) + 1
     changes = np.sort(np.concatenate([columns * height + rows + 1, across * height]))
@@ -104,7 +104,8 @@ def rle_decode(rle, size=None):
         raise ValueError(f"a run-length mask is an object with size and counts, got {short(rle)}")
     sides, counts = _numbers(rle["size"], "iu"), rle["counts"]
     if sides is None or len(sides) != 2 or (sides < 0).any() or math.prod(sides.tolist()) > MOST_PIXELS:
-        raise ValueError(f"a mask of size {short(rle['size'])}: expected [height, width], below {MOST_PIXELS:,} pixels")
+        raise ValueError(f"a mask of size {short(rle['size'])}: expected [height, width], "
+                         f"at most {MOST_PIXELS:,} pixels")
     height, width = sides.tolist()
     if size not in (None, (height, width)):
         raise ValueError(f"a run-length mask of {(height, width)}, not {size}")
@@ -118,7 +119,7 @@ def rle_decode(rle, size=None):
 
 
 def pack_counts(counts):
-    """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits a character."""
+    """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits per character."""
     values = np.asarray(counts, np.int64).copy()
     values[3:] -= np.asarray(counts, np.int64)[1:-2]
     # k characters hold 5 k bits with the sign: -16 .. 15, -512 .. 511 ...
@@ -709,11 +710,11 @@ def _words(phrase):
     return phrase.strip()
 
 
-# --- one JSON object a line
+# --- one JSON object per line
 
 
 class JSONLines:
-    """Your own data: a text file with one JSON object a line.
+    """Your own data: a text file with one JSON object per line.
 
         {"image": "photos/1.jpg", "phrase": "the cup on the left", "mask": "masks/1.png"}
         {"image": "photos/1.jpg", "phrase": "the table", "mask": {"size": [480, 640], "counts": "..."}}
@@ -890,7 +891,7 @@ def load_mixture(text, split, root=None, **options):
 def hold_out(datasets, share=0.05):
     """Data sets, the first of them JSONLines -> (data sets to train on, validation set) without a common picture.
 
-    Validation has `share` of the pictures of the first one; which ones is fixed by their names. They are left out of
+    Validation has `share` of the pictures of the first data set. Their names decide which ones. They are left out of
     all JSONLines. A first data set of one picture is validated on as it is.
     """
     first = datasets[0]
@@ -900,23 +901,21 @@ def hold_out(datasets, share=0.05):
     held = pictures[: max(1, round(share * len(pictures)))]
 
     def subset(dataset, wanted):
-        rows = np.flatnonzero(np.isin(dataset.picture_of, held) == wanted)
-        return torch.utils.data.Subset(dataset, rows)
+        return torch.utils.data.Subset(dataset, np.flatnonzero(np.isin(dataset.picture_of, held) == wanted))
 
     train = [subset(dataset, False) if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
     return train, subset(first, True)
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone, so a run can stop
-    and go on anywhere, on any number of workers, with no random state to keep.
+    """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone. A run can therefore stop and
+    go on anywhere, on any number of workers, with no random state to keep.
 
-    A batch (all ranks, all accumulation) is `batch_size` phrases; P phrases in a row share a picture, and the
-    picture comes once. Two ranks never share an example; the union does not depend on how it is split.
+    A batch (all ranks, all accumulation) is `batch_size` phrases. P phrases in a row share a picture, and the picture
+    comes once. Two ranks never share an example. What they see together does not depend on how the batch is split.
 
     dataset: a Mixture, or any sequence of Example. No picture is flipped: phrases say left and right.
     mask_tokens: int array (len(dataset), M) of cached mask tokens (tokenizer.py encode), or None.
-
     padded: pictures and masks keep their aspect ratio, as pad_picture has it.
 
     Items: text_ids (b, L), pictures uint8 (b/P, S, S, 3) for `to_pixels`, masks bool (b, m, m), hide bool (b, M), ids
@@ -931,13 +930,13 @@ class Batches(torch.utils.data.Dataset):
         self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
         self.mask_size, self.mask_tokens, self.padded = mask_size or size, mask_tokens, padded
         parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
+        self.weights = parts.weights
         self.starts = np.cumsum([0, *map(len, parts.datasets)])  # where each data set begins in the mixture
         # which data set a group of phrases is from, in turn, and how many groups of that one came before in the turn
         self.turn = [(k, n) for k, weight in enumerate(parts.weights) for n in range(weight)]
-        self.weights = parts.weights
         self.batch_size, self.micro_batch_size, self.phrases = batch_size, micro_batch_size, phrases
         self.rank, self.world_size, self.seed, self.hide = rank, world_size, seed, hide
-        self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches a rank, a step
+        self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches per rank and step
         self._orders = {}  # of each data set: epoch, permutation
 
     def __getitem__(self, k):
