@@ -550,11 +550,11 @@ def test_check_counts_opens_and_names_what_is_broken(tree, capsys):
     assert data.main(["check", "refcoco", "--root", str(root), "--all"]) == 0
     out = capsys.readouterr().out
     assert "refcoco:val: 1 refs (published: 3,811), 1 pictures (published: 1,500), 3 sentences" in out
-    assert "0 broken" in out and "refcoco:testC" not in out
-    assert data.main(["check", "refcocog", "--root", str(root), "--split-by", "umd"]) == 0
+    assert "11 examples opened, 0 broken" in out and "refcoco:testC" not in out
+    assert data.main(["check", "refcoco", "--root", str(root), "--split-by", "google"]) == 0
+    assert "refcoco:test: 1 refs (published: 5,000), 1 pictures (published: 4,527), " in capsys.readouterr().out
     picture = next((root / "images").rglob("COCO_train2014_000000581857.jpg"))
     picture.write_bytes(picture.read_bytes()[:300])
-    capsys.readouterr()
     assert data.main(["check", "refcoco", "--root", str(root)]) == 1
     out = capsys.readouterr().out
     assert "broken: " in out and "COCO_train2014_000000581857.jpg: broken picture" in out
@@ -568,10 +568,20 @@ def test_check_of_label_maps_and_lines(tree, tmp_path, capsys):
     assert data.main(["check", f"jsonl:{tmp_path / 'x.jsonl'}"]) == 1
     assert "line 1: no 'image'" in capsys.readouterr().out
     assert data.main(["check", "voc20", "--root", str(root)]) == 1
-    for flags in (["check", "ade20k", "--count", "0"], ["check"], ["check", "ade20k"], ["check", "imagenet"]):
-        with pytest.raises(SystemExit) as stopped:
-            data.main(flags)
-        assert stopped.value.code == 2
+    out = capsys.readouterr().out
+    assert f"voc20:train: {root}: holds none of " in out and "0 examples opened, 2 broken" in out
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("check ade20k --count 0", "--count 0 must be at least 1"), ("check", "required: name"),
+    ("check ade20k", "ade20k needs --root"), ("check imagenet", "unknown data set 'imagenet'"),
+    ("check refcoco --root . --split-by umd", "no split_by 'umd'"), ("preview scenes --first -1", "not negative"),
+])
+def test_wrong_flags_end_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        data.main(flags.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_preview_of_a_public_set(tree, tmp_path, capsys):
