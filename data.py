@@ -17,9 +17,11 @@ import pickle
 import re
 import sys
 from array import array
-from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from inspect import signature
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from reprlib import repr as short  # of a value that may be long
@@ -27,15 +29,14 @@ from reprlib import repr as short  # of a value that may be long
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, nobody_reads, parse_json, printable, read_mask, regular, values_in, whole
 from scenes import WORLDS, draw_scene, measure, pick_phrases
 from weights import sha256_of
 
-# ----------------------------------------------------------------------------------------------------------
-# Example: what every data set yields
+# ---- Example: what every data set yields -----------------------------------------------------------------
 
 
 @dataclass
@@ -68,21 +69,20 @@ _DETERMINERS = ("the", "a", "an", "all", "every", "everything", "something", "wh
 
 
 def instruct(phrase, template):
-    """Put `phrase` into an instruction `template`; a bare class name gets the paper's "the" before it."""
+    """Put `phrase` into an instruction `template`. A bare class name gets the paper's "the" before it."""
     if phrase.split()[0].lower() not in _DETERMINERS:
         phrase = "the " + phrase
     return template.format(phrase)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# run-length encoding, as COCO stores masks: runs down the columns, the first one of background
+# ---- run-length encoding, as COCO stores masks: runs down the columns, the first one of background -------
 
 
 def rle_encode(mask):
     """bool (H, W) -> {"size": [H, W], "counts": compressed COCO string}."""
     mask = np.asarray(mask, bool)
     height, width = mask.shape
-    # where a pixel differs from the one before it, down the columns; without turning the whole mask
+    # The pixels that differ from the one before them, down the columns. Turning the whole mask would take longer.
     rows, columns = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), max(width, 1))
     across = np.flatnonzero(mask[:1, 1:] != mask[-1:, :-1]) + 1
     changes = np.sort(np.concatenate([columns * height + rows + 1, across * height]))
@@ -94,26 +94,23 @@ def rle_encode(mask):
 MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
 
 
-def check_size(size):
-    """(height, width) as a file declares it; ValueError if no picture has this size."""
-    sides = _numbers(size)
-    if sides is None or sides.shape != (2,) or sides.dtype.kind == "f" or (sides < 0).any() or (
-            math.prod(sides.tolist()) > MOST_PIXELS):  # fmt: skip
-        raise ValueError(f"a mask of size {short(size)}: expected [height, width], at most {MOST_PIXELS:,} pixels")
-    return tuple(sides.tolist())
-
-
-def rle_decode(rle):
+def rle_decode(rle, size=None):
     """COCO run-length encoding, compressed (str or bytes) or a plain list of counts -> bool (H, W).
 
-    Raises ValueError for anything else, and where the counts do not fill the size.
+    size: the (H, W) that it must declare, where it is known; another one is then never allocated.
+    ValueError for anything else, and where the counts do not fill the size.
     """
     if not (isinstance(rle, dict) and "size" in rle and "counts" in rle):
         raise ValueError(f"a run-length mask is an object with size and counts, got {short(rle)}")
-    height, width = check_size(rle["size"])
-    counts = rle["counts"]
-    counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else _numbers(counts)
-    if counts is None or counts.dtype.kind == "f" or not ((0 <= counts) & (counts <= MOST_PIXELS)).all():
+    sides, counts = _numbers(rle["size"], "iu"), rle["counts"]
+    if sides is None or len(sides) != 2 or (sides < 0).any() or math.prod(sides.tolist()) > MOST_PIXELS:
+        raise ValueError(f"a mask of size {short(rle['size'])}: expected [height, width], "
+                         f"at most {MOST_PIXELS:,} pixels")
+    height, width = sides.tolist()
+    if size not in (None, (height, width)):
+        raise ValueError(f"a run-length mask of {(height, width)}, not {size}")
+    counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else _numbers(counts, "iu")
+    if counts is None or not ((0 <= counts) & (counts <= MOST_PIXELS)).all():
         raise ValueError(f"run-length counts are a string or a list of whole numbers, got {short(rle['counts'])}")
     if counts.sum() != height * width:
         raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
@@ -122,7 +119,7 @@ def rle_decode(rle):
 
 
 def pack_counts(counts):
-    """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits a character."""
+    """Counts -> COCO's string: from the fourth on the difference to the last but one, 5 bits per character."""
     values = np.asarray(counts, np.int64).copy()
     values[3:] -= np.asarray(counts, np.int64)[1:-2]
     # k characters hold 5 k bits with the sign: -16 .. 15, -512 .. 511 ...
@@ -139,11 +136,9 @@ def unpack_counts(text):
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
         return codes
+    if (codes < 0).any() or (codes > 63).any() or codes[-1] & 0x20:
+        raise ValueError("the run-length string ends in the middle of a count or has characters that COCO does not use")
     ends = np.flatnonzero(codes & 0x20 == 0)
-    if (codes < 0).any() or (codes > 63).any():
-        raise ValueError("the run-length string has characters that COCO does not use")
-    if len(ends) == 0 or ends[-1] != len(codes) - 1:
-        raise ValueError("the run-length string ends in the middle of a count")
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > 7:
@@ -156,15 +151,15 @@ def unpack_counts(text):
     return values
 
 
-def _numbers(values):
-    """A list, tuple or array of numbers as an array (n,), or None if it is something else."""
+def _numbers(values, kinds):
+    """A list, tuple or array of numbers as an array (n,), or None if it is something else; kinds: of NumPy's dtypes."""
     if not isinstance(values, (list, tuple, np.ndarray)):
         return None
     try:
         numbers = np.asarray(values) if len(values) else np.zeros(0, np.int64)
     except ValueError:  # lists of different lengths in it
         return None
-    return numbers if numbers.ndim == 1 and numbers.dtype.kind in "iuf" else None
+    return numbers if numbers.ndim == 1 and numbers.dtype.kind in kinds else None
 
 
 def polygons_to_mask(polygons, height, width):
@@ -179,13 +174,13 @@ def polygons_to_mask(polygons, height, width):
     # would take too long; real annotations stay far below both.
     far = 2 * max(height, width)
     for polygon in polygons:
-        numbers = _numbers(polygon)
+        numbers = _numbers(polygon, "iuf")
         if numbers is None:
             raise ValueError(f"a polygon is a list of numbers x0, y0, x1, y1, ..., got {short(polygon)}")
         wrong = numbers[~(np.abs(numbers) <= far)]  # NaN too
         if len(wrong):
             raise ValueError(f"a polygon holds {wrong[0]}: expected numbers from {-far} to {far} in a picture of "
-                             f"{width} x {height}")  # fmt: skip
+                             f"{width} x {height}")
         if len(numbers) < 6 or len(numbers) % 2:
             raise ValueError(f"a polygon of {len(numbers) / 2:g} points: at least three (x, y) are needed")
         points = numbers.astype(np.float64).reshape(-1, 2)
@@ -197,6 +192,7 @@ def polygons_to_mask(polygons, height, width):
 
 
 def _fill(points, height, width):
+    """Points (n, 2) of one polygon -> bool (height, width)."""
     corners = np.trunc(5 * points + 0.5).astype(np.int64)
     xs, ys = [], []
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
@@ -228,42 +224,41 @@ def segmentation_to_mask(segmentation, height, width):
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if not isinstance(parts, list):
         raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(segmentation)}")
-    for part in parts:
-        # The picture's size is known, so a larger one that a file declares is never allocated.
-        if isinstance(part, dict) and "size" in part and check_size(part["size"]) != (height, width):
-            raise ValueError(f"a run-length mask of {tuple(part['size'])}, not {(height, width)}")
     polygons = [part for part in parts if not isinstance(part, dict)]
-    masks = (rle_decode(part) for part in parts if isinstance(part, dict))  # one at a time: a file can hold thousands
-    if len(polygons) == len(parts):
-        return polygons_to_mask(polygons, height, width)
-    mask = reduce(np.logical_or, masks)
-    return mask | polygons_to_mask(polygons, height, width) if polygons else mask
+    masks = (rle_decode(part, (height, width)) for part in parts if isinstance(part, dict))  # can be thousands
+    if len(polygons) < len(parts):
+        mask = reduce(np.logical_or, masks)
+        return mask | polygons_to_mask(polygons, height, width) if polygons else mask
+    return polygons_to_mask(polygons, height, width)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# pictures from files
+# ---- pictures from files ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path, what):
+    """Every error while a file is read becomes one line: decoders raise nearly every kind for a damaged file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such {what}") from None
+    except Exception as error:
+        raise ValueError(f"{path}: broken {what} ({error})") from None
 
 
 def open_picture(source):
     """Open a picture of any kind as an upright 8-bit RGB PIL image; `source`: a path or a binary file.
 
     EXIF rotation is applied, transparency goes onto white, 16-bit grey is scaled to 8 bits.
-    Raises FileNotFoundError, or ValueError with one line for a file that is no whole picture.
+    FileNotFoundError, or ValueError with one line for a file that is no whole picture.
     """
     path = isinstance(source, (str, Path))
-    name = source if path else "standard input"
-    try:
+    with _reading(source if path else "standard input", "picture"):
         with Image.open(regular(source) if path else source) as image:
             if image.format == "EPS":
                 raise ValueError("a PostScript program, which is not run")  # Pillow would start Ghostscript
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such picture") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: not a picture that Pillow can read") from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
-        raise ValueError(f"{name}: broken picture ({error})") from None
     return to_rgb(image)
 
 
@@ -287,8 +282,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# to the square that the model sees
+# ---- to the square that the model sees -------------------------------------------------------------------
 
 
 def resize_picture(image, size):
@@ -350,8 +344,7 @@ def to_pixels(pictures):
     return planes.float().div_(127.5).sub_(1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# data sets
+# ---- data sets -------------------------------------------------------------------------------------------
 
 
 class Scenes:
@@ -364,17 +357,16 @@ class Scenes:
     SPLITS = {"train": 1_000_000, "val": 2_000, "test": 2_000, "novel": 2_000}
 
     def __init__(self, split="train", name="scenes", phrases=1):
-        if split not in self.SPLITS:
-            raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(self.SPLITS)}")
+        _check_split(name, split, self.SPLITS)
         self.split, self.world, self.phrases = split, WORLDS[name], phrases
-        self._recent = OrderedDict()  # the last few scenes: the P phrases of a picture are asked in a row
+        self._recent = None, None  # the last scene: the P phrases of a picture are asked in a row
 
     def __len__(self):
         return self.SPLITS[self.split] * self.phrases
 
     def scene(self, index):
         """Picture `index`: (PIL image, owner int8 (H, W), list of Shape, list of P picked phrases)."""
-        if index not in self._recent:
+        if self._recent[0] != index:
             rng = np.random.default_rng([list(self.SPLITS).index(self.split), index, self.world.seed])
             novel = self.split == "novel"
             while True:  # an object can end up almost hidden behind later ones: draw another scene
@@ -382,10 +374,8 @@ class Scenes:
                 if measure(owner, objects):
                     break
             picked = pick_phrases(objects, *owner.shape, self.phrases, rng, must=0 if novel else None)
-            self._recent[index] = Image.fromarray(picture), owner, objects, picked
-            while len(self._recent) > 4:
-                self._recent.popitem(last=False)
-        return self._recent[index]
+            self._recent = index, (Image.fromarray(picture), owner, objects, picked)
+        return self._recent[1]
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
@@ -395,73 +385,13 @@ class Scenes:
         return Example(image, phrase, np.isin(owner, indices), f"{self.split}-{i:07d}", task, label)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# public data sets, in the layouts of their official archives. Opening one reads no picture.
+# ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
 
 LABELS = Path(__file__).parent / "assets" / "labels"
 
-# (data set, split): pictures, or for the referring sets (refs, pictures, sentences) by splitter; None: not published
-PUBLISHED = {
-    ("ade20k", "train"): 20210, ("ade20k", "val"): 2000, ("cocostuff", "train"): 118287, ("cocostuff", "val"): 5000,
-    ("voc20", "train"): 1464, ("voc20", "val"): 1449, ("pc59", "train"): 4998, ("pc59", "val"): 5105,
-    ("pc459", "train"): 4998, ("pc459", "val"): 5105,
-    ("refcoco", "unc", "train"): (42404, 16994, 120624), ("refcoco", "unc", "val"): (3811, 1500, 10834),
-    ("refcoco", "unc", "testA"): (1975, 750, 5657), ("refcoco", "unc", "testB"): (1810, 750, 5095),
-    ("refcoco", "google", "train"): (40000, 19213, None), ("refcoco", "google", "val"): (5000, 4559, None),
-    ("refcoco", "google", "test"): (5000, 4527, None),
-    ("refcoco+", "unc", "train"): (42278, 16992, 120191), ("refcoco+", "unc", "val"): (3805, 1500, 10758),
-    ("refcoco+", "unc", "testA"): (1975, 750, 5726), ("refcoco+", "unc", "testB"): (1798, 750, 4889),
-    ("refcocog", "umd", "train"): (42226, 21899, 80512), ("refcocog", "umd", "val"): (2573, 1300, 4896),
-    ("refcocog", "umd", "test"): (5023, 2600, 9602),
-    ("refcocog", "google", "train"): (44822, 24698, 85474), ("refcocog", "google", "val"): (5000, 4650, 9536),
-    ("refclef", "unc", "train"): (None, 17978, None), ("refclef", "unc", "val"): (None, 2000, 12029),
-    ("refclef", "unc", "testA"): (None, 485, 3449), ("refclef", "unc", "testB"): (None, 490, 3221),
-    ("refclef", "unc", "testC"): (None, 465, 2664),
-    ("refclef", "berkeley", "train"): (None, None, 54127), ("refclef", "berkeley", "val"): (None, None, 5842),
-    ("refclef", "berkeley", "test"): (None, None, 60103),
-}  # fmt: skip
 
-
-def load_dataset(name, split, root=None, **options):
-    """Open a data set: a sequence of Example.
-
-    name, with its splits and options:
-        scenes scenes-rich          train val test novel; phrases=
-        ade20k cocostuff            train val; classes="present" | "all". cocostuff: labels="raw" | "converted" where
-                                    the label maps do not tell, label_root=FOLDER where there are several
-        voc20 pc59 pc459            train val; classes=
-        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them;
-                                    split_by="unc" | "google" | "umd" | "berkeley"
-        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
-        jsonl:PATH                  your own data, see JSONLines; the split is not used
-    root: the folder in which the official archives were unpacked; the drawn worlds need none.
-    FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
-    """
-    if name.startswith("jsonl:"):
-        return _checked(JSONLines, name, options, (), Path(name.removeprefix("jsonl:")), root)
-    openers = {**dict.fromkeys(WORLDS, (Scenes, ("phrases",))), "ade20k": (_ade20k, ("classes",)),
-               "cocostuff": (_cocostuff, ("classes", "labels", "label_root")), "voc20": (_voc20, ("classes",)),
-               "pc59": (_pascal_context, ("classes",)), "pc459": (_pascal_context, ("classes",)),
-               "sa-ovrs": (_sa_ovrs, ()),
-               **{refer: (Refer, ("split_by",)) for refer in Refer.SPLITTERS}}  # fmt: skip
-    if name not in openers:
-        raise BadUsage(f"unknown data set {name!r}: choose one of {', '.join(openers)}, jsonl:PATH")
-    opener, known = openers[name]
-    if name in WORLDS:
-        return _checked(opener, name, options, known, split, name)
-    if root is None:
-        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    arguments = (name, Path(root), split) if opener in (Refer, _pascal_context) else (Path(root), split)
-    return _checked(opener, name, options, known, *arguments)
-
-
-def _checked(opener, name, options, known, *arguments):
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
-    return opener(*arguments, **options)
+def _names(file):
+    return (LABELS / file).read_text().splitlines()
 
 
 def _find(root, *candidates):
@@ -472,39 +402,50 @@ def _find(root, *candidates):
     raise FileNotFoundError(f"{root}: holds none of {', '.join(map(str, candidates))}")
 
 
-def _choose(split, splits, name):
+def _check_split(name, split, splits=("train", "val")):
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
-    return splits[split] if isinstance(splits, dict) else split
-
-
-def _names(file):
-    return (LABELS / file).read_text().splitlines()
 
 
 # --- label maps: one example for each picture and class
 
 
+def read_label_map(path):
+    """A PNG or TIFF of class numbers or a .mat of PASCAL Context -> integer array (H, W): raw indices, never colors."""
+    with _reading(path, "label map"):
+        if path.suffix == ".mat":
+            from scipy.io import loadmat  # takes a third of a second
+
+            return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
+        with Image.open(regular(path)) as image:
+            mode, labels = image.mode, np.asarray(image)
+    if mode not in ("L", "P", "I;16", "I"):
+        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of class numbers")
+    return labels
+
+
 class LabelMaps:
     """Examples of pictures with a map of classes: picture, class name, the pixels of that class.
 
-    items: list of (picture id, picture file, source of the label map); read: source -> integer array (H, W);
-    names: {value in the map: class name}; ignored: values that are not scored; values: {picture id: values in its
-    map}, see _values_of_maps. classes: "present" asks for the classes that a picture has; "all" asks for every class,
-    with an empty mask where it is absent.
+    pictures, maps: folders; the files of a picture are STEM.jpg and STEM + `end`, its id is `prefix` + STEM.
+    names: {value in the map: class name}; ignored: values that are not scored; cache: file for the values in each map.
+    classes: "present" asks for the classes that a picture has; "all" asks for every class, with an empty mask where it
+    is absent.
     """
 
-    def __init__(self, items, read, names, ignored, values, classes="present"):
-        self.items, self.read, self.names, self.ignored = items, read, names, ignored
+    def __init__(self, stems, pictures, maps, names, ignored, cache, classes, end=".png", prefix=""):
         if classes not in ("present", "all"):
             raise BadUsage(f"classes {classes!r}: choose present or all")
+        if len(set(stems)) < len(stems):
+            raise ValueError(f"{maps}: the split's list names a picture twice")
+        self.items = [(prefix + stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
+        self.names, self.ignored, self.counts = names, ignored, {"pictures": len(stems)}
+        values = _values_of_maps(self.items, cache)
         self.pairs = []
-        if len(values) < len(items):
-            raise ValueError(f"{items[0][1].parent}: the split's list names a picture twice")
-        for i, (picture_id, _, source) in enumerate(items):
+        for i, (picture_id, _, file) in enumerate(self.items):
             unknown = sorted(set(values[picture_id]) - set(names) - set(ignored))
             if unknown:
-                raise ValueError(f"{source}: value {unknown[0]} is none of the {len(names)} classes")
+                raise ValueError(f"{file}: value {unknown[0]} is none of the {len(names)} classes")
             present = [value for value in values[picture_id] if value in names]
             self.pairs += [(i, value) for value in (names if classes == "all" and present else present)]
         self._recent = None, None, None
@@ -515,243 +456,144 @@ class LabelMaps:
     def __getitem__(self, i):
         index, value = self.pairs[i]
         if self._recent[0] != index:  # the classes of one picture are asked in a row
-            _, file, source = self.items[index]
-            image, labels = open_picture(file), self.read(source)
+            _, picture, file = self.items[index]
+            image, labels = open_picture(picture), read_label_map(file)
             if labels.shape != image.size[::-1]:
-                raise ValueError(f"{source}: {labels.shape[1]} x {labels.shape[0]} labels for {file} of "
-                                 f"{image.size[0]} x {image.size[1]} pixels")  # fmt: skip
+                raise ValueError(f"{file}: {labels.shape[1]} x {labels.shape[0]} labels for {picture} of "
+                                 f"{image.size[0]} x {image.size[1]} pixels")
             self._recent = index, image, labels
         _, image, labels = self._recent
         name, ignore = self.names[value], np.isin(labels, self.ignored)
         return Example(image, name, labels == value, f"{self.items[index][0]}:{value}", "semantic", name,
-                       ignore if ignore.any() else None)  # fmt: skip
+                       ignore if ignore.any() else None)
 
 
-def _values_of_maps(items, read, cache, stamp):
-    """{picture id: sorted values in its label map}: slow to find out, so kept in the file `cache`, and taken from it
-    while the `stamp` of the maps is the same."""
-    digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+def _values_of_maps(items, cache):
+    """{picture id: sorted values in its label map}. They take long to find, so they are kept in the file `cache`, with
+    a hash of them and of the name, size and time of each map."""
+    try:
+        stats = [(file.name, file.stat()) for _, _, file in items]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename}: no such label map, though the split's list names it") from None
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def digest(values):
+        return hashlib.sha256(json.dumps([stamps, values]).encode()).hexdigest()
+
     try:
         content = parse_json(regular(cache).read_bytes())
-        values = content["values"]
-        if content["stamp"] == digest and values.keys() == {picture_id for picture_id, _, _ in items} and all(
-                type(value) is int for row in values.values() for value in row):  # fmt: skip
-            return values
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # none there yet, or not ours: make it
+        if content["stamp"] == digest(content["values"]):
+            return content["values"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # there is none yet, or it is not ours: make it
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
-        rows = pool.imap(lambda item: values_in(read(item[2])), items)
+        rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
         bar = tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200)
         values = {picture_id: row for (picture_id, _, _), row in zip(items, bar)}
     try:
         with whole(cache) as temporary:
-            temporary.write_text(json.dumps({"stamp": digest, "values": values}))
+            temporary.write_text(json.dumps({"stamp": digest(values), "values": values}))
     except OSError:
-        pass  # a data set that cannot be written to: found out again next time
+        pass  # the folder cannot be written to: they are found out again next time
     return values
 
 
-def _stamp(files):
-    """What tells whether files changed: name, size and time of each."""
-    stats = [(file.name, file.stat()) for file in files]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def _stems(folder, end):
+    """The names of the files in a folder that end in `end`, without it, sorted."""
+    stems = [file.name.removesuffix(end) for file in sorted(folder.glob(f"*{end}"))]
+    if not stems:
+        raise FileNotFoundError(f"{folder}: no *{end}, expected label maps")
+    return stems
 
 
-def read_label_map(path):
-    """A PNG or TIFF of class numbers -> integer array (H, W): raw indices, never colors."""
-    try:
-        with Image.open(regular(path)) as image:
-            mode, labels = image.mode, np.asarray(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such label map") from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
-        raise ValueError(f"{path}: broken label map ({error})") from None
-    if mode not in ("L", "P", "I;16", "I"):
-        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of class numbers")
-    return labels
-
-
-def _map_files(folder, pattern, what):
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no {pattern}, expected the label maps of {what}")
-    return files
-
-
-def _ade20k(root, split, classes="present"):
+def _ade20k(split, name, root, classes="present"):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
-    folder = _choose(split, {"train": "training", "val": "validation"}, "ade20k")
-    if (root / "index_ade20k.pkl").exists() or list(root.glob("ADE20K_20*")):
+    _check_split(name, split)
+    folder = {"train": "training", "val": "validation"}[split]
+    if (root / "index_ade20k.pkl").exists() or any(root.glob("ADE20K_20*")):
         raise ValueError(f"{root}: the full ADE20K; the benchmark of 150 classes is ADEChallengeData2016.zip")
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
-    files = _map_files(base / "annotations" / folder, "*.png", "ADEChallengeData2016")
-    items = [(file.stem, base / "images" / folder / f"{file.stem}.jpg", file) for file in files]
-    names = dict(enumerate(_names("ade20k_150.txt"), 1))
-    cache = base / "annotations" / f"{folder}.index.json"
-    values = _values_of_maps(items, read_label_map, cache, _stamp(files))
-    return LabelMaps(items, read_label_map, names, (0,), values, classes)
+    maps, names = base / "annotations" / folder, dict(enumerate(_names("ade20k_150.txt"), 1))
+    return LabelMaps(_stems(maps, ".png"), base / "images" / folder, maps, names, (0,),
+                     maps.with_name(f"{folder}.index.json"), classes)
 
 
-def _cocostuff(root, split, classes="present", labels=None, label_root=None):
+def _cocostuff(split, name, root, classes="present", labels=None, label_root=None):
     """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
-    folder = _choose(split, {"train": "train2017", "val": "val2017"}, "cocostuff")
+    _check_split(name, split)
+    folder = f"{split}2017"
     if any(root.glob("annotations/COCO_train2014_*.mat")) or (root / "imageLists").exists():
         raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
-                         "and the pictures of COCO 2017")  # fmt: skip
+                         "and the pictures of COCO 2017")
     usual = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
-             "stuffthingmaps_detectron2")  # fmt: skip
+             "stuffthingmaps_detectron2")
     places = [label_root] if label_root else [place for place in usual if (root / place / folder).is_dir()]
     if len(places) != 1:
         raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root=" if places
-                         else f"no folder of label maps, as in annotations/{folder}"))  # fmt: skip
-    base = root / places[0]
-    files = _map_files(base / folder, "*.png", "COCO-Stuff")
-    plain = [file for file in files if not file.stem.endswith("_labelTrainIds")]
-    files = plain or files
-    pictures = _find(root, f"images/{folder}", folder)
-    items = [(f"{folder}/{file.stem.removesuffix('_labelTrainIds')}",
-              pictures / f"{file.stem.removesuffix('_labelTrainIds')}.jpg", file) for file in files]  # fmt: skip
-    used = [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
-    names = _names("cocostuff_171.txt")
-    cache = base / f"{folder}.index.json"
-    values = _values_of_maps(items, read_label_map, cache, _stamp(files))
-    if labels is None:
-        labels = _cocostuff_kind(values, base, used)
+                         else f"no folder of label maps, as in annotations/{folder}"))
+    maps = root / places[0] / folder
+    plain = [stem for stem in _stems(maps, ".png") if not stem.endswith("_labelTrainIds")]
+    end = ".png" if plain else "_labelTrainIds.png"
+    stems = plain or _stems(maps, end)
+    names, used = _names("cocostuff_171.txt"), [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
+    labels = labels or _cocostuff_kind(maps, [maps / f"{stem}{end}" for stem in stems], used)
     if labels not in ("raw", "converted"):
         raise BadUsage(f"labels {labels!r}: choose raw or converted")
-    names = dict(zip(used, names)) if labels == "raw" else dict(enumerate(names))
-    return LabelMaps(items, read_label_map, names, (255,), values, classes)
+    return LabelMaps(stems, _find(root, f"images/{folder}", folder), maps,
+                     dict(zip(used, names)) if labels == "raw" else dict(enumerate(names)), (255,),
+                     maps.with_name(f"{folder}.index.json"), classes, end, f"{folder}/")
 
 
-def _cocostuff_kind(values, base, used):
-    """Raw maps have values above 170, converted ones have values that no raw map has; found in `values` or, if these
-    few maps do not tell, in the other maps below `base`."""
-    never = set(range(182)) - set(used)  # eleven ids without pixels
-
-    def kinds(found):
-        return {"raw" if value > 170 else "converted" for value in found if value != 255 and
-                (value > 170 or value in never)}  # fmt: skip
-
-    found = kinds(value for row in values.values() for value in row)
-    if not found:
-        for file in base.glob("*2017/*.png"):
-            if found := kinds(np.unique(read_label_map(file)).tolist()):
-                break
-    if len(found) != 1:
-        raise ValueError(f"{base}: " + ("its maps have values of the raw 182 ids and of the converted 171" if found else
-                         "its maps do not tell whether they are raw (182 ids) or converted (171)")
-                         + ": in Python, say labels='raw' or 'converted' to load_dataset")  # fmt: skip
-    return found.pop()
+def _cocostuff_kind(maps, files, used):
+    """Raw maps have values above 170, converted ones have values that no raw map has. The first map that tells decides;
+    where none of `files` does, those of the other split are looked at."""
+    never = set(range(171)) - set(used)  # ids without pixels
+    for file in chain(files, maps.parent.glob("*2017/*.png")):
+        values = set(values_in(read_label_map(file))) - {255}
+        raw, converted = max(values, default=0) > 170, bool(values & never)
+        if raw and converted:
+            raise ValueError(f"{file}: it has values of the raw 182 ids and of the converted 171")
+        if raw or converted:
+            return "raw" if raw else "converted"
+    raise ValueError(f"{maps.parent}: its maps do not tell whether they are raw (182 ids) or converted (171): in "
+                     "Python, say labels='raw' or 'converted' to load_dataset")
 
 
-def _ids(file):
-    return file.read_text(errors="replace").split()
-
-
-def _voc20(root, split, classes="present"):
+def _voc20(split, name, root, classes="present"):
     """PASCAL VOC 2012, 20 classes: background and void are not scored ("PAS-20")."""
-    _choose(split, ("train", "val"), "voc20")
+    _check_split(name, split)
     base = _find(root, "VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets").parent
-    items = [(stem, base / "JPEGImages" / f"{stem}.jpg", base / "SegmentationClass" / f"{stem}.png")
-             for stem in _ids(_find(base, f"ImageSets/Segmentation/{split}.txt"))]  # fmt: skip
-    names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
-    cache = base / f"SegmentationClass.{split}.index.json"
-    values = _values_of_maps(items, read_label_map, cache, _stamp_of_sources(items))
-    return LabelMaps(items, read_label_map, names, (0, 255), values, classes)
+    stems = _find(base, f"ImageSets/Segmentation/{split}.txt").read_text(errors="replace").split()
+    return LabelMaps(stems, base / "JPEGImages", base / "SegmentationClass",
+                     dict(enumerate(_names("pascal_voc_20.txt"), 1)), (0, 255),
+                     base / f"SegmentationClass.{split}.index.json", classes)
 
 
-def _stamp_of_sources(items):
-    for _, _, source in items:
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: no such label map, though the split's list names it")
-    return _stamp([source for _, _, source in items])
-
-
-def _pascal_context(name, root, split, classes="present"):
+def _pascal_context(split, name, root, classes="present"):
     """PASCAL Context, 59 or all 459 classes, in whichever of its published forms is there.
 
     The 59 are in rising order of their 459 ids, as mmsegmentation, SAN and CAT-Seg have them; the maps that OVSeg
     prepares lie in a folder of the same name in another order and cannot be told from these.
     """
-    _choose(split, ("train", "val"), name)
+    _check_split(name, split)
     base = _find(root, "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages", "JPEGImages").parent
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt", base / f"pascalcontext_{split}.txt"]
-    stems = next((_ids(file) for file in lists if file.exists()), None)
-    names_459, names_59 = _names("pascal_context_459.txt"), _names("pascal_context_59.txt")
-    ids_59 = [int(value) for value in _names("pascal_context_59_ids.txt")]
-    prepared = base / "annotations_detectron2" / f"{name}_{split}"
-    read, ignored = read_label_map, (255,)
-    if name == "pc59" and (base / "SegmentationClassContext").is_dir() and stems:
-        folder, end, names, ignored = base / "SegmentationClassContext", "png", dict(enumerate(names_59, 1)), (0,)
-    elif prepared.is_dir():
-        folder, end = prepared, "png" if name == "pc59" else "tif"
-        names = dict(enumerate(names_59 if name == "pc59" else names_459))
-        ignored = (255,) if name == "pc59" else (459, 65535)
-        stems = sorted(file.stem for file in folder.glob(f"*.{end}"))
-    elif (base / "trainval").is_dir() and stems:
-        folder, end, read = base / "trainval", "mat", _read_label_mat
-        names = dict(zip(ids_59, names_59)) if name == "pc59" else dict(enumerate(names_459, 1))
-        ignored = tuple(value for value in range(460) if value not in names)
-    elif name == "pc59" and (base / "trainval_merged.json").exists():
-        return _pascal_in_detail(base, split, dict(zip(ids_59, names_59)), classes)
+    listed = next((file.read_text(errors="replace").split() for file in lists if file.exists()), None)
+    prepared = f"annotations_detectron2/{name}_{split}"  # One folder per split: needs no list.
+    if name == "pc59":
+        names, ids = _names("pascal_context_59.txt"), [int(value) for value in _names("pascal_context_59_ids.txt")]
+        forms = [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
+                 ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))]
     else:
-        raise FileNotFoundError(f"{base}: holds none of SegmentationClassContext with ImageSets/SegmentationContext, "
-                                f"{prepared.relative_to(base)}, trainval with a list of {split}, "
-                                "trainval_merged.json (for pc59)")
-    items = [(stem, base / "JPEGImages" / f"{stem}.jpg", folder / f"{stem}.{end}") for stem in stems]
-    cache = base / f"{name}_{split}.{folder.name}.index.json"
-    values = _values_of_maps(items, read, cache, _stamp_of_sources(items))
-    return LabelMaps(items, read, names, ignored, values, classes)
-
-
-def _read_label_mat(path):
-    """LabelMap of a .mat of PASCAL Context -> integer array (H, W)."""
-    from scipy.io import loadmat
-
-    try:
-        return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
-    except Exception as error:  # scipy raises many kinds for a damaged file
-        raise ValueError(f"{path}: broken label map ({error})") from None
-
-
-def _pascal_in_detail(base, split, names, classes):
-    """trainval_merged.json: run-length masks of the 59 classes by their 459 ids, painted in the order of the file."""
-    file = base / "trainval_merged.json"
-    content = _read_json(file)
-    try:
-        pictures = {image["image_id"]: image for image in content["images"] if image["phase"] == split}
-        masks = {image_id: [] for image_id in pictures}
-        for annotation in content["annos_segmentation"]:
-            if annotation["image_id"] in masks:
-                masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
-        items = [(Path(image["file_name"]).stem, base / "JPEGImages" / image["file_name"], image_id)
-                 for image_id, image in pictures.items()]  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not as PASCAL in Detail has it ({error!r})") from None
-
-    def read(image_id):
-        try:
-            image = pictures[image_id]
-            labels = np.zeros(check_size([image["height"], image["width"]]), np.int64)
-            for category, segmentation in masks[image_id]:
-                labels[segmentation_to_mask(segmentation, *labels.shape)] = category
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{file}: image {image_id}: {error}") from None
-        return labels
-
-    ignored = tuple(value for value in range(460) if value not in names)
-    cache = base / f"pc59_{split}.trainval_merged.index.json"
-    values = _values_of_maps(items, read, cache, _stamp([file]))
-    return LabelMaps(items, read, names, ignored, values, classes)
-
-
-def _read_json(file):
-    try:
-        return parse_json(regular(file).read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
+        names = _names("pascal_context_459.txt")
+        forms = [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]
+    for folder, end, values, ignored in forms:
+        maps = base / folder
+        if maps.is_dir() and (listed or folder == prepared):
+            stems = _stems(maps, end) if folder == prepared else listed
+            return LabelMaps(stems, base / "JPEGImages", maps, dict(zip(values, names)), ignored,
+                             base / f"{name}_{split}.{maps.name}.index.json", classes, end)
+    raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
 
 
 # --- referring expressions: one example for each sentence
@@ -761,24 +603,19 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, strings and numbers, as the refs files hold; refuses every name of a class or function."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"refused: it names {module}.{name}")
 
     def persistent_load(self, pid):
-        raise pickle.UnpicklingError(f"it names the object {pid!r}")
+        raise pickle.UnpicklingError(f"refused: it names the object {pid!r}")
 
 
 def read_refs(file):
     """refs(SPLITTER).p, a Python 2 pickle -> list of dicts; ValueError if anything but plain values is in it."""
-    try:
-        with open(regular(file), "rb") as opened:
-            refs = PlainUnpickler(opened, encoding="latin1").load()
+    with _reading(file, "refs file"), open(regular(file), "rb") as opened:
+        refs = PlainUnpickler(opened, encoding="latin1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
             raise ValueError("not a list of refs")
-        return refs
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly every kind
-        raise ValueError(f"{file}: refused, not a refs file of plain values ({error})") from None
+    return refs
 
 
 class Refer:
@@ -789,45 +626,43 @@ class Refer:
     """
 
     SPLITTERS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google"),
-                 "refclef": ("unc", "berkeley")}  # fmt: skip
+                 "refclef": ("unc", "berkeley")}
 
-    def __init__(self, name, root, split, split_by=None):
+    def __init__(self, split, name, root, split_by=None):
         split_by = split_by or self.SPLITTERS[name][0]
-        file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
         if split_by not in self.SPLITTERS[name]:
             raise BadUsage(f"{name} has no split_by {split_by!r}: choose {' or '.join(self.SPLITTERS[name])}")
-        if not file.exists():
+        self.file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
+        if not self.file.exists():
             found = sorted(path.name for path in (root / name).glob("refs(*).p"))
-            raise FileNotFoundError(f"{file}: no such file" + (f", found {', '.join(found)}" if found else ""))
-        content = _read_json(self.instances)
+            raise FileNotFoundError(f"{self.file}: no such file" + (f", found {', '.join(found)}" if found else ""))
         try:
+            content = parse_json(regular(self.instances).read_bytes())
             images = {image["id"]: image for image in content["images"]}
             annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
-        except (KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.instances}: not the instances of a refer set ({error!r})") from None
-        folders = ["images/saiapr_tc-12"] if name == "refclef" else [
-            "images/mscoco/images/train2014", "images/train2014", "train2014"]  # fmt: skip
-        self.file, self.pictures, self.refs = file, _find(root, *folders), 0
-        self.rows, splits, seen = [], set(), set()  # rows: (image, annotation, sentence, id of the ref)
-        for ref in read_refs(file):
+        self.pictures = _find(root, *(["images/saiapr_tc-12"] if name == "refclef" else
+                                      ["images/mscoco/images/train2014", "images/train2014", "train2014"]))
+        self.rows, self.refs, splits, seen = [], 0, set(), set()
+        for ref in read_refs(self.file):
             try:
                 splits.add(str(ref["split"]))
-                if self._in(str(ref["split"]), split):
-                    self.refs += 1
-                    image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
-                    for s in ref["sentences"]:
-                        key = f"{image['id']}:{s['sent_id']}"
-                        if key in seen:
-                            raise ValueError(f"{file}: ref {ref.get('ref_id')}: sentence {key} comes twice")
-                        seen.add(key)
-                        row = image, annotation, {"sent": s["sent"], "sent_id": s["sent_id"]}, ref.get("ref_id")
-                        self.rows.append(row)
-            except KeyError as error:
-                raise ValueError(f"{file}: ref {ref.get('ref_id')}: {error} is missing, there or in "
-                                 f"{self.instances.name}") from None  # fmt: skip
-            except (TypeError, AttributeError) as error:
-                raise ValueError(f"{file}: ref {short(ref.get('ref_id'))}: not as the refer sets have it ({error})"
-                                 ) from None  # fmt: skip
+                if not self._in(str(ref["split"]), split):
+                    continue
+                self.refs += 1
+                image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
+                for sentence in ref["sentences"]:
+                    row = image, annotation, sentence["sent"], sentence["sent_id"], ref.get("ref_id")
+                    if (image["id"], row[3]) in seen:
+                        raise TypeError(f"sentence {row[3]} comes twice")
+                    seen.add((image["id"], row[3]))
+                    self.rows.append(row)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.file}: ref {short(ref.get('ref_id'))}: not as the refer sets have it, or not "
+                                 f"in {self.instances.name} ({error!r})") from None
+        self.counts = {"refs": self.refs, "pictures": len({image["id"] for image, *_ in self.rows}),
+                       "sentences": len(self.rows)}
         usual = ("testA", "testB", "testC", "testAB", "testBC") if name == "refclef" else ("testA", "testB")
         if not self.rows and split not in ("train", "val", "test", *usual):  # those are empty, as refer.py has it
             raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of {', '.join(sorted(splits))}")
@@ -843,29 +678,28 @@ class Refer:
 
     def phrase(self, i):
         """The sentence of example i; ValueError if it has no words. This opens no picture."""
-        _, _, sentence, ref = self.rows[i]
+        _, _, sentence, sentence_id, ref = self.rows[i]
         try:
-            return _words(sentence["sent"])
+            return _words(sentence)
         except ValueError as error:
-            raise ValueError(f"{self.file}: ref {ref}: sentence {sentence['sent_id']}: {error}") from None
+            raise ValueError(f"{self.file}: ref {ref}: sentence {sentence_id}: {error}") from None
 
     def __getitem__(self, i):
-        image, annotation, sentence, _ = self.rows[i]
+        image, annotation, _, sentence_id, _ = self.rows[i]
         phrase, number = self.phrase(i), image["id"]
         try:
-            flat, foldered = f"{number}.jpg", f"{number // 1000:02d}/images/{number}.jpg"  # refclef's file names vary
-            path = next((self.pictures / file for file in (image["file_name"], foldered, flat)
-                         if (self.pictures / file).exists()), self.pictures / image["file_name"])  # fmt: skip
-            picture = open_picture(path)
+            files = (image["file_name"], f"{number // 1000:02d}/images/{number}.jpg", f"{number}.jpg")  # they vary
+            file = next((file for file in files if (self.pictures / file).exists()), files[0])
+            picture = open_picture(self.pictures / file)
             if picture.size != (image["width"], image["height"]):
-                raise ValueError(f"{path}: {picture.size[0]} x {picture.size[1]} pixels, the annotation is of "
-                                 f"{image['width']} x {image['height']}")  # fmt: skip
+                raise ValueError(f"{self.pictures / file}: {picture.size[0]} x {picture.size[1]} pixels, the "
+                                 f"annotation is of {image['width']} x {image['height']}")
             # parts of fewer than three points enclose nothing
             parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
             mask = segmentation_to_mask(parts, image["height"], image["width"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.instances}: annotation {annotation['id']}: {error}") from None
-        return Example(picture, phrase, mask, f"{number}:{sentence['sent_id']}", "referring")
+        return Example(picture, phrase, mask, f"{number}:{sentence_id}", "referring")
 
 
 def _words(phrase):
@@ -876,11 +710,11 @@ def _words(phrase):
     return phrase.strip()
 
 
-# --- one JSON object a line
+# --- one JSON object per line
 
 
 class JSONLines:
-    """Your own data: a text file with one JSON object a line.
+    """Your own data: a text file with one JSON object per line.
 
         {"image": "photos/1.jpg", "phrase": "the cup on the left", "mask": "masks/1.png"}
         {"image": "photos/1.jpg", "phrase": "the table", "mask": {"size": [480, 640], "counts": "..."}}
@@ -898,18 +732,22 @@ class JSONLines:
     from ROOT. There the mask is called `segmentation`; annotation_ids, score and provenance are not read here.
     """
 
-    def __init__(self, path, root=None):
+    def __init__(self, split, name, root=None):
+        if name == "sa-ovrs":  # annotate.py leaves sa-ovrs.jsonl, which is for training
+            path = _find(root, f"{split}.jsonl", *["sa-ovrs.jsonl"] * (split == "train"))
+        else:
+            path = Path(name.removeprefix("jsonl:"))
         if not path.is_file():
             raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-        self.path, self.root = path, Path(root) if root else path.parent
+        self.path, self.root = path, root or path.parent
         rows, start = array("q"), 0  # 32 bytes per line
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        record = _record(line)
-                        picture, key = _hash(str(record["image"])), _hash(repr(_id_and_label(record, number)))
-                    except (ValueError, TypeError, KeyError, AttributeError):
+                        record = _record(line, number)
+                        picture, key = _hash(record["image"]), _hash(repr((record["id"], record["label"])))
+                    except (ValueError, KeyError):
                         picture = key = 0
                     rows.extend((start, number, picture, key))
                 start += len(line)
@@ -917,28 +755,25 @@ class JSONLines:
         order = np.argsort(keys, kind="stable")
         again = np.flatnonzero((np.diff(keys[order]) == 0) & (keys[order][1:] != 0))
         if len(again):
-            one = order[again[0]]
             lines = " and ".join(str(self.numbers[i]) for i in order[again[0]:again[0] + 2])
-            id, label = _id_and_label(parse_json(self._line(one)), self.numbers[one])
-            raise ValueError(f"{path}: lines {lines} have the same id {short(id)} and label {short(label)} (the id of "
-                             "a line without one is its number)")  # fmt: skip
+            record = self._record(order[again[0]])
+            raise ValueError(f"{path}: lines {lines} have the same id {short(record['id'])} and label "
+                             f"{short(record['label'])} (the id of a line without one is its number)")
 
     def __len__(self):
         return len(self.starts)
 
-    def _line(self, i):
+    def _record(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return file.readline()
+            return _record(file.readline(), int(self.numbers[i]))
 
     def __getitem__(self, i):
-        number = int(self.numbers[i])
+        number = self.numbers[i]
         try:
-            record = _record(self._line(i))
-            image, phrase = record["image"], _words(record["phrase"])
-            id, label = _id_and_label(record, number)
+            record = self._record(i)
+            image, phrase, task = record["image"], _words(record["phrase"]), record.get("task", "referring")
             mask = record["segmentation"] if "segmentation" in record else record["mask"]
-            task = record.get("task", "referring")
             if task not in ("semantic", "referring", "reasoning"):
                 raise ValueError(f"task {short(task)}: expected semantic, referring or reasoning")
             picture = open_picture(self.root / image)
@@ -950,15 +785,21 @@ class JSONLines:
             raise ValueError(f"{self.path}: line {number}: no {error}") from None
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{self.path}: line {number}: {error}") from None
-        return Example(picture, phrase, mask, id, task, label)
+        return Example(picture, phrase, mask, record["id"], task, record["label"])
 
 
-def _record(line):
-    """A line of JSON -> dict; ValueError for anything else."""
+def _record(line, number):
+    """A line of JSON -> dict, with its "id" as text and its "label", text or None; ValueError for anything else."""
     record = parse_json(line)
     if not isinstance(record, dict) or not isinstance(record.get("image", ""), str):
         raise ValueError(f"{short(record)}: expected an object whose image is a path")
-    return record
+    id, label = record.get("id"), record.get("label")
+    id = number if id is None else id
+    if not isinstance(id, (str, int, float)) or isinstance(id, bool):
+        raise ValueError(f"id {short(id)}: expected a string or a number")
+    if not isinstance(label, (str, type(None))):
+        raise ValueError(f"label {short(label)}: expected a string")
+    return record | {"id": str(id), "label": label}
 
 
 def _hash(text):
@@ -966,24 +807,45 @@ def _hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _id_and_label(record, number):
-    """Of one of the JSON lines: (id as text, label or None); ValueError for values of another type."""
-    id, label = record.get("id"), record.get("label")
-    id = number if id is None else id
-    if not isinstance(id, (str, int, float)) or isinstance(id, bool):
-        raise ValueError(f"id {short(id)}: expected a string or a number")
-    if not isinstance(label, (str, type(None))):
-        raise ValueError(f"label {short(label)}: expected a string")
-    return str(id), label
+# --- by name
+
+DATASETS = {**dict.fromkeys(WORLDS, Scenes), "ade20k": _ade20k, "cocostuff": _cocostuff, "voc20": _voc20,
+            "pc59": _pascal_context, "pc459": _pascal_context, **dict.fromkeys(Refer.SPLITTERS, Refer),
+            "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
 
 
-def _sa_ovrs(root, split):
-    files = [f"{split}.jsonl"] + ["sa-ovrs.jsonl"] * (split == "train")  # the second as annotate.py leaves it
-    return JSONLines(_find(root, *files), root)
+def load_dataset(name, split, root=None, **options):
+    """Open a data set: a sequence of Example.
+
+    name, with its splits and options:
+        scenes scenes-rich          train val test novel; phrases=
+        ade20k cocostuff            train val; classes="present" | "all". cocostuff: labels="raw" | "converted" where
+                                    the label maps do not tell, label_root=FOLDER where there are several
+        voc20 pc59 pc459            train val; classes=
+        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them;
+                                    split_by="unc" | "google" | "umd" | "berkeley"
+        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
+        jsonl:PATH                  your own data, see JSONLines; the split is not used
+    root: the folder in which the official archives were unpacked; the drawn worlds need none.
+    FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
+    """
+    kind = "jsonl:PATH" if name.startswith("jsonl:") else name
+    if kind not in DATASETS:
+        raise BadUsage(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    known = [option for option in signature(DATASETS[kind]).parameters if option not in ("split", "name", "root")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
+    if name in WORLDS:
+        return Scenes(split, name, **options)
+    if root is None and kind == name:
+        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return DATASETS[kind](split, name, root and Path(root), **options)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# batches
+# ---- batches ---------------------------------------------------------------------------------------------
 
 
 class Mixture:
@@ -1029,7 +891,7 @@ def load_mixture(text, split, root=None, **options):
 def hold_out(datasets, share=0.05):
     """Data sets, the first of them JSONLines -> (data sets to train on, validation set) without a common picture.
 
-    Validation has `share` of the pictures of the first one; which ones is fixed by their names. They are left out of
+    Validation has `share` of the pictures of the first data set. Their names decide which ones. They are left out of
     all JSONLines. A first data set of one picture is validated on as it is.
     """
     first = datasets[0]
@@ -1039,47 +901,42 @@ def hold_out(datasets, share=0.05):
     held = pictures[: max(1, round(share * len(pictures)))]
 
     def subset(dataset, wanted):
-        rows = np.flatnonzero(np.isin(dataset.picture_of, held) == wanted)
-        return torch.utils.data.Subset(dataset, rows)
+        return torch.utils.data.Subset(dataset, np.flatnonzero(np.isin(dataset.picture_of, held) == wanted))
 
     train = [subset(dataset, False) if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
     return train, subset(first, True)
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone, so a run can stop
-    and go on anywhere, on any number of workers, with no random state to keep.
+    """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone. A run can therefore stop and
+    go on anywhere, on any number of workers, with no random state to keep.
 
-    A batch (all ranks, all accumulation) is `batch_size` phrases; P phrases in a row share a picture, and the
-    picture comes once. Two ranks never share an example; the union does not depend on how it is split.
+    A batch (all ranks, all accumulation) is `batch_size` phrases. P phrases in a row share a picture, and the picture
+    comes once. Two ranks never share an example. What they see together does not depend on how the batch is split.
 
     dataset: a Mixture, or any sequence of Example. No picture is flipped: phrases say left and right.
     mask_tokens: int array (len(dataset), M) of cached mask tokens (tokenizer.py encode), or None.
-
     padded: pictures and masks keep their aspect ratio, as pad_picture has it.
 
     Items: text_ids (b, L), pictures uint8 (b/P, S, S, 3) for `to_pixels`, masks bool (b, m, m), hide bool (b, M), ids
     list of b strings; b = micro_batch_size, m = mask_size (default: S). With mask_tokens, mask_tokens (b, M) for masks.
     """
 
-    def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1,
-                 rank=0, world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None,
-                 padded=False):  # fmt: skip
+    def __init__(self, dataset, text_tokenizer, size, tokens, batch_size, micro_batch_size, phrases=1, rank=0,
+                 world_size=1, seed=0, hide=False, mask_size=None, mask_tokens=None, padded=False):
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
-            raise ValueError(
-                f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x {world_size} "
-                f"ranks, and the micro-batch size a multiple of {phrases} phrases a picture"
-            )
+            raise ValueError(f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x "
+                             f"{world_size} ranks, and the micro-batch size one of {phrases} phrases per picture")
         self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
         self.mask_size, self.mask_tokens, self.padded = mask_size or size, mask_tokens, padded
         parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
+        self.weights = parts.weights
         self.starts = np.cumsum([0, *map(len, parts.datasets)])  # where each data set begins in the mixture
         # which data set a group of phrases is from, in turn, and how many groups of that one came before in the turn
         self.turn = [(k, n) for k, weight in enumerate(parts.weights) for n in range(weight)]
-        self.weights = parts.weights
         self.batch_size, self.micro_batch_size, self.phrases = batch_size, micro_batch_size, phrases
         self.rank, self.world_size, self.seed, self.hide = rank, world_size, seed, hide
-        self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches a rank, a step
+        self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches per rank and step
         self._orders = {}  # of each data set: epoch, permutation
 
     def __getitem__(self, k):
@@ -1105,14 +962,11 @@ class Batches(torch.utils.data.Dataset):
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
             hidden.append(rng.random(self.tokens) < share)
             ids.append(example.id)
-        return {
-            "text_ids": self.text_tokenizer(text),
-            "pictures": torch.from_numpy(pictures),
-            **({"masks": torch.from_numpy(masks)} if self.mask_tokens is None else
-               {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}),
-            "hide": torch.from_numpy(np.stack(hidden)),
-            "ids": ids,
-        }
+        batch = {"text_ids": self.text_tokenizer(text), "pictures": torch.from_numpy(pictures),
+                 "hide": torch.from_numpy(np.stack(hidden)), "ids": ids}
+        if self.mask_tokens is None:
+            return batch | {"masks": torch.from_numpy(masks)}
+        return batch | {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}
 
     def _index(self, position):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
@@ -1125,20 +979,24 @@ class Batches(torch.utils.data.Dataset):
         return int(self.starts[k]) + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
 
 
-# ----------------------------------------------------------------------------------------------------------
-# pictures for people
+# ---- pictures for people ---------------------------------------------------------------------------------
 
 
-def contact_sheet(cells, path, columns=4, tile=112):
-    """Write a PNG of cells; a cell is (caption, [tiles]) and a tile a PIL picture or a bool mask (H, W)."""
+def contact_sheet(cells, path, columns=4, tile=112, headings=()):
+    """Write a PNG of cells; a cell is (caption, [tiles]) and a tile a PIL picture or a bool mask (H, W).
+
+    A tile keeps its aspect, on grey. headings: what the tiles of a cell are, written once above each column of cells.
+    """
     font = ImageFont.load_default(11)
     count = max(len(tiles) for _, tiles in cells)
-    width, height, gap = count * (tile + 2) + 10, tile + 24, 4
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    width, height, gap, top = count * (tile + 2) + 10, tile + 24, 4, 18 if headings else 4
+    sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + top), "white")
     draw = ImageDraw.Draw(sheet)
+    for column in range(min(columns, len(cells))):
+        for j, heading in enumerate(headings):
+            draw.text((gap + column * width + (j + 0.5) * (tile + 2), 2), heading, "dimgray", font, anchor="ma")
     for i, (caption, tiles) in enumerate(cells):
-        x, y = gap + i % columns * width, gap + i // columns * height
+        x, y = gap + i % columns * width, top + i // columns * height
         caption = printable(caption[:200])
         while font.getlength(caption) > width - 8:
             caption = caption[:-2].rstrip("… ") + "…"
@@ -1146,8 +1004,7 @@ def contact_sheet(cells, path, columns=4, tile=112):
         for j, picture in enumerate(tiles):
             if not isinstance(picture, Image.Image):
                 picture = Image.fromarray(picture.astype(np.uint8) * 255)
-            picture = picture.convert("RGB")
-            picture.thumbnail((tile, tile), Image.Resampling.BILINEAR)
+            picture = ImageOps.pad(picture.convert("RGB"), (tile, tile), Image.Resampling.BILINEAR, "lightgray")
             sheet.paste(picture, (x + j * (tile + 2), y + 16))
     write_picture(sheet, path)
 
@@ -1158,62 +1015,64 @@ def write_picture(image, path):
         image.save(temporary, "PNG")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# python data.py preview | check | download
+# ---- python data.py preview | check ----------------------------------------------------------------------
+
+# What each split is published to hold: pictures, or for the referring sets refs, pictures and sentences; None: unknown.
+PUBLISHED = {
+    "ade20k": {"train": [20210], "val": [2000]}, "cocostuff": {"train": [118287], "val": [5000]},
+    "voc20": {"train": [1464], "val": [1449]}, "pc59": {"train": [4998], "val": [5105]},
+    "pc459": {"train": [4998], "val": [5105]},
+    "refcoco unc": {"train": [42404, 16994, 120624], "val": [3811, 1500, 10834],
+                    "testA": [1975, 750, 5657], "testB": [1810, 750, 5095]},
+    "refcoco google": {"train": [40000, 19213, None], "val": [5000, 4559, None], "test": [5000, 4527, None]},
+    "refcoco+ unc": {"train": [42278, 16992, 120191], "val": [3805, 1500, 10758],
+                     "testA": [1975, 750, 5726], "testB": [1798, 750, 4889]},
+    "refcocog umd": {"train": [42226, 21899, 80512], "val": [2573, 1300, 4896], "test": [5023, 2600, 9602]},
+    "refcocog google": {"train": [44822, 24698, 85474], "val": [5000, 4650, 9536]},
+    "refclef unc": {"train": [None, 17978, None], "val": [None, 2000, 12029], "testA": [None, 485, 3449],
+                    "testB": [None, 490, 3221], "testC": [None, 465, 2664]},
+    "refclef berkeley": {"train": [None, None, 54127], "val": [None, None, 5842], "test": [None, None, 60103]},
+}
 
 
 def check(args):
     """Count a data set's splits against the published counts and open its examples; 1 if any of them is broken.
 
-    A sample spread over each split, or with --all every example. Broken ones are named, one a line.
+    A sample spread over each split, or with --all every example. Broken ones are named, one per line.
     """
-    names = ["train", "val", "test", "testA", "testB", "testC", "novel"]
-    if args.split or args.name.startswith("jsonl:"):  # JSON lines have no splits
-        names = [args.split or "train"]
-    options, broken, opened, found = {"split_by": args.split_by} if args.split_by else {}, 0, 0, 0
-    splitter = (args.split_by or Refer.SPLITTERS[args.name][0],) if args.name in Refer.SPLITTERS else ()
-    for split in names:
+    options = {"split_by": args.split_by} if args.split_by else {}
+    splitter = args.split_by or Refer.SPLITTERS.get(args.name, [""])[0]
+    published = PUBLISHED.get(f"{args.name} {splitter}".strip(), {})
+    splits = [args.split] if args.split else [*(published or (Scenes.SPLITS if args.name in WORLDS else ["train"]))]
+    if args.name == "sa-ovrs" and args.root and not args.split:
+        splits += [split for split in ("val", "test") if (args.root / f"{split}.jsonl").exists()]
+    opened = broken = 0
+    for split in splits:
         try:
             dataset = load_dataset(args.name, split, args.root, **options)
-        except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, BadUsage) and (args.split or f"no split {split!r}" not in str(error)):
-                raise
-            published = (args.name, *splitter, split) in PUBLISHED
-            if args.split or published or args.name.startswith("jsonl:"):  # else the set just has no such split
-                print(printable(f"{args.name}:{split}: {error}"))
-                broken += 1
+        except BadUsage:
+            raise
+        except (ValueError, OSError) as error:
+            print(printable(f"{args.name}:{split}: {error}"))
+            broken += 1
             continue
-        if len(dataset) == 0:
-            continue
-        found += 1
-        if isinstance(dataset, LabelMaps):
-            have, kinds = (len(dataset.items),), ("pictures",)
-        elif isinstance(dataset, Refer):
-            images = {image["id"] for image, *_ in dataset.rows}
-            have, kinds = (dataset.refs, len(images), len(dataset)), ("refs", "pictures", "sentences")
-        else:
-            have, kinds = (), ()
-        published = PUBLISHED.get((args.name, *splitter, split), (None,) * len(have))
-        published = published if isinstance(published, tuple) else (published,)
-        counts = [f"{count:,} {kind} (published: {'?' if known is None else f'{known:,}'})"
-                  for count, kind, known in zip(have, kinds, published)]  # fmt: skip
+        known = published.get(split, [None] * 3)
+        counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})"
+                  for (kind, count), wanted in zip(getattr(dataset, "counts", {}).items(), known)]
         print(printable(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}"))
         step = 1 if args.all else max(1, len(dataset) // args.count)
-        phrases = isinstance(dataset, Refer)  # looking at all of them takes no time
-        looked_at = range(0, len(dataset), 1 if phrases else step)
+        looked_at = range(0, len(dataset), 1 if isinstance(dataset, Refer) else step)
         for i in tqdm(looked_at, desc=f"open {split}", disable=len(looked_at) < 200):
             try:
                 if i % step:
-                    dataset.phrase(i)
-                    continue
-                opened += 1
-                example = dataset[i]
-                if example.mask.shape != example.image.size[::-1]:
-                    raise ValueError(f"{example.id}: a mask of {example.mask.shape} for {example.image.size}")
+                    dataset.phrase(i)  # looking at all phrases takes no time
+                else:
+                    opened += 1
+                    dataset[i]
             except (ValueError, OSError) as error:
                 tqdm.write(printable(f"broken: {error}"))
                 broken += 1
-    if not found and not broken:
+    if not opened and not broken:
         raise ValueError(f"{args.name}: no examples" + (f" in {args.root}" if args.root else ""))
     print(f"{opened:,} examples opened, {broken} broken")
     return 1 if broken else 0
@@ -1222,14 +1081,13 @@ def check(args):
 def preview(args):
     """Write a contact sheet of a data set: picture, phrase, mask."""
     dataset = load_dataset(args.name, args.split, args.root)
-    if not len(dataset):
-        raise ValueError(f"{args.name}:{args.split} has no examples")
     if args.first >= len(dataset):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
-    contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out)
+    contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1
     print(printable(f"wrote {args.out}: examples {args.first} to {last} of {args.name}:{args.split}"))
+    return 0
 
 
 def main(argv=None):
@@ -1237,36 +1095,32 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("preview", help="write a contact sheet", description=preview.__doc__)
-    p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
-    p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
     p.add_argument("--split", default="train", help="default: train")
     p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
     p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
     p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
     p.set_defaults(job=preview, parser=p)
     p = commands.add_parser("check", help="count a data set, open its files, name the broken ones",
-                            description=check.__doc__)  # fmt: skip
-    p.add_argument("name", help="data set, as for preview")
-    p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
+                            description=check.__doc__)
     p.add_argument("--split", help="default: all that the data set has")
     p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
     p.add_argument("--count", type=int, default=100, help="examples to open of each split (default: 100)")
     p.add_argument("--all", action="store_true", help="open every example")
     p.set_defaults(job=check, parser=p)
+    for p in commands.choices.values():
+        p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
+        p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
     args = parser.parse_args(argv)
-    if getattr(args, "count", 1) < 1 or getattr(args, "first", 0) < 0:
+    if args.count < 1 or getattr(args, "first", 0) < 0:
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     if args.command == "preview" and args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
-    unread = {"root"} if args.name in WORLDS else set()
-    unread |= {"split_by"} if args.name not in Refer.SPLITTERS else set()
-    if args.name.startswith("jsonl:"):
-        unread |= {"split"}
-    args.parser.check_read(args, f"{args.command} {args.name}", vars(args).keys() - unread)
-    if getattr(args, "all", False):
-        args.parser.check_read(args, "--all", vars(args).keys() - {"count"})
+    every = " --all" if getattr(args, "all", False) else ""
+    reads = {"root": args.name not in WORLDS, "split": not args.name.startswith("jsonl:"),
+             "split_by": args.name in Refer.SPLITTERS, "count": not every}
+    args.parser.check_read(args, f"{args.command} {args.name}{every}", [f for f in vars(args) if reads.get(f, True)])
     try:
-        return args.job(args) or 0
+        return args.job(args)
     except BadUsage as error:
         parser.error(str(error))
     except BrokenPipeError:
@@ -1277,7 +1131,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

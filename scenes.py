@@ -4,16 +4,14 @@ What Shakespeare is to nanoGPT: it needs no download and never ends. data.Scenes
 Legend: H W a picture's height and width. Masks are bool (H, W), True on the object.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ----------------------------------------------------------------------------------------------------------
-# vocabulary
+# ---- vocabulary ------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "hexagon")
-
 
 # name: hue in degrees, saturation, value. Ranges are wide on purpose: they hold the usual RGB of each name.
 COLORS = {
@@ -27,9 +25,7 @@ COLORS = {
     "pink": ((315, 355), (0.22, 0.6), (0.9, 1.0)),
 }
 
-
 RICH_SHAPES = SHAPES + ("diamond", "crescent", "arrow")
-
 
 RICH_COLORS = COLORS | {
     "brown": ((18, 30), (0.5, 0.8), (0.3, 0.5)),
@@ -38,11 +34,9 @@ RICH_COLORS = COLORS | {
     "gray": ((0, 360), (0.0, 0.05), (0.4, 0.65)),
 }
 
-
 # Pairs that train, val and test never show; the split `novel` always asks for one of them.
 NOVEL = {("red", "hexagon"), ("green", "ring"), ("blue", "cross"), ("yellow", "triangle"),
-         ("purple", "square"), ("orange", "heart"), ("cyan", "star"), ("pink", "circle")}  # fmt: skip
-
+         ("purple", "square"), ("orange", "heart"), ("cyan", "star"), ("pink", "circle")}
 
 # Reasoning phrases name neither the shape nor the colour.
 SHAPE_RIDDLES = {
@@ -58,7 +52,6 @@ SHAPE_RIDDLES = {
     "crescent": ("the moon when it is not full", "something shaped like a banana"),
     "arrow": ("something that shows the way", "what an archer shoots"),
 }
-
 
 COLOR_RIDDLES = {
     "red": ("whatever has the color of blood", "whatever has the color of a ripe tomato"),
@@ -81,26 +74,23 @@ class World:
     """What a drawn world holds. seed: worlds of different seeds show different scenes."""
 
     seed: int
-    shapes: tuple = SHAPES
-    colors: dict = field(default_factory=lambda: COLORS)
-    fills: tuple = ("plain",)
-    clutter: bool = False  # thin lines and specks that no phrase names
-    most_objects: int = 5
+    shapes: tuple
+    colors: dict
+    fills: tuple
+    clutter: bool  # thin lines and specks that no phrase names
+    most_objects: int
 
 
 WORLDS = {  # by the names of their data sets
-    "scenes": World(0),
+    "scenes": World(0, SHAPES, COLORS, ("plain",), False, 5),
     "scenes-rich": World(1, RICH_SHAPES, RICH_COLORS, ("plain", "plain", "striped", "dotted"), True, 8),
 }
 
 
-def plural(shape):
-    """English plural of a shape's name."""
-    return shape + ("es" if shape.endswith("s") else "s")
+# ---- drawing ---------------------------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------------
-# drawing
+SUPERSAMPLE = 4  # The edges of objects are drawn on a canvas this many times as fine.
 
 
 @dataclass
@@ -148,7 +138,7 @@ def outline(kind, rng):
     if kind == "cross":
         a, b = 0.95, rng.uniform(0.28, 0.38)
         return np.array([(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
-                         (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]), None  # fmt: skip
+                         (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]), None
     if kind == "diamond":
         return _regular(4) * (rng.uniform(0.55, 0.75), 1.0), None
     if kind == "crescent":  # the outer arc, then back along an arc that is set off to the right
@@ -160,20 +150,6 @@ def outline(kind, rng):
         b = rng.uniform(0.2, 0.3)
         return np.array([(1, 0), (0.2, -0.75), (0.2, -b), (-1, -b), (-1, b), (0.2, b), (0.2, 0.75)]), None
     raise ValueError(f"unknown shape {kind!r}: choose one of {', '.join(RICH_SHAPES)}")
-
-
-SUPERSAMPLE = 4
-
-
-def _coverage(points, hole, left, top, width, height):
-    """Share of each pixel inside the outline: float32 (height, width) in [0, 1], for the box at (left, top)."""
-    canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
-    draw = ImageDraw.Draw(canvas)
-    for outline_points, value in ((points, 255), (hole, 0)):
-        if outline_points is not None:
-            corners = (outline_points - (left, top)) * SUPERSAMPLE - 0.5
-            draw.polygon([tuple(p) for p in corners.tolist()], fill=value)
-    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
 
 
 def _hsv_to_rgb(hue, saturation, value):
@@ -195,7 +171,7 @@ def _background(height, width, rng):
     if style == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         ramp = (np.cos(angle) * np.linspace(-1, 1, width)[None, :]
-                + np.sin(angle) * np.linspace(-1, 1, height)[:, None])  # fmt: skip
+                + np.sin(angle) * np.linspace(-1, 1, height)[:, None])
         ramp = ((ramp - ramp.min()) / np.ptp(ramp)).astype(np.float32)[..., None]
         picture += ramp * (tone() - base)
     elif style == "noisy":
@@ -235,13 +211,15 @@ def _clutter(picture, rng):
     picture[:] = np.asarray(image, np.float32) / 255.0
 
 
-def _place(radius, width, height, others, rng):
-    """A centre for an object of `radius` px that does not bury, and is not buried by, the ones drawn before."""
-    for _ in range(20):
-        x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-        # 0.75 of the summed radii lets neighbours overlap at the rim and keeps each one recognisable
-        if all(np.hypot(x - o.x, y - o.y) > 0.75 * (radius + o.radius) for o in others):
-            return x, y
+def _place(width, height, others, rng):
+    """(x, y, radius) of an object that does not bury, and is not buried by, the ones drawn before; None: no room."""
+    side = min(height, width)
+    for radius in (side * rng.uniform(0.13, 0.4), side * 0.13):  # of any size, else a small one
+        for _ in range(20):
+            x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+            # 0.75 of the summed radii lets neighbours overlap at the rim and keeps each one recognisable
+            if all(np.hypot(x - o.x, y - o.y) > 0.75 * (radius + o.radius) for o in others):
+                return x, y, radius
     return None
 
 
@@ -251,7 +229,6 @@ def draw_scene(rng, world, novel=False):
     Returns picture uint8 (H, W, 3), owner int8 (H, W): the object seen at each pixel or -1, and the list of
     Shape. With `novel`, object 0 is a colour-shape pair from NOVEL; without, no object is.
     """
-    color_names = tuple(world.colors)
     side, aspect = rng.uniform(120, 220), np.exp(rng.uniform(-0.5, 0.5))  # width : height from 0.6 to 1.65
     height, width = round(side / aspect**0.5), round(side * aspect**0.5)
     picture = _background(height, width, rng)
@@ -261,49 +238,17 @@ def draw_scene(rng, world, novel=False):
     owner = np.full((height, width), -1, np.int8)
 
     objects = []
-    novel_pairs = sorted(NOVEL)
     for index in range(int(rng.integers(1, world.most_objects + 1))):
-        if novel and index == 0:
-            color, kind = novel_pairs[rng.integers(len(novel_pairs))]
-        else:
-            while True:
-                repeat = objects and rng.random() < 0.3  # look-alikes make "the large", "leftmost" mean something
-                like = objects[rng.integers(len(objects))] if repeat else None
-                color = like.color if repeat and rng.random() < 0.7 else color_names[rng.integers(len(color_names))]
-                kind = like.kind if repeat and rng.random() < 0.7 else world.shapes[rng.integers(len(world.shapes))]
-                if novel or (color, kind) not in NOVEL:
-                    break
-        radius = min(height, width) * rng.uniform(0.13, 0.4)
-        centre = _place(radius, width, height, objects, rng)
-        if centre is None:  # no room: try it small, else leave it out
-            radius = 0.13 * min(height, width)
-            centre = _place(radius, width, height, objects, rng)
-            if centre is None:
-                continue
-        shape = Shape(kind, color, *centre, radius)
+        color, kind = _choose_class(objects, world, novel, index, rng)
+        place = _place(width, height, objects, rng)
+        if place is None:
+            continue
+        shape = Shape(kind, color, *place)
         if len(world.fills) > 1:
             shape.fill = world.fills[rng.integers(len(world.fills))]
-
-        points, hole = outline(kind, rng)
-        turn = np.radians(rng.uniform(-18, 18))
-        matrix = radius * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-        points = points @ matrix + centre
-        hole = None if hole is None else hole @ matrix + centre
-        left, top = np.maximum(np.floor(points.min(0)) - 1, 0).astype(int)
-        right, bottom = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (width, height))
-        cover = _coverage(points, hole, left, top, right - left, bottom - top)
-
-        rgb = _object_color(world.colors[color], tint, rng)
-        region = picture[top:bottom, left:right]
-        alpha = cover[..., None]
-        paint = rgb
-        if shape.fill != "plain":
-            other = rgb * 0.35 if rgb.mean() > 0.4 else rgb * 0.5 + 0.5
-            paint = rgb + _pattern(shape.fill, *cover.shape, rng)[..., None] * (other - rgb)
-        elif rng.random() < 0.2:  # a little shading from top to bottom
-            paint = rgb * np.linspace(*rng.uniform(0.8, 1.0, 2), len(cover), dtype=np.float32)[:, None, None]
-        region += alpha * (paint - region)
-        owner[top:bottom, left:right][cover >= 0.5] = len(objects)
+        seen, cover = _coverage(shape, height, width, rng)
+        _paint(picture[seen], cover, shape, world.colors[color], tint, rng)
+        owner[seen][cover >= 0.5] = len(objects)
         objects.append(shape)
 
     if rng.random() < 0.5:  # grain over everything
@@ -314,13 +259,58 @@ def draw_scene(rng, world, novel=False):
     return picture.astype(np.uint8), owner, objects
 
 
-def _object_color(ranges, tint, rng):
-    """A colour within the ranges of its name that stands out from the background's mean `tint`."""
-    for _ in range(10):
+def _choose_class(objects, world, novel, index, rng):
+    """(color, kind) of the next object, often those of one before it: look-alikes give "the large" a meaning."""
+    if novel and index == 0:
+        pairs = sorted(NOVEL)
+        return pairs[rng.integers(len(pairs))]
+    colors = tuple(world.colors)
+    while True:
+        repeat = objects and rng.random() < 0.3
+        like = objects[rng.integers(len(objects))] if repeat else None
+        color = like.color if repeat and rng.random() < 0.7 else colors[rng.integers(len(colors))]
+        kind = like.kind if repeat and rng.random() < 0.7 else world.shapes[rng.integers(len(world.shapes))]
+        if novel or (color, kind) not in NOVEL:
+            return color, kind
+
+
+def _coverage(shape, height, width, rng):
+    """Draw the outline of a Shape, turned a little: (the part of the picture with it, as two slices, and the share of
+    each of its pixels inside the outline, float32 (h, w) in [0, 1])."""
+    points, hole = outline(shape.kind, rng)
+    turn = np.radians(rng.uniform(-18, 18))
+    matrix = shape.radius * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    points, hole = (p if p is None else p @ matrix + (shape.x, shape.y) for p in (points, hole))
+    left, top = np.maximum(np.floor(points.min(0)) - 1, 0).astype(int)
+    right, bottom = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (width, height))
+    canvas = Image.new("L", ((right - left) * SUPERSAMPLE, (bottom - top) * SUPERSAMPLE))
+    for corners, value in ((points, 255), (hole, 0)):
+        if corners is not None:
+            corners = (corners - (left, top)) * SUPERSAMPLE - 0.5
+            ImageDraw.Draw(canvas).polygon([tuple(p) for p in corners.tolist()], fill=value)
+    seen = slice(top, bottom), slice(left, right)
+    return seen, np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
+
+
+def _paint(region, cover, shape, ranges, tint, rng):
+    """Paint a Shape in place into its part of the picture, float32 (h, w, 3); cover: from _coverage; ranges: of its
+    color in COLORS; tint: the mean of the background, float32 (3,)."""
+    for _ in range(10):  # a colour that stands out from the background
         rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
         if np.abs(rgb - tint).max() > 0.25:
             break
-    return rgb
+    paint = rgb
+    if shape.fill != "plain":
+        other = rgb * 0.35 if rgb.mean() > 0.4 else rgb * 0.5 + 0.5
+        paint = rgb + _pattern(shape.fill, *cover.shape, rng)[..., None] * (other - rgb)
+    elif rng.random() < 0.2:  # a little shading from top to bottom
+        paint = rgb * np.linspace(*rng.uniform(0.8, 1.0, 2), len(cover), dtype=np.float32)[:, None, None]
+    region += cover[..., None] * (paint - region)
+
+
+# A rough area of a whole object, over its radius squared.
+WHOLE_AREA = {"circle": 3.1, "square": 2.0, "triangle": 1.3, "star": 1.2, "heart": 1.9, "cross": 1.8, "ring": 2.0,
+              "hexagon": 2.6, "diamond": 1.2, "crescent": 0.9, "arrow": 1.2}
 
 
 def measure(owner, objects):
@@ -328,7 +318,7 @@ def measure(owner, objects):
     areas = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
     for index, shape in enumerate(objects):
         shape.area = int(areas[index])
-        if shape.area < 24 or shape.area < 0.4 * _full_area(shape):
+        if shape.area < 24 or shape.area < 0.4 * WHOLE_AREA[shape.kind] * shape.radius**2:
             return False
         seen = owner == index
         rows, cols = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
@@ -336,36 +326,18 @@ def measure(owner, objects):
     return True
 
 
-def _full_area(shape):
-    """A rough area of the whole object in pixels, hidden part included."""
-    share = {"circle": 3.1, "square": 2.0, "triangle": 1.3, "star": 1.2, "heart": 1.9, "cross": 1.8,
-             "ring": 2.0, "hexagon": 2.6, "diamond": 1.2, "crescent": 0.9, "arrow": 1.2}  # fmt: skip
-    return share[shape.kind] * shape.radius**2
+# ---- phrases ---------------------------------------------------------------------------------------------
 
+# How often each group of phrases is asked, where the scene has a phrase of it.
+PHRASE_SHARE = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.14, "size": 0.09,
+                "relation": 0.07, "reasoning": 0.12, "all": 0.02}
 
-# ----------------------------------------------------------------------------------------------------------
-# phrases
+# word: (axis, sign) of the centre of an object's visible box
+EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
 
-EXTREMES = {  # word: (axis, sign) of the centre of an object's visible box
-    "leftmost": (0, -1),
-    "rightmost": (0, 1),
-    "topmost": (1, -1),
-    "bottommost": (1, 1),
-}
-
-
-RELATIONS = {  # words: (axis, sign) of the object's centre minus the other's
-    ("left of", "to the left of"): (0, -1),
-    ("right of", "to the right of"): (0, 1),
-    ("above",): (1, -1),
-    ("below",): (1, 1),
-}
-
-
-def _winner(values, clear):
-    """Of {index: value} the index of the largest, if it is a clear winner: clear(best, second best); else None."""
-    ranked = sorted(values, key=values.get, reverse=True)
-    return ranked[0] if clear(values[ranked[0]], values[ranked[1]]) else None
+# words: (axis, sign) of the object's centre minus the other's
+RELATIONS = {("left of", "to the left of"): (0, -1), ("right of", "to the right of"): (0, 1),
+             ("above",): (1, -1), ("below",): (1, 1)}
 
 
 def scene_phrases(objects, height, width):
@@ -375,94 +347,114 @@ def scene_phrases(objects, height, width):
     Size, place and relation words pick exactly one object, with a margin that leaves no doubt.
     """
     groups = {name: [] for name in PHRASE_SHARE}
-    everything = tuple(range(len(objects)))
 
     def add(group, phrases, task, label, indices):
         groups[group] += [(phrase, task, label, tuple(indices)) for phrase in phrases]
 
-    def names_of(noun, nouns):  # of one thing or of several
-        article = "an" if noun[0] in "aeiou" else "a"
-        return (f"the {noun}", noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
+    named = _add_classes(add, objects)
+    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
+    _add_relations(add, named, centers, (width, height))
+    everything = tuple(range(len(objects)))
+    add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
+    if len(objects) == 1:
+        for word in EXTREMES:
+            add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
+    else:
+        named |= {"object": everything, "shape": everything}
+    _add_sizes(add, named, objects, (width, height))
+    _add_extremes(add, named, objects, centers, (width, height))
+    return groups
 
-    named = {}  # what can stand after "the large", "the leftmost": noun -> indices
+
+def _add_classes(add, objects):
+    """Phrases that name a shape, a colour or both. Returns what can stand after "the large": {noun: indices}."""
+
+    def forms(noun):  # of one thing, of several
+        article = "an" if noun[0] in "aeiou" else "a"
+        nouns = noun + ("es" if noun.endswith("s") else "s")
+        return f"the {noun}", (noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
+
+    def task_of(indices):
+        return "referring" if len(indices) == 1 else "semantic"
+
+    named = {}
     for kind in sorted({s.kind for s in objects}):
-        named[kind] = [i for i in everything if objects[i].kind == kind]
-        task = "referring" if len(named[kind]) == 1 else "semantic"
-        singular, bare, *rest = names_of(kind, plural(kind))
-        add("shape", [singular], task, kind, named[kind])
-        add("shape", [bare, *rest], "semantic", kind, named[kind])
-        add("reasoning", SHAPE_RIDDLES[kind], "reasoning", None, named[kind])
+        indices = named[kind] = [i for i, s in enumerate(objects) if s.kind == kind]
+        one, several = forms(kind)
+        add("shape", [one], task_of(indices), kind, indices)
+        add("shape", several, "semantic", kind, indices)
+        add("reasoning", SHAPE_RIDDLES[kind], "reasoning", None, indices)
     for color in sorted({s.color for s in objects}):
-        indices = [i for i in everything if objects[i].color == color]
-        named[f"{color} object"] = indices
-        forms = (f"everything {color}", f"the {color} objects", f"all {color} shapes", f"{color} things")
-        add("color", forms + forms[:1] * 2, "semantic", color, indices)
+        indices = named[f"{color} object"] = [i for i, s in enumerate(objects) if s.color == color]
+        several = (f"everything {color}", f"the {color} objects", f"all {color} shapes", f"{color} things")
+        add("color", several + several[:1] * 2, "semantic", color, indices)
         if len(indices) == 1:
             add("color", (f"the {color} object", f"the {color} one"), "referring", color, indices)
         add("reasoning", COLOR_RIDDLES[color], "reasoning", None, indices)
         for kind in sorted({objects[i].kind for i in indices}):
-            noun = f"{color} {kind}"
-            named[noun] = [i for i in indices if objects[i].kind == kind]
-            task = "referring" if len(named[noun]) == 1 else "semantic"
-            singular, bare, *rest = names_of(noun, plural(noun))
-            add("color shape", [singular, singular, singular], task, kind, named[noun])
-            add("color shape", [bare, bare, *rest], "semantic", kind, named[noun])
-    add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
+            both = named[f"{color} {kind}"] = [i for i in indices if objects[i].kind == kind]
+            one, several = forms(f"{color} {kind}")
+            add("color shape", [one] * 3, task_of(both), kind, both)
+            add("color shape", several[:1] + several, "semantic", kind, both)
     for fill in ("striped", "dotted"):
-        indices = [i for i in everything if objects[i].fill == fill]
+        indices = [i for i, s in enumerate(objects) if s.fill == fill]
         if indices:
             add("color", (f"everything {fill}", f"the {fill} objects"), "semantic", None, indices)
+    return named
 
-    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
-    named["object"] = everything
-    named["shape"] = everything
-    for word in EXTREMES if len(objects) == 1 else ():
-        add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
+
+def _winner(values, clear):
+    """Of {index: value} the index of the largest, if it is a clear winner: clear(best, second best); else None."""
+    ranked = sorted(values, key=values.get, reverse=True)
+    return ranked[0] if clear(values[ranked[0]], values[ranked[1]]) else None
+
+
+def _add_sizes(add, named, objects, extent):
+    """ "the large circle": one that is large in its picture, or clearly the largest of several."""
     for noun, indices in named.items():
         if len(indices) == 1:
-            alone = noun in ("object", "shape")
-            if not alone and objects[indices[0]].radius > 0.28 * min(height, width):
+            radius = objects[indices[0]].radius
+            if radius > 0.28 * min(extent):
                 add("size", [f"the large {noun}", f"the big {noun}"], "referring", None, indices)
-            elif not alone and objects[indices[0]].radius < 0.18 * min(height, width):
+            elif radius < 0.18 * min(extent):
                 add("size", [f"the small {noun}", f"the little {noun}"], "referring", None, indices)
             continue
-        # A ring or a star has less area than a circle of its extent, so both must say the same.
-        radii = {i: objects[i].radius for i in indices}
-        biggest = _winner({i: objects[i].area for i in indices}, lambda a, b: a > 1.35 * b)
-        if biggest is not None and biggest == _winner(radii, lambda a, b: a > 1.15 * b):
-            add("size", [f"the {w} {noun}" for w in ("large", "big", "biggest", "largest")],
-                "referring", None, [biggest])  # fmt: skip
-        smallest = _winner({i: -objects[i].area for i in indices}, lambda a, b: 1.35 * a > b)
-        if smallest is not None and smallest == _winner({i: -radii[i] for i in radii}, lambda a, b: 1.15 * a > b):
-            add("size", [f"the {w} {noun}" for w in ("small", "little", "smallest")],
-                "referring", None, [smallest])  # fmt: skip
-        for word, (axis, sign) in EXTREMES.items():
-            margin = 0.05 * (width, height)[axis]
+        for sign, words in ((1, ("large", "big", "biggest", "largest")), (-1, ("small", "little", "smallest"))):
+            # A ring or a star has less area than a circle of its extent, so area and radius must say the same.
+            area = _winner({i: sign * objects[i].area for i in indices}, _times(1.35))
+            radius = _winner({i: sign * objects[i].radius for i in indices}, _times(1.15))
+            if area is not None and area == radius:
+                add("size", [f"the {word} {noun}" for word in words], "referring", None, [area])
+
+
+def _times(ratio):
+    """For _winner: is one of two numbers of the same sign more than `ratio` times the other?"""
+    return lambda a, b: max(abs(a), abs(b)) > ratio * min(abs(a), abs(b))
+
+
+def _add_extremes(add, named, objects, centers, extent):
+    """ "the leftmost circle": of several, the one that is so by its centre with a margin, and by its edge too."""
+    for noun, indices in named.items():
+        for word, (axis, sign) in EXTREMES.items() if len(indices) > 1 else ():
+            margin = 0.05 * extent[axis]
             places = {i: sign * centers[i][axis] for i in indices}
             first = _winner(places, lambda best, second, margin=margin: best - second > margin)
             edges = {i: sign * objects[i].box[axis + (2 if sign > 0 else 0)] for i in indices}
-            if first is not None and edges[first] == max(edges.values()):  # centre and edge agree
+            if first is not None and edges[first] == max(edges.values()):
                 add("extreme", [f"the {word} {noun}"], "referring", None, [first])
 
+
+def _add_relations(add, named, centers, extent):
+    """ "the circle left of the star": there is one star, and one circle is left of it while no circle is nearly so."""
+    anchors = {noun: indices[0] for noun, indices in named.items() if len(indices) == 1}
     for noun, indices in named.items():
-        if noun in ("object", "shape"):
-            continue
-        for other, (anchor, *more) in named.items():
-            if more or other in ("object", "shape") or anchor in indices:
-                continue
-            for words, (axis, sign) in RELATIONS.items():
+        for other, anchor in anchors.items():
+            for words, (axis, sign) in RELATIONS.items() if anchor not in indices else ():
+                margin = 0.12 * extent[axis]
                 offsets = [sign * (centers[i][axis] - centers[anchor][axis]) for i in indices]
-                extent = (width, height)[axis]
-                inside = [i for i, offset in zip(indices, offsets) if offset > 0.12 * extent]
-                unsure = [offset for offset in offsets if abs(offset) <= 0.12 * extent]
-                if len(inside) == 1 and not unsure:
-                    add("relation", [f"the {noun} {w} the {other}" for w in words], "referring", None, inside)
-    return groups
-
-
-# How often each group is asked, where the scene has a phrase of it.
-PHRASE_SHARE = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.14, "size": 0.09,
-                "relation": 0.07, "reasoning": 0.12, "all": 0.02}  # fmt: skip
+                inside = [i for i, offset in zip(indices, offsets) if offset > margin]
+                if len(inside) == 1 and all(abs(offset) > margin for offset in offsets):
+                    add("relation", [f"the {noun} {word} the {other}" for word in words], "referring", None, inside)
 
 
 def pick_phrases(objects, height, width, count, rng, must=None):
