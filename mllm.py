@@ -129,7 +129,7 @@ class JanusConfig:
 
     @property
     def mask_grid(self):
-        """Masks have the side of the pictures, 16 pixels a token."""
+        """Masks have the side of the pictures, 16 pixels per token."""
         return self.siglip.image_size // 16
 
     @property
@@ -310,12 +310,12 @@ def janus_names(weights):
 JANUS_PARTS = {"vision_config": "CLIPVisionTower", "aligner_config": "MlpProjector", "gen_vision_config": "VQ-16",
                "gen_aligner_config": "MlpProjector", "gen_head_config": "vision_head"}
 IMAGE, PAD = "<image_placeholder>", "<｜▁pad▁｜>"  # special tokens of tokenizer.json
-# what reading a strange or damaged JSON file raises
+# what a strange or damaged JSON file makes its reader raise
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error)
 
 
 def reason(error):
-    """One line on what was MALFORMED."""
+    """An error of MALFORMED in one line."""
     return str(error) if isinstance(error, ValueError) else repr(error)
 
 
@@ -355,21 +355,23 @@ def janus_config(directory):
 # ----------------------------------------------------------------------------------------------------------
 # text
 
-# A vocabulary writes a byte as its Latin-1 character if that prints, else as a character from U+0100 on (GPT-2).
+# A vocabulary writes a byte as its Latin-1 character if that is printable, else as a character from U+0100 on (GPT-2).
 UNPRINTED = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]
 BYTE_OF = {chr(0x100 + UNPRINTED.index(byte) if byte in UNPRINTED else byte): byte for byte in range(256)}
-NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # UTF-8 never has these bytes: they need no token
+NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # UTF-8 has no such bytes, so they need no token
+
 # A Split's regular expression: literals, \s and [classes of literals], each bare or with ? * or +, and $ at the end.
 # Python reads these as Hugging Face's Oniguruma does, but for \s, which is Unicode's White_Space there.
 SPLIT = re.compile(r"((\\[nrts\W]|[^]\[(){}.*+?|^$\\]|\[\^?(\\[nrt\W]|[^]\[&\\])+\])[?*+]?)+\$?")
 WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-# what changes the ids if it is set in a tokenizer.json; in those of DeepSeek's kind none is
+
+# Settings of a tokenizer.json that change the ids. They are not implemented: no DeepSeek file has one of them set.
 CHANGES = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "lstrip",
            "rstrip", "single_word", "invert", "add_prefix_space")
 
 
 def check_kind(content):
-    """ValueError unless a tokenizer.json is byte-level BPE after Splits and Digits, without what CHANGES the ids."""
+    """ValueError unless a parsed tokenizer.json is byte-level BPE after Splits and Digits, with none of CHANGES set."""
     normalizer, steps = content["normalizer"] or {"normalizers": []}, content["pre_tokenizer"]["pretokenizers"]
     parts = [*normalizer.get("normalizers", [normalizer]), content["model"], *steps]
     kinds = " ".join(str(part["type"]) for part in parts)
@@ -409,23 +411,25 @@ class BPETokenizer:
             raise ValueError(f"{path}: no byte-level BPE tokenizer.json of a known kind ({reason(error)})") from None
 
     def __init__(self, content):
-        """content: the parsed tokenizer.json; an error of MALFORMED if it is something else."""
+        """content: the parsed tokenizer.json. Raises one of MALFORMED if it is of another kind."""
         import tiktoken  # here: only Janus-Pro's text needs it
 
         check_kind(content)
         vocab, added = content["model"]["vocab"], content["added_tokens"]
-        self.bytes = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]  # of each id
+        # of each id; a token with other characters, as some added ones, stands for its own name
+        self.bytes = [bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
+                      for token in sorted(vocab, key=vocab.get)]
         self.special_tokens = {token["content"]: token["id"] for token in added}
         for name, id in self.special_tokens.items():
-            if name not in vocab:  # Hugging Face then gives it the next id, whatever the file says
+            if name not in vocab:  # then Hugging Face gives it the next id, whatever the file says
                 self.bytes.append(name.encode())
             if not name or id != vocab.get(name, len(self.bytes) - 1) or self.bytes[id] != name.encode():
                 raise ValueError(f"its added token {name!r:.100} has the id {id!r:.100} of something else")
         self.vocab_size = len(self.bytes)
 
-        # Hugging Face joins the listed pair of the lowest rank, tiktoken any neighbours that together are a token, of
-        # the lowest rank. Both give the same where each merge makes a new token of earlier ones, as in every file that
-        # was learned from text; the tests compare them.
+        # Hugging Face joins the listed pair of the lowest rank. tiktoken joins any two neighbours whose bytes together
+        # are a token, again the lowest rank first. For merges that were learned from text both give the same ids,
+        # because each merge makes a new token out of earlier ones. The tests compare the two.
         tokens = {char: None for char, byte in BYTE_OF.items() if char in vocab or byte not in NEVER}
         for pair in content["model"]["merges"]:
             left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -433,7 +437,7 @@ class BPETokenizer:
                 raise ValueError(f"its merge {pair!r:.100} does not make a new token of two earlier ones")
             tokens[left + right] = None
         self.ids = [vocab[token] for token in tokens]  # of each rank
-        ranks = {to_bytes(token): rank for rank, token in enumerate(tokens)}
+        ranks = {self.bytes[id]: rank for rank, id in enumerate(self.ids)}
 
         digits, self.splits = r"(?s:.+)", []
         for step in content["pre_tokenizer"]["pretokenizers"]:
@@ -443,7 +447,8 @@ class BPETokenizer:
             elif step["type"] == "Digits":
                 digits = r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+"
         self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=digits, mergeable_ranks=ranks, special_tokens={})
-        # `normalized` tokens are looked for last. Of a user's words only those of one character are, as DeepSeek's "ü".
+        # Names are looked for in two steps, those of `normalized` tokens last. In a user's words only the names of one
+        # character count: DeepSeek has letters such as "ü" as added tokens.
         names = [{t["content"]: t["id"] for t in added if t["normalized"] == last} for last in (False, True)]
         self.names = [finder(ids) for ids in names]
         self.letters = [finder({name: id for name, id in ids.items() if len(name) == 1}) for ids in names]
@@ -475,13 +480,8 @@ class BPETokenizer:
         return b"".join(self.bytes[id] for id in ids).decode(errors="replace")
 
 
-def to_bytes(token):
-    """The bytes of a token in the vocabulary; one with other characters, as some added ones, is its own name."""
-    return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
-
-
 def finder(ids):
-    """{name: id} -> the step of `cut` that finds the names; of those that begin at a character the longest counts."""
+    """{name: id} -> the step of `cut` that finds the names, the longest one where several begin."""
     names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
     return re.compile(f"({names or '(?!)'})"), ids
 
@@ -497,17 +497,16 @@ def cut(pieces, steps):
 class JanusPrompt:
     """What Janus-Pro is asked: phrases or a question, in its chat template, as ids with room for a picture.
 
-    The name of a special token in a phrase or question is text like any other.
-
-    directory: an official one with a tokenizer.json. image_tokens: N, places that the picture takes.
+    The name of a special token in a phrase or question is text like any other. directory: an official one with a
+    tokenizer.json. image_tokens: N, places that the picture takes.
     """
 
-    # the official processor's, for questions about a picture; for generated pictures it has none
+    # the official processor's text for questions about a picture; for generated pictures it has none
     system = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
               "user provides, and assist the user with a variety of tasks using natural language.")
     names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": PAD,
              "begin": "<begin_of_image>", "image": IMAGE, "end": "<end_of_image>"}
-    length = 256  # text tokens of a phrase or question, at most; ours, the model itself reads thousands
+    length = 256  # text tokens of a phrase or question, at most; our limit: the model itself reads thousands
 
     def __init__(self, directory, image_tokens):
         self.bpe, self.image_tokens = BPETokenizer.from_json(directory), image_tokens
@@ -517,7 +516,7 @@ class JanusPrompt:
         self.special = {short: self.bpe.special_tokens[name] for short, name in self.names.items()}
 
     def too_long(self, text):
-        """How many tokens `text` needs if that is more than fit, else 0."""
+        """The number of tokens that `text` needs if it is above `length`, else 0."""
         needed = len(self.bpe.encode("", text.strip()))
         return needed if needed > self.length else 0
 
@@ -525,9 +524,9 @@ class JanusPrompt:
         """A prompt in parts, as BPETokenizer.encode takes them -> list of ids: begin of sentence first, and N places
         for the picture where the text has <image_placeholder>."""
         special, ids = self.special, [self.special["bos"]]
+        picture = [special["begin"], *[special["image"]] * self.image_tokens, special["end"]]
         for id in self.bpe.encode(*parts):
-            places = [special["begin"], *[id] * self.image_tokens, special["end"]]
-            ids += places if id == special["image"] else [id]
+            ids += picture if id == special["image"] else [id]
         return ids
 
     def __call__(self, phrases):

@@ -117,9 +117,10 @@ def test_20000_strings_equal_the_plain_merge_loop():
         vocab = BYTES + made + ["never"]
         rng.shuffle(vocab)  # ids are not ranks
         tokenizer, ids = build(ranks, vocab=vocab), {token: id for id, token in enumerate(vocab)}
-        parts = sorted({c for token in made for c in token if c.isascii()}) + [t for t in made if t.isascii()]
+        letters = sorted({c for token in made for c in token if c.isascii()})
+        parts = letters + [token for token in made if token.isascii() and len(token) < 5]
         for _ in range(10_000 if ranks is files[0] else 200):
-            text = "".join(rng.choices(parts, k=rng.randrange(1, 5)))
+            text = "".join(rng.choices(parts, k=rng.randrange(1, 9)))
             assert tokenizer.encode(text) == [ids[token] for token in merge(text, ranks)], (ranks, text)
 
 
@@ -191,7 +192,7 @@ def test_added_tokens_come_first():
     at = len(BYTES)
     tokenizer = build([], tokens=[added("<a", at), added("<a>", at + 1), added("｜é", at + 2), added("a", 64)])
     assert tokenizer.encode("<a><ab ｜éa") == [at + 1, at, *tokenizer.encode("b "), at + 2, 64]  # the longest
-    assert tokenizer.decode([at + 2, 64]) == "｜éa"  # é is é, not the byte 0xE9 that the vocabulary writes so
+    assert tokenizer.decode([at + 2, 64]) == "｜éa"  # the text é, not the byte 0xE9, which the vocabulary writes as é
     assert build([], [split("b")], [added("!", 0)]).encode("!a!") == [0, 64, 0]
     # those that are `normalized` only see what the others leave
     tokenizer = build([], tokens=[added("<a>", at, normalized=True), added(">b", at + 1)])
@@ -209,7 +210,7 @@ def test_bytes_that_no_text_has_need_no_token():
     text = "für Àÿ\U0010ffff" + "".join(map(chr, range(0x250)))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("ü") == [tokenizer.special_tokens["ü"]] and tokenizer.vocab_size == 256
-    assert tokenizer.encode("", "für <ü>") == tokenizer.encode("für <ü>")  # a letter is nobody's name
+    assert tokenizer.encode("", "für <ü>") == tokenizer.encode("für <ü>")  # one letter cannot be a role
 
 
 def test_in_words_the_name_of_an_added_token_is_text():
@@ -218,7 +219,7 @@ def test_in_words_the_name_of_an_added_token_is_text():
     letters = [id for c in "<a>" for id in tokenizer.encode(c)]
     assert tokenizer.encode("<a>", "<a>", "<a>") == [at, *letters, at]
     assert tokenizer.encode("", "<b>") == [tokenizer.encode(c)[0] for c in "<b>"]
-    assert tokenizer.encode("<", "a>") == tokenizer.encode("<", "a>", "") == letters  # nor is one that begins in text
+    assert tokenizer.encode("<", "a>") == tokenizer.encode("<", "a>", "") == letters  # split or not
     assert tokenizer.encode("a", "b", "c") == tokenizer.encode("abc")  # merges go across
     assert tokenizer.encode() == tokenizer.encode("") == tokenizer.encode("", "", "") == []
 
