@@ -380,10 +380,6 @@ def check_kind(content):
     for name in CHANGES:
         if any(part.get(name) for part in parts + content["added_tokens"]):
             raise ValueError(f"{name} is set, which is not supported")
-    for step in steps:
-        regex = step["pattern"]["Regex"] if step["type"] == "Split" else "-"
-        if step.get("behavior", "Isolated") != "Isolated" or not SPLIT.fullmatch(regex) or re.match(regex, ""):
-            raise ValueError(f"its step {step!r:.200} is not supported")
     ids = content["model"]["vocab"].values()
     if sorted(ids) != list(range(len(ids))):
         raise ValueError(f"the {len(ids)} ids of its vocabulary have gaps or come twice")
@@ -428,8 +424,8 @@ class BPETokenizer:
         self.vocab_size = len(self.bytes)
 
         # Hugging Face joins the listed pair of the lowest rank. tiktoken joins any two neighbours whose bytes together
-        # are a token, again the lowest rank first. For merges that were learned from text both give the same ids,
-        # because each merge makes a new token out of earlier ones. The tests compare the two.
+        # are a token, again the lowest rank first. Both give the same ids where the merges were learned from text: each
+        # merge then makes a new token out of earlier ones, and its bytes merge in no other way. The tests compare both.
         tokens = {char: None for char, byte in BYTE_OF.items() if char in vocab or byte not in NEVER}
         for pair in content["model"]["merges"]:
             left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -442,7 +438,10 @@ class BPETokenizer:
         digits, self.splits = r"(?s:.+)", []
         for step in content["pre_tokenizer"]["pretokenizers"]:
             if step["type"] == "Split":
-                regex = step["pattern"]["Regex"].replace(r"\s", WHITE_SPACE)
+                regex = step["pattern"]["Regex"]
+                if step["behavior"] != "Isolated" or not SPLIT.fullmatch(regex) or re.match(regex, ""):
+                    raise ValueError(f"its step {step!r:.200} is not supported")
+                regex = regex.replace(r"\s", WHITE_SPACE)
                 self.splits.append((re.compile(f"({regex})", re.MULTILINE), {}))
             elif step["type"] == "Digits":
                 digits = r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+"

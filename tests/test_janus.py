@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from mllm import LORA_TARGETS, JanusPrompt, JanusSeg, LoRALinear
-from tokenizer import VQGAN, VQGANConfig
+from tokenizer import VQGAN, VQGANConfig, decode_masks, mask_to_image
 
 FIXTURE = REPO / "tests" / "fixtures" / "janus_pro"
 
@@ -92,8 +92,6 @@ def test_preprocessing_is_the_official_one(io):
 
 @pytest.mark.parametrize("size", [(30, 90), (90, 30), (64, 64), (5, 200)])
 def test_a_mask_goes_into_the_square_and_comes_back(size):
-    from tokenizer import decode_masks, mask_to_image
-
     mask = np.zeros(size[::-1], bool)
     mask[size[1] // 4: size[1] // 2, size[0] // 4: size[0] // 2] = True
     square = torch.from_numpy(data.pad_mask(mask, 256))
