@@ -7,7 +7,7 @@ S side of the picture, K codebook size, r rank of LoRA.
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -129,7 +129,7 @@ class JanusConfig:
 
     @property
     def mask_grid(self):
-        """Masks have the side of the pictures, 16 pixels a token."""
+        """Masks have the side of the pictures, 16 pixels per token."""
         return self.siglip.image_size // 16
 
     @property
@@ -144,10 +144,8 @@ PRESETS = {"llamaseg-janus": JanusConfig()}
 
 def projector(inside, outside, layers):
     """Janus' `mlp_gelu`: linear layers with the exact GELU between them."""
-    modules = [nn.Linear(inside, outside)]
-    for _ in range(layers - 1):
-        modules += [nn.GELU(), nn.Linear(outside, outside)]
-    return nn.Sequential(*modules)
+    more = [module for _ in range(layers - 1) for module in (nn.GELU(), nn.Linear(outside, outside))]
+    return nn.Sequential(nn.Linear(inside, outside), *more)
 
 
 class JanusSeg(MaskWriter):
@@ -282,16 +280,11 @@ class JanusSeg(MaskWriter):
         return model.requires_grad_(False)
 
 
-# official prefix: ours
+# parts of the official names: ours
 JANUS_NAMES = {
     "language_model.model.embed_tokens.": "token_embedding.", "language_model.model.": "llama.",
-    "language_model.lm_head.": "lm_head.", "aligner.layers.": "aligner.", "gen_embed.": "gen_embed.",
-    "gen_aligner.layers.": "gen_aligner.", "gen_head.output_mlp_projector.": "gen_head.0.",
-    "gen_head.vision_head.": "gen_head.2.",
-}
-
-
-JANUS_TOWER = {
+    "language_model.lm_head.": "lm_head.", "aligner.layers.": "aligner.",
+    "gen_head.output_mlp_projector.": "gen_head.0.", "gen_head.vision_head.": "gen_head.2.",
     "vision_model.vision_tower.": "vision.vision_model.", "patch_embed.proj.": "embeddings.patch_embedding.",
     "pos_embed": "embeddings.position_embedding.weight", "blocks.": "encoder.layers.", ".norm1.": ".layer_norm1.",
     ".norm2.": ".layer_norm2.", ".attn.proj.": ".self_attn.out_proj.",
@@ -303,228 +296,161 @@ def janus_names(weights):
     """Official tensors under our names; a fused qkv becomes three views. Unknown names stay, to be reported."""
     ours = {}
     for name, w in weights.items():
-        if name.startswith("vision_model.vision_tower."):
-            for official, own in JANUS_TOWER.items():
-                name = name.replace(official, own)
-            if ".attn.qkv." in name and w.shape[0] % 3 == 0:
-                for part, piece in zip("qkv", w.chunk(3)):
-                    ours[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = piece
-                continue
-            ours[name] = w[0] if name.endswith("position_embedding.weight") and w.dim() == 3 else w
+        for official, own in JANUS_NAMES.items():
+            name = name.replace(official, own)
+        if ".attn.qkv." in name and w.dim():
+            for part, piece in zip("qkv", w.chunk(3)):
+                ours[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = piece
         else:
-            official = next((prefix for prefix in JANUS_NAMES if name.startswith(prefix)), "")
-            ours[JANUS_NAMES.get(official, "") + name.removeprefix(official)] = w
+            ours[name] = w[0] if name.endswith(".position_embedding.weight") and w.dim() == 3 else w
     return ours
+
+
+# the parts of config.json, and the kind of each that is implemented here
+JANUS_PARTS = {"vision_config": "CLIPVisionTower", "aligner_config": "MlpProjector", "gen_vision_config": "VQ-16",
+               "gen_aligner_config": "MlpProjector", "gen_head_config": "vision_head"}
+IMAGE, PAD = "<image_placeholder>", "<｜▁pad▁｜>"  # special tokens of tokenizer.json
+# what a strange or damaged JSON file makes its reader raise
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error)
+
+
+def reason(error):
+    """An error of MALFORMED in one line."""
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def janus_config(directory):
     """JanusConfig of an official directory: config.json, and, if it is there, tokenizer.json for special tokens' ids.
 
-    ValueError for a kind of projector, tower or image tokenizer that this code has not.
+    ValueError in one line for a kind of projector, tower or image tokenizer that is not implemented here.
     """
     hf, path = read_config(directory), directory / "config.json"
-    check_config(path, hf, {"model_type": "multi_modality"})
-    parts = {}
-    for part, expected in (("vision", "CLIPVisionTower"), ("aligner", "MlpProjector"), ("gen_vision", "VQ-16"),
-                           ("gen_aligner", "MlpProjector"), ("gen_head", "vision_head")):  # fmt: skip
-        try:
-            parts[part] = dict(hf[f"{part}_config"]["params"])
-            check_config(path, {f"{part}_config.cls": hf[f"{part}_config"]["cls"]}, {f"{part}_config.cls": expected})
-        except (KeyError, TypeError):
-            raise ValueError(f"{path}: has no {part}_config with cls and params") from None
-    vision, aligner, language = parts["vision"], parts["aligner"], hf.get("language_config") or {}
-    if not isinstance(language, dict):
-        raise ValueError(f"{path}: language_config is {language!r:.100}, expected an object")
-    check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1})
-    for part in ("aligner", "gen_aligner"):
-        check_config(path, parts[part], {"projector_type": "mlp_gelu", "depth": aligner.get("depth", 2)})
-    width = vision.get("width", 1024)
     try:
+        check_config(path, hf, {"model_type": "multi_modality"})
+        for part, kind in JANUS_PARTS.items():
+            check_config(path, {f"{part}.cls": hf[part]["cls"]}, {f"{part}.cls": kind})
+        vision, aligner, gen_vision, gen_aligner, gen_head = (hf[part]["params"] for part in JANUS_PARTS)
+        language, width, depth = hf.get("language_config") or {}, vision.get("width", 1024), aligner.get("depth", 2)
+        usual = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
+        check_config(path, vision, usual)
+        for params in (aligner, gen_aligner):
+            check_config(path, params, {"projector_type": "mlp_gelu", "depth": depth})
         config = JanusConfig(
             siglip=SigLIPConfig(
                 image_size=vision.get("image_size", 384), patch_size=vision.get("patch_size", 16), vision_width=width,
                 vision_layers=vision.get("layers", 24), vision_heads=vision.get("heads", 16),
                 vision_mlp=int(width * vision.get("mlp_ratio", 4)), gelu="none"),
             llama=llama_config(language, path), vocab_size=language.get("vocab_size", 32000),
-            codebook_size=parts["gen_head"].get("image_token_size", 16384),
-            code_width=parts["gen_vision"].get("n_embed", 8),
-            head_width=parts["gen_head"].get("image_token_embed", 2048),
-            projector_layers=aligner.get("depth", 2),
-        )  # fmt: skip
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
-    if (directory / "tokenizer.json").is_file():
-        try:
-            added = json.loads((directory / "tokenizer.json").read_bytes())["added_tokens"]
-            ids = {token["content"]: token["id"] for token in added}
-            config.image_id, config.pad_id = ids["<image_placeholder>"], ids["<｜▁pad▁｜>"]
-            check_numbers(config)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{directory / 'tokenizer.json'}: no special token {error}") from None
-    return config
+            codebook_size=gen_head.get("image_token_size", 16384), code_width=gen_vision.get("n_embed", 8),
+            head_width=gen_head.get("image_token_embed", 2048), projector_layers=depth)
+        path = directory / "tokenizer.json"
+        if path.is_file():
+            ids = {token["content"]: token["id"] for token in json.loads(path.read_bytes())["added_tokens"]}
+            config = replace(config, image_id=ids[IMAGE], pad_id=ids[PAD])
+        return config
+    except MALFORMED as error:
+        raise ValueError(f"{path}: {reason(error).removeprefix(f'{path}: ')}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------
 # text
 
+# A vocabulary writes a byte as its Latin-1 character if that is printable, else as a character from U+0100 on (GPT-2).
+UNPRINTED = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]
+BYTE_OF = {chr(0x100 + UNPRINTED.index(byte) if byte in UNPRINTED else byte): byte for byte in range(256)}
+NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # UTF-8 has no such bytes, so they need no token
+
+# A Split's regular expression: literals, \s and [classes of literals], each bare or with ? * or +, and $ at the end.
+# Python reads these as Hugging Face's Oniguruma does, but for \s, which is Unicode's White_Space there.
+SPLIT = re.compile(r"((\\[nrts\W]|[^]\[(){}.*+?|^$\\]|\[\^?(\\[nrt\W]|[^]\[&\\])+\])[?*+]?)+\$?")
+WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+# Settings of a tokenizer.json that change the ids. They are not implemented: no DeepSeek file has one of them set.
+CHANGES = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "lstrip",
+           "rstrip", "single_word", "invert", "add_prefix_space")
+
+
+def check_kind(content):
+    """ValueError unless a parsed tokenizer.json is byte-level BPE after Splits and Digits, with none of CHANGES set."""
+    normalizer, steps = content["normalizer"] or {"normalizers": []}, content["pre_tokenizer"]["pretokenizers"]
+    parts = [*normalizer.get("normalizers", [normalizer]), content["model"], *steps]
+    kinds = " ".join(str(part["type"]) for part in parts)
+    if not re.fullmatch("BPE (Split )*(Digits )?ByteLevel", kinds) or steps[-1]["use_regex"]:
+        raise ValueError(f"its steps are {kinds}, supported: BPE, Splits, Digits or not, ByteLevel without regex")
+    for name in CHANGES:
+        if any(part.get(name) for part in parts + content["added_tokens"]):
+            raise ValueError(f"{name} is set, which is not supported")
+    ids = content["model"]["vocab"].values()
+    if sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"the {len(ids)} ids of its vocabulary have gaps or come twice")
+
 
 class BPETokenizer:
     """Byte-level BPE of DeepSeek-LLM's kind (Janus-Pro) from a Hugging Face tokenizer.json, with the same ids.
 
-    encode cuts the added tokens out of the text, splits the rest by the file's patterns, one after the other, and
+    `encode` cuts the added tokens out of the text, splits the rest by the file's patterns, one after the other, and
     lets tiktoken merge the bytes of each piece. decode(encode(text)) is the text, byte for byte. The file's
-    post-processor is not applied: no BOS, no EOS. ValueError on anything in the file that is not known here.
+    post-processor is not applied: no BOS, no EOS.
 
     special_tokens: {name: id} of all added tokens, "<|User|>" and the like; ids are 0 .. vocab_size - 1.
     """
 
-    # A Split's regular expression: literals, \s and [classes of literals], each bare or with ? * or +, and $ at the
-    # end. Python reads these as Hugging Face's Oniguruma does, but for \s, which is Unicode's White_Space there.
-    escape = r"\\[]\[(){}.*+?|^$/&~rnt-]"
-    literal, in_class = rf"(?:{escape}|[^]\[(){{}}.*+?|^$\\])", rf"(?:{escape}|[^]\[\\&^-])"
-    known_pattern = re.compile(rf"(?:(?:{literal}|\\s|\[\^?(?:{in_class}(?:-{in_class})?)+])[?*+]?)+\$?")
-    white_space = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-
     @classmethod
     def from_json(cls, path):
-        """path: a tokenizer.json or the folder it lies in."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        """path: a tokenizer.json or its folder. FileNotFoundError, or ValueError in one line for another kind."""
+        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.json)")
         try:
             return cls(json.loads(path.read_bytes()))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, re.error) as error:
-            what = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{path}: no byte-level BPE tokenizer.json of a known kind ({what})") from None
+        except MALFORMED as error:
+            raise ValueError(f"{path}: no byte-level BPE tokenizer.json of a known kind ({reason(error)})") from None
 
     def __init__(self, content):
-        """content: the parsed tokenizer.json."""
+        """content: the parsed tokenizer.json. Raises one of MALFORMED if it is of another kind."""
         import tiktoken  # here: only Janus-Pro's text needs it
 
-        self._check("its", content, truncation=[None], padding=[None], decoder=None, version=None, post_processor=None,
-                    added_tokens=None, pre_tokenizer=None, model=None,
-                    normalizer=[None, {"type": "Sequence", "normalizers": []}])  # fmt: skip
-        self._check("its decoder's", content["decoder"] or {}, type=["ByteLevel"], add_prefix_space=None,
-                    trim_offsets=None, use_regex=None)  # fmt: skip
-        # unk_token and fuse_unk are for bytes without a token, of which there is none
-        self._check("its model's", content["model"], type=["BPE"], vocab=None, merges=None, unk_token=None,
-                    fuse_unk=None, dropout=[None, 0], byte_fallback=[None, False], ignore_merges=[None, False],
-                    continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""])  # fmt: skip
-        ranks = self._read_vocabulary(content["model"]["vocab"], content["model"]["merges"])
-        self._read_added_tokens(content["added_tokens"], content["model"]["vocab"])
-        self.splits = []
-        pattern = self._read_pre_tokenizer(content["pre_tokenizer"] or {})
-        self.vocab_size = len(self.bytes)
-        self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    @staticmethod
-    def _check(what, found, **known):
-        """ValueError unless `found` has only names of `known`, with one of the values there (None: with any)."""
-        for name, values in known.items():
-            if values and found.get(name) not in values:
-                supported = " or ".join(map(repr, values))
-                raise ValueError(f"{what} {name} is {found.get(name)!r:.100}, supported: {supported}")
-        for name in found:
-            if name not in known:
-                raise ValueError(f"{what} option {name!r} is not known")
-
-    def _read_vocabulary(self, vocab, merges):
-        """Sets self.bytes (of each id) and self.ids (of each of tiktoken's ranks); returns tiktoken's bytes -> rank."""
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError(f"the {len(vocab)} ids of its vocabulary have gaps or come twice")
-        # The vocabulary writes a byte as its Latin-1 character if that prints, else as one from U+0100 on (GPT-2).
-        prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in prints]
-        byte_of = {chr(b): b for b in prints} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-        def to_bytes(token):  # a token with other characters, as some added ones, stands for its own name
-            return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
-
-        never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # in UTF-8; such a byte may lack a token
-        missing = [f"0x{byte:02X}" for c, byte in byte_of.items() if c not in vocab and byte not in never]
-        if missing:
-            raise ValueError(f"its vocabulary has no token for byte {missing[0]}")
-
-        rank_of = {}
-        for i, pair in enumerate(merges):
-            pair = pair.split(" ") if isinstance(pair, str) else pair
-            if len(pair) != 2:
-                raise ValueError(f"merge {i} is {pair!r:.100}, supported: two tokens")
-            left, right = pair
-            for token in (left, right, left + right):
-                if token not in vocab or not all(c in byte_of for c in token):
-                    raise ValueError(f"merge {i}: {token!r} is not in its vocabulary, or not of its bytes")
-            rank_of[left, right] = i  # of a pair that comes twice the last one counts
-        # Hugging Face merges the listed pair of the lowest rank; tiktoken any neighbours that together are a token, of
-        # the lowest rank. That is the same if tiktoken gets just the tokens that their own bytes merge to, ranked by
-        # the last of those merges: neighbours come from merges inside their bytes, in the order in which those bytes
-        # alone would be merged, so if the two together are such a token, they are the pair of its last merge.
-        self.bytes = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]
-        self.ids = {byte: vocab.get(c) for c, byte in byte_of.items()}
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        for token in {left + right for left, right in rank_of}:
-            parts, rank = self._merge(token, rank_of)
-            if len(parts) == 1:
-                ranks[to_bytes(token)], self.ids[256 + rank] = 256 + rank, vocab[token]
-        return ranks
-
-    @staticmethod
-    def _merge(token, rank_of):
-        """Join the neighbours of the lowest rank, leftmost first, until no pair has one: (parts, the last rank)."""
-        parts, rank = list(token), None
-        while found := [(rank_of[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
-            rank, i = min(found)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return parts, rank
-
-    def _read_added_tokens(self, added, vocab):
-        """Sets self.special_tokens, and as (pattern, {name: id}) self.names of all added tokens, to be cut out of a
-        text, and self.letters of those that are one character, as DeepSeek's "ü", to be cut out of a user's words."""
-        self.special_tokens, self.names, self.letters = {}, [], []
-        for token in added:
-            name, id = token["content"], token["id"]
-            # The id is the one that Hugging Face gives, whatever the file says. A token that takes white space with
-            # it, or is one only between words, would not come back from decode.
-            self._check(f"added token {name!r}:", token, content=None, special=None, normalized=[False, True],
-                        single_word=[False], lstrip=[False], rstrip=[False],
-                        id=[vocab.get(name, len(self.bytes))])  # fmt: skip
-            if name not in vocab:
+        check_kind(content)
+        vocab, added = content["model"]["vocab"], content["added_tokens"]
+        # of each id; a token with other characters, as some added ones, stands for its own name
+        self.bytes = [bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
+                      for token in sorted(vocab, key=vocab.get)]
+        self.special_tokens = {token["content"]: token["id"] for token in added}
+        for name, id in self.special_tokens.items():
+            if name not in vocab:  # then Hugging Face gives it the next id, whatever the file says
                 self.bytes.append(name.encode())
-            if name in self.special_tokens or not name or self.bytes[id] != name.encode():
-                raise ValueError(f"added token {name!r} is empty, comes twice or is the name of other bytes")
-            self.special_tokens[name] = id
-        for normalized in (False, True):  # in this order; of those that begin at a character the longest counts
-            ids = {token["content"]: token["id"] for token in added if token["normalized"] == normalized}
-            for found, kept in ((self.names, ids), (self.letters, {name: ids[name] for name in ids if len(name) == 1})):
-                names = "|".join(re.escape(name) for name in sorted(kept, key=len, reverse=True))
-                found += [(re.compile(f"({names})"), kept)] if kept else []
+            if not name or id != vocab.get(name, len(self.bytes) - 1) or self.bytes[id] != name.encode():
+                raise ValueError(f"its added token {name!r:.100} has the id {id!r:.100} of something else")
+        self.vocab_size = len(self.bytes)
 
-    def _read_pre_tokenizer(self, content):
-        """Adds the patterns of the Splits to self.splits; returns tiktoken's pattern, which does the Digits."""
-        steps = content["pretokenizers"] if content.get("type") == "Sequence" else [content]
-        kinds = " ".join(str(step.get("type")) for step in steps)
-        if not re.fullmatch("(Split )*(Digits )?ByteLevel", kinds):
-            raise ValueError(f"its pre-tokenizer is {kinds!r}, supported: Splits, then Digits or not, then ByteLevel")
-        digits = r"(?s:.+)"
-        for step in steps:
+        # Hugging Face joins the listed pair of the lowest rank. tiktoken joins any two neighbours whose bytes together
+        # are a token, again the lowest rank first. Both give the same ids where the merges were learned from text: each
+        # merge then makes a new token out of earlier ones, and its bytes merge in no other way. The tests compare both.
+        tokens = {char: None for char, byte in BYTE_OF.items() if char in vocab or byte not in NEVER}
+        for pair in content["model"]["merges"]:
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            if left not in tokens or right not in tokens or left + right in tokens:
+                raise ValueError(f"its merge {pair!r:.100} does not make a new token of two earlier ones")
+            tokens[left + right] = None
+        self.ids = [vocab[token] for token in tokens]  # of each rank
+        ranks = {self.bytes[id]: rank for rank, id in enumerate(self.ids)}
+
+        digits, self.splits = r"(?s:.+)", []
+        for step in content["pre_tokenizer"]["pretokenizers"]:
             if step["type"] == "Split":
-                self._check("Split's", step, type=None, pattern=None, behavior=["Isolated"], invert=[False])
-                found = step["pattern"].get("Regex", "")
-                if not self.known_pattern.fullmatch(found):
-                    raise ValueError(f"Split's pattern is {step['pattern']!r:.100}, supported: a Regex of literals, "
-                                     "\\s, [classes of literals], ? * + and $ at its end")  # fmt: skip
-                pattern = re.compile("(" + found.replace(r"\s", self.white_space) + ")", re.MULTILINE)
-                if pattern.search(""):
-                    raise ValueError(f"Split's pattern {found!r:.100} matches an empty piece")
-                self.splits.append((pattern, {}))
+                regex = step["pattern"]["Regex"]
+                if step["behavior"] != "Isolated" or not SPLIT.fullmatch(regex) or re.match(regex, ""):
+                    raise ValueError(f"its step {step!r:.200} is not supported")
+                regex = regex.replace(r"\s", WHITE_SPACE)
+                self.splits.append((re.compile(f"({regex})", re.MULTILINE), {}))
             elif step["type"] == "Digits":
-                self._check("Digits'", step, type=None, individual_digits=[False, True])
                 digits = r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+"
-            else:
-                self._check("ByteLevel's", step, type=["ByteLevel"], trim_offsets=None, add_prefix_space=[False],
-                            use_regex=[False])  # fmt: skip
-        return digits
+        self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=digits, mergeable_ranks=ranks, special_tokens={})
+        # Names are looked for in two steps, those of `normalized` tokens last. In a user's words only the names of one
+        # character count: DeepSeek has letters such as "ü" as added tokens.
+        names = [{t["content"]: t["id"] for t in added if t["normalized"] == last} for last in (False, True)]
+        self.names = [finder(ids) for ids in names]
+        self.letters = [finder({name: id for name, id in ids.items() if len(name) == 1}) for ids in names]
 
     def encode(self, *parts):
         """Text -> list of ids. The name of an added token in the text becomes that token.
@@ -533,25 +459,16 @@ class BPETokenizer:
         the words the name of an added token is text like any other. UnicodeEncodeError, a ValueError, on half of a
         surrogate pair: UTF-8 has no bytes for it.
         """
-        pieces = []  # strings, and the ids of added tokens that were found
+        joined, ids = [], []  # of strings, and the ids of added tokens that were found
         for i, part in enumerate(parts):
             part.encode()
-            for piece in self._cut([part], self.letters if i % 2 else self.names):
-                if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                    piece = pieces.pop() + piece  # two parts meet here
-                pieces.append(piece)
-        ids = []
-        for piece in self._cut(pieces, self.splits):
+            for piece in cut([part], self.letters if i % 2 else self.names):
+                if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+                    piece = joined.pop() + piece  # two parts meet here
+                joined.append(piece)
+        for piece in cut(joined, self.splits):
             ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
         return ids
-
-    @staticmethod
-    def _cut(pieces, steps):
-        """Cut strings by the pattern of each step; a piece with the name of one of its added tokens becomes its id."""
-        for pattern, added in steps:
-            parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
-            pieces = [added.get(part, part) for part in parts]
-        return [piece for piece in pieces if piece != ""]
 
     def decode(self, ids):
         """ids -> text; bytes that are not UTF-8, as half a character's, become U+FFFD. ValueError on an unknown id."""
@@ -562,30 +479,43 @@ class BPETokenizer:
         return b"".join(self.bytes[id] for id in ids).decode(errors="replace")
 
 
+def finder(ids):
+    """{name: id} -> the step of `cut` that finds the names, the longest one where several begin."""
+    names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    return re.compile(f"({names or '(?!)'})"), ids
+
+
+def cut(pieces, steps):
+    """Cut strings by the pattern of each step; a piece with the name of one of its added tokens becomes its id."""
+    for pattern, added in steps:
+        parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
+        pieces = [added.get(part, part) for part in parts]
+    return [piece for piece in pieces if piece != ""]
+
+
 class JanusPrompt:
     """What Janus-Pro is asked: phrases or a question, in its chat template, as ids with room for a picture.
 
-    The name of a special token in a phrase or question is text like any other.
-
-    directory: an official one with a tokenizer.json. image_tokens: N, places that the picture takes.
+    The name of a special token in a phrase or question is text like any other. directory: an official one with a
+    tokenizer.json. image_tokens: N, places that the picture takes.
     """
 
-    # the official processor's, for questions about a picture; for generated pictures it has none
+    # the official processor's text for questions about a picture; for generated pictures it has none
     system = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
               "user provides, and assist the user with a variety of tasks using natural language.")
-    length = 256  # text tokens of a phrase or question, at most; ours, the model itself reads thousands
+    names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": PAD,
+             "begin": "<begin_of_image>", "image": IMAGE, "end": "<end_of_image>"}
+    length = 256  # text tokens of a phrase or question, at most; our limit: the model itself reads thousands
 
     def __init__(self, directory, image_tokens):
         self.bpe, self.image_tokens = BPETokenizer.from_json(directory), image_tokens
-        names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": "<｜▁pad▁｜>",
-                 "begin": "<begin_of_image>", "image": "<image_placeholder>", "end": "<end_of_image>"}  # fmt: skip
-        missing = [name for name in names.values() if name not in self.bpe.special_tokens]
+        missing = [name for name in self.names.values() if name not in self.bpe.special_tokens]
         if missing:
             raise ValueError(f"{directory}: its text tokenizer has no {', '.join(missing)}: not Janus'")
-        self.special = {short: self.bpe.special_tokens[name] for short, name in names.items()}
+        self.special = {short: self.bpe.special_tokens[name] for short, name in self.names.items()}
 
     def too_long(self, text):
-        """How many tokens `text` needs if that is more than fit, else 0."""
+        """The number of tokens that `text` needs if it is above `length`, else 0."""
         needed = len(self.bpe.encode("", text.strip()))
         return needed if needed > self.length else 0
 
@@ -593,9 +523,9 @@ class JanusPrompt:
         """A prompt in parts, as BPETokenizer.encode takes them -> list of ids: begin of sentence first, and N places
         for the picture where the text has <image_placeholder>."""
         special, ids = self.special, [self.special["bos"]]
+        picture = [special["begin"], *[special["image"]] * self.image_tokens, special["end"]]
         for id in self.bpe.encode(*parts):
-            ids += ([special["begin"]] + self.image_tokens * [special["image"]] + [special["end"]]
-                    if id == special["image"] else [id])  # fmt: skip
+            ids += picture if id == special["image"] else [id]
         return ids
 
     def __call__(self, phrases):
@@ -604,7 +534,7 @@ class JanusPrompt:
         The paper: `<|User|>: [text]<image>  <|Assistant|>: <begin_of_mask>`, in Janus' own white space.
         """
         rows = [self.ids("<|User|>: ", phrase.strip(), "<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
-                for phrase in phrases]  # fmt: skip
+                for phrase in phrases]
         longest = max(map(len, rows))
         return torch.tensor([[self.special["pad"]] * (longest - len(row)) + row for row in rows])
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from mllm import LORA_TARGETS, JanusPrompt, JanusSeg, LoRALinear
-from tokenizer import VQGAN, VQGANConfig
+from tokenizer import VQGAN, VQGANConfig, decode_masks, mask_to_image
 
 FIXTURE = REPO / "tests" / "fixtures" / "janus_pro"
 
@@ -92,8 +92,6 @@ def test_preprocessing_is_the_official_one(io):
 
 @pytest.mark.parametrize("size", [(30, 90), (90, 30), (64, 64), (5, 200)])
 def test_a_mask_goes_into_the_square_and_comes_back(size):
-    from tokenizer import decode_masks, mask_to_image
-
     mask = np.zeros(size[::-1], bool)
     mask[size[1] // 4: size[1] // 2, size[0] // 4: size[0] // 2] = True
     square = torch.from_numpy(data.pad_mask(mask, 256))
@@ -137,13 +135,13 @@ def test_official_files_of_every_kind_load_the_same(janus, tmp_path):
     (lambda c, w: c["aligner_config"]["params"].update(projector_type="identity"), "projector_type is 'identity'"),
     (lambda c, w: c["vision_config"]["params"].update(select_layer=-2), "select_layer is -2"),
     (lambda c, w: c["gen_vision_config"].update(cls="VQ-8"), "gen_vision_config.cls is 'VQ-8'"),
-    (lambda c, w: c.pop("gen_head_config"), "has no gen_head_config"),
+    (lambda c, w: c.pop("gen_head_config"), "KeyError.*gen_head_config"),
     (lambda c, w: c.update(model_type="llama"), "model_type is 'llama'"),
-    (lambda c, w: c["gen_head_config"].update(params=None), "has no gen_head_config with cls and params"),
-    (lambda c, w: c.update(language_config=5), "language_config is 5"),
-    (lambda c, w: c["vision_config"]["params"].update(mlp_ratio=1e308), "cannot convert float infinity"),
+    (lambda c, w: c["gen_head_config"].update(params=None), "config.json: AttributeError"),
+    (lambda c, w: c.update(language_config=5), "config.json: AttributeError"),
+    (lambda c, w: c["vision_config"]["params"].update(mlp_ratio=1e308), "OverflowError.*float infinity"),
     (lambda c, w: w.update({"gen_embed.weight": torch.full((96, 8), float("nan"))}), "not finite: gen_embed.weight"),
-], ids=range(11))  # fmt: skip
+], ids=range(11))
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     content = json.loads((FIXTURE / "config.json").read_text())
     tensors = load_file(FIXTURE / "model.safetensors")
@@ -261,7 +259,7 @@ def test_a_lora_file_is_small_and_knows_its_base(janus, io, tmp_path):
     ({"rank": 1.5}, {}, "LoRA rank 1.5"), ({"alpha": "x"}, {}, "not supported"), ({"alpha": math.inf}, {}, "alpha inf"),
     ({"targets": 5}, {}, "not iterable"), ({"targets": ["lm_head"]}, {}, "targets lm_head"), ({"new": 1}, {}, "new"),
     ({"rank": 3}, {}, "wrong shape"), ({}, None, "does not name the Janus model"),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_a_lora_file_that_does_not_fit_ends_in_one_line(janus, tmp_path, lora, frozen, message):
     janus.add_lora(rank=2)
     known = janus.config.lora
@@ -300,7 +298,7 @@ def directory(tmp_path):
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         tensors[name] = torch.randn(vocab, 48) * tensors[name].std()
     vqgan = VQGAN(VQGANConfig(channels=32, channel_mult=(1, 1, 1, 1, 1), res_blocks=1, latent_channels=32,
-                              codebook_size=96))  # fmt: skip
+                              codebook_size=96))
     tensors |= {f"gen_vision_model.{name}": w for name, w in vqgan.state_dict().items()}
     save_file({name: w.contiguous() for name, w in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(content))
@@ -315,7 +313,7 @@ def losses(out):
 def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path):
     flags = ["--preset", "llamaseg-janus", "--encoder", str(directory), "--batch-size", "16", "--lr", "3e-3",
              "--phrases", "2", "--max-steps", "18", "--warmup-steps", "2", "--eval-every", "18", "--eval-count", "2",
-             "--save-every", "12", "--device", "cpu", "--dtype", "float32", "--lora-rank", "8"]  # fmt: skip
+             "--save-every", "12", "--device", "cpu", "--dtype", "float32", "--lora-rank", "8"]
     whole = tmp_path / "whole"
     assert train.main([*flags, "--out-dir", str(whole)]) == 0
     found = losses(whole)
@@ -336,7 +334,7 @@ def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path):
     done = sample("sample.py", "--checkpoint", whole, *ask)
     assert done.returncode == 1 and b"janus-tiny" in done.stderr and b"Traceback" not in done.stderr
     done = sample("sample.py", "--checkpoint", whole, "--encoder", directory, "--dataset", "scenes", "--count", "3",
-                  "--out", tmp_path / "s")  # fmt: skip
+                  "--out", tmp_path / "s")
     assert done.returncode == 0, done.stderr
 
     assert train.main(["--merge", str(whole), "--encoder", str(directory)]) == 0
@@ -356,7 +354,7 @@ def test_prompts_keep_special_tokens_out_of_a_users_hands(directory):
     names = list(prompt.bpe.special_tokens)
     hostile = [*names, "<image_pla<end_of_image>ceholder>", "<image_placeholder", "".join(names), "<|Us<|User|>er|>",
                *(a[:5] + b + a[5:] for a, b in zip(names, reversed(names))), "＜image_placeholder＞",
-               "\0<|User|>\ufeff", "<|User|>" * 1000]  # fmt: skip
+               "\0<|User|>\ufeff", "<|User|>" * 1000]
     for words in hostile:
         ids, chat = prompt([f"the {words} cat"])[0].tolist(), prompt.chat(f"Where {words}?")[0].tolist()
         for found, asked in ((ids, prompt(["cat"])), (chat, prompt.chat("Where?"))):
@@ -381,7 +379,7 @@ def test_a_prompt_in_parts_has_the_ids_of_the_whole(directory):
             assert prompt.bpe.encode(*template) == prompt.bpe.encode("".join(template)), template
         plain = "".join(words.split("<|"))
         assert prompt.ids(f"<|User|>: {plain.strip()}<image_placeholder>\n\n<|Assistant|>:<begin_of_image>") == (
-            prompt([plain])[0].tolist())  # fmt: skip
+            prompt([plain])[0].tolist())
 
 
 def test_print_config_of_janus(capsys):
@@ -389,7 +387,7 @@ def test_print_config_of_janus(capsys):
     text = capsys.readouterr().out
     counts = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  ")}
     assert counts["gen_head"][0] == "0" and int(counts["llama"][0].replace(",", "")) == 24 * 16 * (
-        4 * (2048 + 2048) + 3 * (2048 + 5632))  # fmt: skip
+        4 * (2048 + 2048) + 3 * (2048 + 5632))
     assert "24 layers x 2048" in text
 
 

@@ -38,7 +38,7 @@ def train_image_tokenizer(path):
     """A VQGAN with as many codes as the fixture's generation head has; about 18 minutes. Saved at `path` as it goes."""
     tokenizer.crop_masks = lambda masks, size: masks  # 64 px are no more than a crop already
     model = VQGAN(VQGANConfig(channels=32, channel_mult=(1, 1, 1, 1, 2), res_blocks=1, latent_channels=32,
-                              codebook_size=CODES, codebook_dim=8))  # fmt: skip
+                              codebook_size=CODES, codebook_dim=8))
     train_set, val_set, device = Scenes("train"), Scenes("val"), torch.device("cpu")
     args = SimpleNamespace(start=0, batch_size=8, size=SIDE, bfloat16=True, noise=0.1, save_every=400, out=path)
     bar = tqdm(total=2000)
@@ -93,7 +93,7 @@ def main(folder):
     config["language_config"]["vocab_size"] = words
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name: w.float() for name, w in load_file(FIXTURES / "janus_pro" / "model.safetensors").items()
-               if not name.startswith("gen_vision_model.")}  # fmt: skip
+               if not name.startswith("gen_vision_model.")}
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         weights[name] = torch.randn(words, weights[name].shape[1]) * weights[name].std()
     weights |= {f"gen_vision_model.{name}": w.contiguous() for name, w in vqgan.state_dict().items()}
