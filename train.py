@@ -577,9 +577,9 @@ def open_run(args, segmenter, optimizers, rank):
         if len(set(steps)) > 1:
             raise ValueError(f"{args.out_dir}: the ranks found checkpoints of steps {steps}: give all the same files")
     if rank == 0:
-        for path, error in damaged:
-            say(f"{error}: set aside as {path.name}.damaged")
-            path.rename(f"{path}.damaged")
+        for broken, error in damaged:
+            say(f"{error}: set aside as {broken.name}.damaged")
+            broken.rename(f"{broken}.damaged")
         later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
         if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
             raise ValueError(f"{args.resume}: {later[0]} is of a later step: delete it to go back to step {done}, or "
@@ -769,7 +769,8 @@ class Log:
                     "mask_tokens_per_s": rate * self.mask_tokens, "mfu": mfu,
                     "peak_memory_gb": peak_memory(self.device) / 1e9})
         if self.bar is None:  # its clock starts after the first step, which may take a minute to compile
-            self.bar = self.at_end.enter_context(tqdm(initial=step, total=self.args.max_steps, smoothing=0.02))
+            self.bar = tqdm(initial=step, total=self.args.max_steps, smoothing=0.02, desc="train")
+            self.at_end.callback(self.bar.close)
         self.bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {rate:.0f} samples/s mfu {100 * mfu:.0f} %", False)
         self.bar.update(step - self.bar.n)
 
@@ -882,13 +883,15 @@ def print_config(args):
     terms = " + ".join(f"{name} {n}" for name, n in tokens.items())
     print(f"\ntokens of a sample       {terms} = {sum(tokens.values())}")
 
-    ranks, micro_batch_size = int(os.environ.get("WORLD_SIZE", 1)), args.micro_batch_size
-    if micro_batch_size is None and "WORLD_SIZE" not in os.environ and args.preset != "scenes":
-        ranks = args.batch_size // math.gcd(args.batch_size, 32)  # one process would not hold it: as DEFAULTS has it
-    micro_batch_size = micro_batch_size or args.batch_size // ranks
+    ranks, why = int(os.environ.get("WORLD_SIZE", 1)), ""
+    if args.micro_batch_size is None and "WORLD_SIZE" not in os.environ and args.preset != "scenes":
+        ranks = args.batch_size // math.gcd(args.batch_size, 32)  # as DEFAULTS has it
+        why = " (the recipe; torchrun and --micro-batch-size give others)"
+    micro_batch_size = args.micro_batch_size or args.batch_size // ranks
     if micro_batch_size < 1 or args.batch_size % (micro_batch_size * ranks):
         raise ValueError(f"batch size {args.batch_size} must be a multiple of {ranks} ranks x {micro_batch_size}")
-    print(f"\nmemory of a rank         {ranks} ranks, {micro_batch_size} of {args.batch_size} phrases in a micro-batch")
+    print(f"\nmemory of a rank         micro-batches of {micro_batch_size} phrases, batches of {args.batch_size}, "
+          f"ranks: {ranks}{why}")
     alone = ranks == 1 and args.batch_size == micro_batch_size
     for name, size in memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size, alone).items():
         print(f"  {name:22}{size / 1e9:10.2f} GB")

@@ -490,7 +490,9 @@ def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
     newest.write_bytes(newest.read_bytes()[:-1000])  # half a copy
     (tmp_path / ".checkpoint-0000007.pt.1.tmp").write_bytes(b"half a save")
     assert train.main(small(tmp_path, "--resume", "auto")) == 0
-    assert "checkpoint-0000006.pt: not a whole checkpoint" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoint-0000006.pt: not a whole checkpoint" in said
+    assert "resumed from checkpoint-0000003, going on with 3 of 6 steps done" in said
     assert losses(tmp_path) == before and not list(tmp_path.glob(".*"))
     assert (tmp_path / "checkpoint-0000006.pt.damaged").exists() and train.saved_steps(tmp_path) == [newest, older]
     for path in (newest, older):
@@ -644,6 +646,14 @@ def test_print_config_counts_without_allocating(capsys, monkeypatch):
         assert number in text
 
 
+def test_print_config_without_torchrun_is_for_the_recipes_micro_batch(capsys):
+    assert train.main(["--preset", "llamaseg-b", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "micro-batches of 32 phrases, batches of 256, ranks: 8 (the recipe" in text
+    (peak,) = [line.split()[1] for line in text.splitlines() if line.startswith("  peak")]
+    assert peak == "44.29"  # README's table
+
+
 class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -759,10 +769,26 @@ def test_a_phrase_goes_through_the_frozen_text_encoder_once():
         assert torch.allclose(features(more), real(more), atol=1e-6) and asked == [2, 1, 5]
 
 
-def test_curves_are_drawn(small, tmp_path):
-    assert train.main(small(tmp_path)) == 0
-    (tmp_path / "curves.png").unlink()
+def test_the_first_step_which_may_compile_is_not_in_the_time_left(small, tmp_path, monkeypatch, capsys):
+    clocks = []
+
+    class Bar(train.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            clocks.append((more.get("desc"), self.n))
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    assert train.main(small(tmp_path, "--compile")) == 0
+    assert "compiling, about a minute" in capsys.readouterr().out
+    assert clocks == [("train", 1), ("evaluate", 0)]  # the clock starts when that many steps are done
+
+
+def test_curves_are_drawn(tmp_path):
+    lines = ({"step": 1, "loss": 4.0}, {"step": 2, "loss": 0.0}, {"step": 2, "cIoU": 0.5})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert train.main(["--plot", str(tmp_path)]) == 0
-    colors = {color for _, color in Image.open(tmp_path / "curves.png").getcolors(1 << 16)}
-    assert {(32, 80, 192), (192, 48, 32)} <= colors  # the loss, the cIoU
+    picture, loss, cIoU = Image.open(tmp_path / "curves.png"), (32, 80, 192), (192, 48, 32)
+    assert picture.getpixel((480, 48)) == loss and picture.getpixel((912, 59)) == loss  # 4.0, then 3.8: smoothed
+    assert picture.getpixel((912, 480)) == cIoU
     assert train.main(["--plot", str(tmp_path / "none")]) == 1
