@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=8 train.py --preset llamaseg-janus --stage pretrain --root data    # LoRA on Janus-Pro
     python train.py --merge out                       # LoRA into a whole Janus directory: out/merged
 
-OUT_DIR gets log.jsonl (one object a step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
+OUT_DIR gets log.jsonl (one object per step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
 truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU, or
 mIoU for semantic sets), and the three files that sample.py --checkpoint OUT_DIR reads: model.safetensors,
 mask_tokenizer.safetensors, text.model. Frozen parts from official files are not copied: model.safetensors has their
@@ -24,10 +24,13 @@ import re
 import signal
 import sys
 import time
+import timeit
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,224 +38,327 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Batches, LabelMaps, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
 from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
-from model import (
-    HEAD_PART,
-    SIGLIP2,
-    LlamaSeg,
-    SigLIP,
-    clock,
-    compute_dtype,
-    peak_memory,
-    pick_device,
-    siglip_config,
-)
+from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, pick_device, siglip_config
 from model import PRESETS as MODEL_PRESETS
 from sample import Segmenter, check_fit, one_rank_first, setup_ranks
 from scenes import WORLDS
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
-from weights import (
-    ASSETS,
-    DOWNLOADS,
-    WEIGHTS,
-    check_source,
-    locate,
-    only_one,
-    read_header,
-    read_weights,
-    write_tensors,
-)
+from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_header, read_weights, write_tensors
 
 PRESETS = MODEL_PRESETS | MLLM_PRESETS
 
-# What a preset means where a flag is left out, and below what a stage says instead. --help has the flags.
-SCENES_RECIPE = {
-    "mask_tokenizer": ASSETS / "mask_tokenizer.safetensors", "text_tokenizer": ASSETS / "text.model",
-    "optimizer": "muon", "lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.05, "batch_size": 64,
-    "warmup_steps": 100, "hide": True, "background_weight": 0.4, "data": "scenes",
-}  # fmt: skip
-# Paper: batch size, warm-up of pre-training, gradient clipping and which tokenizer of LlamaGen (c2i or t2i) are not
-# stated; we use LlamaGen's batch of 256 (32 phrases on each of 8 GPUs), 1000 steps, 1.0 and c2i.
-PAPER_RECIPE = {
-    "mask_tokenizer": WEIGHTS / "vq_ds16_c2i",  # llamaseg-janus: its own
-    "optimizer": "adamw", "lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "batch_size": 256,
-    "warmup_steps": 1000, "hide": False, "background_weight": 1.0, "data": "scenes",
-}  # fmt: skip
-FINE_TUNING = {"optimizer": "adamw", "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "warmup_steps": 0.01}
-STAGES = {
-    # Paper: how the sets are mixed is not stated; we use about their sizes, 2M masks to 4 x 0.1M phrases.
-    "pretrain": {"optimizer": "adamw", "lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "epochs": 4,
-                 "data": "sa-ovrs:16,refcoco:1,refcoco+:1,refcocog:1,refclef:1"},
-    "finetune-semantic": {**FINE_TUNING, "epochs": 10, "data": "ade20k"},  # or --data cocostuff
-    "finetune-referring": {**FINE_TUNING, "epochs": 20, "data": "refcoco,refcoco+,refcocog"},
-}  # fmt: skip
+# What a flag means where it is left out: the stage's value where the stage has one (None: it has none), else the
+# preset's. A flag on the command line overrides both. A flag that is not in this table has one default: see --help.
+# Paper: batch size, warm-up of pre-training, clipping, which tokenizer of LlamaGen (c2i or t2i) and how the sets are
+# mixed are not stated; we use LlamaGen's batch of 256 (32 phrases on each of 8 GPUs), 1000 steps, 1.0, c2i, and about
+# the sizes of the sets, 2M masks to 4 x 0.1M phrases.
+COLUMNS = ("scenes", "llamaseg-*", "pretrain", "finetune-semantic", "finetune-referring")
+PRETRAIN_SETS = "sa-ovrs:16,refcoco:1,refcoco+:1,refcocog:1,refclef:1"
+DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-semantic  finetune-referring
+    "data":              ("scenes",      "scenes",     PRETRAIN_SETS,  "ade20k",          "refcoco,refcoco+,refcocog"),
+    "epochs":            (None,          None,         4,              10,                20),  # None: see --max-steps
+    "batch_size":        (64,            256,          None,           None,              None),
+    "optimizer":         ("muon",        "adamw",      "adamw",        "adamw",           "adamw"),
+    "lr":                (3e-3,          2e-4,         2e-4,           1e-4,              1e-4),
+    "betas":             ([0.9, 0.95],   [0.9, 0.95],  [0.9, 0.95],    [0.9, 0.99],       [0.9, 0.99]),
+    "weight_decay":      (0.05,          0.05,         0.05,           0.0,               0.0),
+    "warmup_steps":      (100,           1000,         None,           0.01,              0.01),  # below 1: a share
+    "hide":              (True,          False,        None,           None,              None),
+    "background_weight": (0.4,           1.0,          None,           None,              None),
+    "mask_tokenizer":    (ASSETS / "mask_tokenizer.safetensors", WEIGHTS / "vq_ds16_c2i", None, None, None),
+    "text_tokenizer":    (ASSETS / "text.model", None, None, None, None),  # None: the encoder's
+}
+
+
+# ---- flags -----------------------------------------------------------------------------------------------
+
+
+def flags():
+    """The parser: the flags in groups."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (default: scenes)")
+    add("--stage", choices=COLUMNS[2:], help="the paper's data, epochs, learning rate, betas, weight decay, warm-up; "
+        "flags of your own override them (default: none)")
+    add("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has their names (default: scenes)")
+    add("--val", metavar="DATA", help="validation set (default: the val split of the first of --data; of a jsonl file, "
+        "a twentieth of its pictures, which are then not trained on)")
+    add("--root", type=Path, help="folder in which their official archives were unpacked")
+    add("--mask-tokens", type=Path, metavar="FILE", help="mask tokens of the training split, by tokenizer.py encode")
+    add("--phrases", type=int, help="phrases asked about each drawn picture (default: 4)")
+    add("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that "
+        "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the "
+        "Janus directory (default: janus-pro-1b), tokenizers included")
+    add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN (default: embedded; llamaseg-*: vq_ds16_c2i)")
+    add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the embedded one for "
+        "scenes, else the encoder's)")
+    add("--any-weights", action="store_true", help="take frozen parts other than those that --init-from, --resume or "
+        "--merge was trained with")
+    add("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--max-steps", type=int, help="optimizer steps of the whole run (default: 6000)")
+    add("--epochs", type=float, help="instead: how often the run goes through the data")
+    add("--batch-size", type=int, help="phrases per step: all ranks, all micro-batches (default: 64; llamaseg-*: 256)")
+    add("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank (default: the "
+        "batch size / ranks, no accumulation)")
+    add("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices, AdamW for the rest; adamw: the "
+        "paper's (default: muon; llamaseg-*: adamw)")
+    add("--lr", type=float, help="peak learning rate (default: 3e-3; llamaseg-*: 2e-4, the paper's; fine-tuning: 1e-4)")
+    add("--betas", type=float, nargs=2, help="of AdamW (default: 0.9 0.95; fine-tuning: 0.9 0.99)")
+    add("--warmup-steps", type=float, help="linear warm-up, then cosine to 0; below 1: a share of all steps (default: "
+        "100; llamaseg-*: 1000; fine-tuning: 0.01)")
+    add("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
+    add("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
+    add("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens from the model's "
+        "input (default: on; llamaseg-*: off)")
+    add("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain background in "
+        "the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
+    add("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
+    add("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
+    add("--lora-alpha", type=float, default=32.0, help="default: 32")
+    add("--lora-dropout", type=float, default=0.0, help="default: 0")
+    add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, metavar="NAME",
+        help=f"linear layers that get LoRA (default: {' '.join(LORA_TARGETS)})")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of autocast; auto: bfloat16 where the device multiplies it fast (default: auto)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--activation-checkpointing", action="store_true", help="keep only the layers' inputs and run each layer again "
+        "in the backward pass: a third more arithmetic, a fraction of the memory")
+    add("--workers", type=int, default=-1, help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
+    add = parser.add_argument_group("what is kept").add_argument
+    add("--out-dir", type=Path, default=Path("out"), help="default: out")
+    add("--eval-every", type=int, default=500, help="steps between evaluations (default: 500)")
+    add("--eval-count", type=int, default=200, help="validation examples (default: 200)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
+    add("--keep", type=int, default=2, help="checkpoints to keep, the newest (default: 2)")
+    add("--resume", metavar="{auto,PATH}", help="go on from a checkpoint-STEP.pt; auto: OUT_DIR's newest, if any")
+    add = parser.add_argument_group("instead of training").add_argument
+    add("--print-config", action="store_true", help="print sizes, parameters, memory and hyper-parameters")
+    add("--merge", type=Path, metavar="OUT_DIR", help="add the LoRA of a llamaseg-janus run to its base and write "
+        "OUT_DIR/merged, a Janus directory of its own")
+    add("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
+    return parser
 
 
 def parse_args(argv=None):
-    """The flags, in groups."""
-    parser = Parser(description=__doc__)
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (model.py)")
-    group.add_argument("--stage", choices=sorted(STAGES), help="the paper's: sets data, epochs, learning rate, betas, "
-                       "weight decay and warm-up; a flag of your own still wins (default: none)")
-    group.add_argument("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has "
-                       "their names (default: scenes)")
-    group.add_argument("--val", metavar="DATA", help="validation set (default: the val split of the first of --data; "
-                       "of a jsonl file, a twentieth of its pictures, which are then not trained on)")
-    group.add_argument("--root", type=Path, help="folder in which their official archives were unpacked")
-    group.add_argument("--mask-tokens", type=Path, metavar="FILE",
-                       help="cached mask tokens of the training split (tokenizer.py encode): the VQGAN encoder rests")
-    group.add_argument("--phrases", type=int, help="phrases asked of each picture of scenes (default: 4)")
-    group.add_argument("--encoder", type=Path, metavar="DIR",
-                       help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that weights.py downloads "
-                       "(default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the Janus "
-                       "directory (default: janus-pro-1b), tokenizers included")
-    group.add_argument("--mask-tokenizer", type=Path, metavar="FILE",
-                       help="frozen VQGAN (default: the embedded one for scenes, vq_ds16_c2i for llamaseg-*)")
-    group.add_argument("--text-tokenizer", type=Path, metavar="FILE",
-                       help="tokenizer.model or .json (default: the embedded one for scenes, else the encoder's)")
-    group.add_argument("--any-weights", action="store_true",
-                       help="with --init-from or --resume: take frozen parts other than those of that training")
-    group.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--max-steps", type=int, help="optimizer steps of the whole run (default: 6000)")
-    group.add_argument("--epochs", type=float, help="instead: times that the run goes through the data")
-    group.add_argument("--batch-size", type=int,
-                       help="phrases in a step: all ranks, all micro-batches (default: 64; llamaseg-*: 256)")
-    group.add_argument("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank "
-                       "(default: batch size / ranks, no accumulation)")
-    group.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices, AdamW for "
-                       "the rest; adamw: the paper's (default: muon; llamaseg-*: adamw)")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: 3e-3; llamaseg-*: 2e-4, the paper's)")
-    group.add_argument("--betas", type=float, nargs=2, help="of AdamW (default: 0.9 0.95; fine-tuning: 0.9 0.99)")
-    group.add_argument("--warmup-steps", type=float, help="linear warm-up, then cosine to 0; below 1: a share of all "
-                       "steps (default: 100; llamaseg-*: 1000; fine-tuning: 0.01)")
-    group.add_argument("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
-    group.add_argument("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens "
-                       "from the model's input (default: on; llamaseg-*: off)")
-    group.add_argument("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain "
-                       "background in the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
-    group.add_argument("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
-    group.add_argument("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
-    group.add_argument("--lora-alpha", type=float, default=32.0, help="default: 32")
-    group.add_argument("--lora-dropout", type=float, default=0.0, help="default: 0")
-    group.add_argument("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, metavar="NAME",
-                       help=f"linear layers that get one (default: {' '.join(LORA_TARGETS)})")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="of autocast; auto: bfloat16 where the device multiplies it fast (default: auto)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    group.add_argument("--activation-checkpointing", action="store_true", help="keep only the layers' inputs and run "
-                       "each layer again in the backward pass: a third more arithmetic, a fraction of the memory")
-    group.add_argument("--workers", type=int, default=-1,
-                       help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
-    group = parser.add_argument_group("what is kept")
-    group.add_argument("--out-dir", type=Path, default=Path("out"), help="default: out")
-    group.add_argument("--eval-every", type=int, default=500, help="steps between evaluations (default: 500)")
-    group.add_argument("--eval-count", type=int, default=200, help="validation examples (default: 200)")
-    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
-    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest (default: 2)")
-    group.add_argument("--resume", metavar="{auto,PATH}", help="go on from a checkpoint-STEP.pt; auto: from OUT_DIR's "
-                       "newest whole one, if any")
-    group.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases, if the package is there")
-    group = parser.add_argument_group("instead of training")
-    group.add_argument("--print-config", action="store_true",
-                       help="print sizes, parameters, memory and hyper-parameters; allocates no model")
-    group.add_argument("--merge", type=Path, metavar="OUT_DIR", help="add the LoRA of a llamaseg-janus run to its base "
-                       "and write OUT_DIR/merged, a Janus directory of its own")
-    group.add_argument("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
+    """The flags, checked; those that were left out are filled in from DEFAULTS."""
+    parser = flags()
     args = parser.parse_args(argv)
     refuse_unread(parser, args)
-    if args.max_steps and args.epochs:
-        parser.error(f"--max-steps {args.max_steps} and --epochs {args.epochs:g} both say how long: drop one")
-    recipe = SCENES_RECIPE if args.preset == "scenes" else PAPER_RECIPE
-    for name, value in {**recipe, **STAGES.get(args.stage, {})}.items():
+    preset, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
+    for name, values in DEFAULTS.items():
         if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
-            setattr(args, name, value)
+            of_stage = values[COLUMNS.index(args.stage)] if args.stage else None
+            setattr(args, name, values[args.preset != "scenes"] if of_stage is None else of_stage)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
-    if args.preset == "llamaseg-janus":
-        args.encoder = locate(args.encoder or Path("janus-pro-1b"))
-        args.mask_tokenizer = args.text_tokenizer = args.encoder
-    elif PRESETS[args.preset].freeze_encoders:
-        args.encoder = args.encoder or Path(f"siglip2-large-patch16-{PRESETS[args.preset].siglip.image_size}")
-    elif args.encoder and not args.merge:
-        parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
-    sets = {re.sub(r":\d+$", "", part.strip()) for part in f"{args.data},{args.val or ''}".split(",") if part.strip()}
-    if args.phrases is not None and args.data not in WORLDS:
-        parser.error(f"--phrases {args.phrases} is for drawn scenes alone, not for --data {args.data}")
-    if args.root and sets <= WORLDS.keys():
-        parser.error(f"--root {args.root}: scenes are drawn, not read from a folder")
-    if args.phrases is None:
-        args.phrases = 4 if args.data in WORLDS else 1
+    if janus:
+        args.encoder = args.mask_tokenizer = args.encoder or Path("janus-pro-1b")
+    elif preset.freeze_encoders:
+        args.encoder = args.encoder or Path(f"siglip2-large-patch16-{preset.siglip.image_size}")
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
-    for name in ("phrases", "max_steps", "batch_size", "micro_batch_size", "eval_every", "eval_count", "save_every",
-                 "keep"):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name, low in (("lr", 0.0), ("weight_decay", -1e-9), ("clip", 0.0), ("background_weight", 0.0),
-                      ("warmup_steps", -1e-9), ("epochs", 0.0)):  # fmt: skip
-        if getattr(args, name, None) is not None and not low < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be above {max(low, 0):g} and finite")
-    if not (0 <= args.seed < 2**32 and args.workers >= -1):
-        parser.error(f"--seed {args.seed} must be in [0, 2^32), --workers {args.workers} not negative")
-    if not all(0 <= beta < 1 for beta in args.betas):
-        parser.error(f"--betas {args.betas[0]:g} {args.betas[1]:g} must be in [0, 1)")
-    try:
-        pick_device(args.device)
-    except ValueError as error:
-        parser.error(f"--device: {error}")
+    check_values(parser, args)
+    args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
     return args
 
 
 def refuse_unread(parser, args):
     """A usage error for a flag that the asked job would not read."""
+    janus = args.preset == "llamaseg-janus"
     if args.plot:
         parser.check_read(args, "--plot", ("plot",))
     if args.merge:
         parser.check_read(args, "--merge", ("merge", "encoder", "any_weights"))
-    lora = [name for name in vars(args) if name.startswith("lora_") and getattr(args, name) != parser.get_default(name)]
-    if lora and (args.preset != "llamaseg-janus" or args.init_from):
-        parser.error(f"--{lora[0].replace('_', '-')} is for a new run of --preset llamaseg-janus")
-    if args.preset == "llamaseg-janus" and (args.mask_tokenizer or args.text_tokenizer):
-        parser.error("--preset llamaseg-janus has both tokenizers in its own directory: drop --mask-tokenizer and "
-                     "--text-tokenizer")  # fmt: skip
+    if args.max_steps and args.epochs:
+        parser.error(f"--max-steps {args.max_steps} and --epochs {args.epochs:g} both say how long: drop one")
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+        if getattr(args, name) != parser.get_default(name) and (not janus or args.init_from):
+            parser.error(f"--{name.replace('_', '-')} is for a new run of --preset llamaseg-janus")
+    if janus and (args.mask_tokenizer or args.text_tokenizer):
+        parser.error("--mask-tokenizer, --text-tokenizer: --preset llamaseg-janus has both in its own directory")
+    if args.encoder and not (args.merge or janus or PRESETS[args.preset].freeze_encoders):
+        parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
     if args.any_weights and not (args.init_from or args.resume or args.merge):
         parser.error("--any-weights has no use without --init-from, --resume or --merge")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# distributed: plain torchrun
+def check_values(parser, args):
+    """A usage error for a value that is out of range or does not go with the data."""
+    sets = {re.sub(r":\d+$", "", part.strip()) for part in f"{args.data},{args.val or ''}".split(",") if part.strip()}
+    if args.phrases is not None and args.data not in WORLDS:
+        parser.error(f"--phrases {args.phrases} is for drawn scenes alone, not for --data {args.data}")
+    if args.root and sets <= WORLDS.keys():
+        parser.error(f"--root {args.root}: scenes are drawn, not read from a folder")
+    ranges = {"at least 1": (lambda x: x >= 1, "phrases max_steps batch_size micro_batch_size eval_every eval_count "
+                                               "save_every keep"),
+              "above 0 and finite": (lambda x: 0 < x < math.inf, "lr clip background_weight epochs"),
+              "at least 0 and finite": (lambda x: 0 <= x < math.inf, "weight_decay warmup_steps"),
+              "in [0, 2^32)": (lambda x: 0 <= x < 2**32, "seed"), "at least 0": (lambda x: x >= -1, "workers"),
+              "in [0, 1)": (lambda x: all(0 <= beta < 1 for beta in x), "betas")}
+    for words, (fits, names) in ranges.items():
+        for name in names.split():
+            if getattr(args, name) is not None and not fits(getattr(args, name)):
+                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    try:
+        pick_device(args.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
 
 
+# ---- the run ---------------------------------------------------------------------------------------------
+
+
+def train(args, at_end):
+    """The whole run; returns the last evaluation's metrics. Ctrl-C or SIGTERM let the step end and save.
+
+    at_end: an ExitStack, whose owner closes it when the run has ended.
+    """
+    run, stop = set_up(args, at_end), []
+    at_end.enter_context(on_signal(lambda number, frame: stop.append(number)))
+    model = parallel(run)
+    scores = evaluate_after(run, run.first_step) if run.evaluation_left_out else {}
+    started, (batch, ids) = time.perf_counter(), next_batch(run)
+    for step in range(run.first_step, args.max_steps if scores is not None else 0):
+        torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
+        sums, seen = torch.zeros(3, device=run.device), []  # loss, gradient norm, ranks that were asked to stop
+        for micro in range(run.accumulation):
+            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+                if run.world_size > 1:  # gradients are summed over ranks only once per step
+                    model.require_backward_grad_sync = micro == run.accumulation - 1
+                loss = model(**batch)[1]
+            (loss / run.accumulation).backward()
+            sums[0] += loss.detach() / run.accumulation
+            seen.append((ids, loss.detach()))
+            batch, ids = next_batch(run)  # meanwhile a GPU works on the last one
+        lr = learning_rate(step, args)
+        sums[1] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)  # the norm before clipping
+        sums[2] = len(stop)
+        mean_loss, grad_norm, stopping = mean_over_ranks(sums).tolist()  # the host waits here, once per step
+        check_finite(mean_loss, grad_norm, seen, step, run.rank)  # before it reaches the weights
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        done, evaluation_is_due = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.max_steps
+        if run.log:
+            run.log.step(done, mean_loss, grad_norm, lr, time.perf_counter() - started)
+            # before the evaluation, which may take longer than torchrun waits after a signal
+            if done % args.save_every == 0 or evaluation_is_due or stopping:
+                save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
+        if stopping:
+            say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
+            break
+        if evaluation_is_due and (scores := evaluate_after(run, done)) is None:
+            break
+        started = time.perf_counter()
+    if run.log and run.first_step < args.max_steps:
+        plot(args.out_dir)
+    if run.world_size > 1:
+        del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
+        dist.destroy_process_group()
+    return scores or {}
+
+
+def set_up(args, at_end):
+    """Ranks, model, data and what an earlier run left: the parts of a run."""
+    rank, world_size, device = setup_ranks(args.device)
+    dtype, reason = compute_dtype(device, args.dtype)
+    torch.manual_seed(args.seed)  # the initial weights
+    torch.set_float32_matmul_precision("high")
+    segmenter = Segmenter(*load_parts(args, device, dtype))
+    model, config = segmenter.model, segmenter.model.config
+    with one_rank_first():
+        train_set, val_set = load_data(args)
+    args.files = train_set.file_hashes()
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(train_set) / args.batch_size)
+    batches = make_batches(args, segmenter, train_set, rank, world_size)
+    optimizers = make_optimizers(model, args)
+    if rank == 0:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        at_end.enter_context(only_one(args.out_dir / "lock"))
+    first_step = open_run(args, segmenter, optimizers, rank)
+
+    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(config, args.phrases)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable, {step_flops / 1e12:.2f} TFLOP per step")
+    say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
+    say(f"step = {args.batch_size} phrases = {world_size} ranks x {batches.accumulation} micro-batches x "
+        f"{batches.micro_batch_size}")
+    say(describe(args))
+    records = read_log(args.out_dir / "log.jsonl")
+    # mIoU for semantic sets, as the papers report them
+    metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
+    # a stop or a kill left it out; the ranks must agree, and only the first one is sure to see the log
+    due = first_step and (first_step % args.eval_every == 0 or first_step == args.max_steps)
+    left_out = rank == 0 and due and not any(r["step"] == first_step and "cIoU" in r for r in records)
+    return SimpleNamespace(
+        args=args, rank=rank, world_size=world_size, device=device, dtype=dtype, segmenter=segmenter, val_set=val_set,
+        optimizers=optimizers, first_step=first_step, accumulation=batches.accumulation,
+        loader=start_loader(args, batches, first_step, device, at_end),
+        text_features=TextFeatures(model.encoder, device) if getattr(config, "freeze_encoders", False) else None,
+        log=Log(args, device, config.mask_tokens, step_flops / world_size / peak_flops, at_end) if rank == 0 else None,
+        metric=metric, best=max((r[metric] for r in records if r.get(metric) is not None), default=-1.0),
+        evaluation_left_out=mean_over_ranks(torch.tensor([float(left_out)], device=device)).item() > 0)
+
+
+def parallel(run):
+    """The model as the loop calls it: compiled if asked for, its gradients summed over the ranks."""
+    model = run.segmenter.model
+    if run.args.compile:
+        say("compiling, about a minute: the first step takes that much longer")
+        model = torch.compile(model)
+    if run.world_size > 1:  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True)
+    return model
+
+
+def say(line):
+    """Print a line beside the progress bar, once and not once per rank."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(line)
+
+
+@contextmanager
 def on_signal(handler):
-    """What Ctrl-C and SIGTERM do from now on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    """Ctrl-C and SIGTERM call `handler` while the block runs."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
-def leave_signals_to_parent(worker_id):
-    """A DataLoader worker ignores Ctrl-C and SIGTERM, which reach the whole process group: its parent ends it."""
-    on_signal(signal.SIG_IGN)
-
-
-def mean_over_ranks(value, world_size):
+def mean_over_ranks(value):
     """Mean of a tensor over all ranks."""
-    if world_size > 1:
-        dist.all_reduce(value)
-    return value / world_size
+    if not dist.is_initialized():
+        return value
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the parts of a step
+def check_finite(loss, grad_norm, seen, step, rank):
+    """ArithmeticError that names the examples, if a step's loss or gradient is not finite; seen: ids and loss of each
+    micro-batch of this rank."""
+    if not math.isfinite(loss + grad_norm):
+        bad = [ids for ids, value in seen if math.isfinite(loss) or not math.isfinite(value.item())]
+        raise ArithmeticError(f"loss is {loss}, gradient norm {grad_norm} at step {step + 1}, on rank {rank} in the "
+                              f"micro-batches of {' '.join(sum(bad, [])) or 'no example'}: lower --lr, or look at them")
 
 
 def learning_rate(step, args):
@@ -265,82 +371,251 @@ def learning_rate(step, args):
 
 
 def make_optimizers(model, args):
-    """AdamW (paper: see STAGES), or Muon (Jordan et al. 2024) for the matrices.
+    """AdamW (paper: see DEFAULTS), or Muon (Jordan et al. 2024) for the matrices.
 
     Embeddings, the head, vectors and the patch embedding stay with AdamW, as Muon's authors advise.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inner = {name: p for name, p in parameters.items() if "embedding" not in name and name != "head.weight"}
-    matrices = [p for p in inner.values() if p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    tables = [p for p in parameters.values() if p.dim() > 1 and id(p) not in chosen]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    matrices, tables, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            inner = p.dim() == 2 and "embedding" not in name and name != "head.weight"
+            (matrices if inner else tables if p.dim() > 1 else vectors).append(p)
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
     groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     # fused: one pass over the memory instead of a dozen
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=fused)] if groups else []
     if matrices:
         # match_rms_adamw: one learning rate serves both (Liu et al. 2025, "Muon is scalable")
         optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32,
-             progress=False):  # fmt: skip
-    """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
+# ---- its parts: model and data ---------------------------------------------------------------------------
 
-    Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
-    {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
+
+def load_parts(args, device, dtype):
+    """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
+    mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
+    if args.preset == "llamaseg-janus":
+        model = load_janus(args, dtype)
+        text_tokenizer = JanusPrompt(args.encoder, model.config.siglip.image_tokens)
+    else:
+        model = load_llamaseg(args)
+        text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
+    for part, tokenizer in (("mask_tokenizer", mask_tokenizer), ("text_tokenizer", text_tokenizer)):
+        if hasattr(tokenizer, "source"):  # Janus' text tokenizer is part of its directory
+            if args.init_from and not args.any_weights:
+                check_source(args.init_from, part, model.frozen, tokenizer.source)
+            model.frozen[part] = tokenizer.source
+    check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
+    model.config.hide, model.llama.recompute = args.hide, args.activation_checkpointing
+    if isinstance(model, LlamaSeg) and not args.init_from:
+        model.init_mask_tokens(mask_tokenizer.quantize.codebook)
+    model.train().to(device)
+    if isinstance(model, LlamaSeg) and model.config.freeze_encoders:
+        model.encoder.to(dtype)
+    return model, mask_tokenizer, text_tokenizer
+
+
+def load_llamaseg(args):
+    """LlamaSeg with new weights or those of --init-from, on the frozen encoder if the preset has one."""
+    preset = PRESETS[args.preset]
+    if not args.init_from:
+        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
+        return LlamaSeg(replace(preset, siglip=encoder.config if encoder else preset.siglip), encoder)
+    model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
+    if replace(model.config, siglip=preset.siglip, hide=preset.hide) != preset:
+        raise ValueError(f"{args.init_from}: its shape is not that of --preset {args.preset}")
+    return model
+
+
+def load_janus(args, dtype):
+    """Janus-Pro with new LoRA matrices or those of --init-from."""
+    if not args.init_from:
+        model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
+        model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        return model
+    if args.init_from.is_dir():
+        raise ValueError(f"{args.init_from}: a folder: give the model.safetensors in it")
+    return JanusSeg.from_pretrained(args.init_from, args.encoder, dtype, args.any_weights)
+
+
+def load_data(args):
+    """(training Mixture, validation set) of --data and --val."""
+    train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
+    first = args.data.split(",")[0].strip()
+    if args.val or not first.startswith("jsonl:"):
+        return train_set, load_mixture(args.val or first, "val", args.root)
+    count = len(train_set.datasets[0])
+    train_set.datasets, val_set = hold_out(train_set.datasets)
+    say(f"validation: {len(val_set)} of the {count} lines of {first}" + (
+        ", the pictures of which are not trained on" if len(val_set) < count else
+        ", which are trained on too: it has one picture; --val gives others"))
+    return train_set, val_set
+
+
+def make_batches(args, segmenter, train_set, rank, world_size):
+    """The micro-batches of this rank."""
+    config, mask_tokenizer = segmenter.model.config, segmenter.mask_tokenizer
+    mask_size = config.mask_grid * mask_tokenizer.config.downsample
+    cached = read_cache(args, train_set, config.mask_tokens, mask_tokenizer.source, mask_size, segmenter.padded)
+    micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
+    return Batches(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
+                   micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
+                   segmenter.padded)
+
+
+def read_cache(args, train_set, length, source, size, padded):
+    """The cached mask tokens (examples, length) of --mask-tokens for a Mixture, or None."""
+    if not args.mask_tokens:
+        return None
+    rows, count = [], 0  # rows of the cache that are trained on: it has those of the examples that are held out, too
+    for part in train_set.datasets:
+        part_size = len(getattr(part, "dataset", part))
+        rows.append(count + getattr(part, "indices", np.arange(part_size)))
+        count += part_size
+    table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train",
+                        files=train_set.file_hashes(), size=size, padded=padded)
+    return table if len(train_set) == count else table[np.concatenate(rows)]
+
+
+def start_loader(args, batches, first_step, device, at_end):
+    """Iterator over the micro-batches of the steps to come, which --workers draw ahead."""
+    todo = range(first_step * batches.accumulation, args.max_steps * batches.accumulation)
+    workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
+    loader = iter(DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
+                             worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
+    # on every way out: workers ignore the signal by which Python ends them, and Python would wait for them for ever
+    at_end.callback(getattr(loader, "_shutdown_workers", lambda: None))
+    return loader
+
+
+def leave_signals_to_parent(worker_id):
+    """A DataLoader worker ignores Ctrl-C and SIGTERM, which reach the whole process group: its parent ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@torch.no_grad()
+def next_batch(run):
+    """(keyword arguments of model.forward for the next micro-batch, ids of its examples); None, None at the end.
+
+    The mask tokenizer has already run, and so has the text encoder, if it is frozen.
     """
-    total, by_task, cells, training = SegmentationMetrics(), {}, [], segmenter.model.training
-    segmenter.model.eval()
-    count = min(count, len(dataset))
-    mine = [i * len(dataset) // count for i in range(count)][rank::world_size]
-    for start in tqdm(range(0, len(mine), batch_size), desc="evaluate", leave=False, disable=not progress):
-        examples = [dataset[i] for i in mine[start : start + batch_size]]
-        masks = segmenter.many([e.image for e in examples], [[e.phrase] for e in examples])
-        for example, (mask,) in zip(examples, masks):
-            scores = by_task.setdefault(example.task, SegmentationMetrics())
-            for metrics in (total, scores):
-                metrics.update(mask, example.mask, label=example.label, id=example.id, ignore=example.ignore)
-            if len(cells) < 24:
-                cells.append((example.phrase, [example.image, mask, example.mask]))
-    segmenter.model.train(training)
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, (total, by_task))
-        total, by_task = SegmentationMetrics(), {}
-        for other_total, other_tasks in gathered:
-            total.merge(other_total)
-            for task, scores in other_tasks.items():
-                by_task.setdefault(task, SegmentationMetrics()).merge(scores)
-    return total, by_task, cells
+    item = next(run.loader, None)
+    if item is None:
+        return None, None
+    ids = item.pop("ids")
+    text = run.text_features(item["text_ids"]) if run.text_features else None  # (b,L,D)
+    item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
+    if "mask_tokens" not in item:  # in float32: in bfloat16 codes that lie close together would be mixed up
+        item["mask_tokens"] = run.segmenter.mask_tokenizer.encode(mask_to_image(item["masks"]))  # (b,M)
+    return {"text_ids": item["text_ids"], "text_features": text, "pixels": to_pixels(item["pictures"]),  # (b/P,3,S,S)
+            "mask_tokens": item["mask_tokens"], "hide_tokens": item["hide"] if run.args.hide else None,
+            "background_weight": run.args.background_weight}, ids
+
+
+class TextFeatures:
+    """A frozen text encoder that runs once per phrase: text_ids (B,L) on the CPU -> (B,L,D) on its device.
+
+    Semantic sets have a few thousand different phrases in all. Where there are more than `room`, it starts over.
+    """
+
+    def __init__(self, encoder, device, room=2048):
+        self.encoder, self.device, self.room, self.known = encoder, device, room, {}
+
+    def __call__(self, text_ids):
+        rows = {row.numpy().tobytes(): row for row in text_ids}  # each phrase once
+        if len(self.known.keys() | rows) > self.room:
+            self.known = {}
+        new = [key for key in rows if key not in self.known]
+        if new:
+            features = self.encoder.encode_text(torch.stack([rows[key] for key in new]).to(self.device))
+            self.known |= {key: row.clone() for key, row in zip(new, features)}
+        return torch.stack([self.known[row.numpy().tobytes()] for row in text_ids])
+
+
+# ---- its parts: checkpoints ------------------------------------------------------------------------------
 
 
 # What a resumed run must share with the one it goes on from. Steps, learning rate, warm-up and ranks may change.
 SAME_RUN = ("preset", "data", "val", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
-            "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout", "files")  # fmt: skip
+            "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout", "files")
 
 
-def save_weights(model, path):
-    """The weights alone: in float16, or whole where they are LoRA's few."""
-    model.save_pretrained(path, dtype=None if isinstance(model, JanusSeg) else torch.float16)
+class Damaged(ValueError):
+    """A checkpoint that is cut off or is none."""
+
+
+def open_run(args, segmenter, optimizers, rank):
+    """Put back what --resume asks for and make OUT_DIR what sample.py needs; returns the steps already done."""
+    log, here = args.out_dir / "log.jsonl", saved_steps(args.out_dir)
+    paths = here if args.resume == "auto" else [Path(args.resume)] if args.resume else []
+    run_is_here = bool(here) or log.exists() and log.stat().st_size > 0
+    goes_on = args.resume == "auto" or paths and paths[0].resolve().parent == args.out_dir.resolve()
+    if rank == 0 and run_is_here and not goes_on:
+        raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
+    if rank == 0 and not run_is_here and (args.out_dir / "model.safetensors").exists():
+        raise FileExistsError(f"{args.out_dir} holds a model.safetensors, which the run would overwrite: give another "
+                              "--out-dir")
+    done, damaged = 0, []
+    for path in paths:
+        try:
+            done = load_checkpoint(path, segmenter.model, optimizers, args)
+            break
+        except Damaged as error:
+            damaged.append((path, error))
+    if damaged and done == 0:
+        raise damaged[-1][1]
+    if dist.is_initialized():  # without a common file system the ranks may have found different ones
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, done)
+        if len(set(steps)) > 1:
+            raise ValueError(f"{args.out_dir}: the ranks found checkpoints of steps {steps}: give all the same files")
+    if rank == 0:
+        for broken, error in damaged:
+            say(f"{error}: set aside as {broken.name}.damaged")
+            broken.rename(f"{broken}.damaged")
+        later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
+        if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
+            raise ValueError(f"{args.resume}: {later[0]} is of a later step: delete it to go back to step {done}, or "
+                             "give another --out-dir")
+        if done:
+            say(f"resumed from {path.stem}, going on with {done} of {args.max_steps} steps done")
+        fill_folder(args, segmenter.text_tokenizer, done)
+    return done
+
+
+def fill_folder(args, text_tokenizer, done):
+    """Clean OUT_DIR of what a killed run left after step `done`, and write all that is there from the start."""
+    log = args.out_dir / "log.jsonl"
+    if log.exists():  # those steps come again
+        lines = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= done]
+        write_whole(log, "".join(lines).encode())
+    for path in args.out_dir.glob(".*.tmp"):
+        if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
+            path.unlink()
+    if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
+        write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
+    if isinstance(text_tokenizer, TextTokenizer):
+        write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
+    write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+
+
+def write_whole(path, content):
+    """Write bytes to a file."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def saved_steps(out_dir):
     """Paths of the checkpoints in OUT_DIR, newest first."""
     paths = [path for path in out_dir.glob("checkpoint-*.pt") if re.fullmatch(r"checkpoint-\d+", path.stem)]
     return sorted(paths, key=step_of, reverse=True)
-
-
-def run_of(args):
-    """What a checkpoint records of its run."""
-    values = {name: getattr(args, name) for name in SAME_RUN}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def step_of(path):
@@ -351,12 +626,12 @@ def step_of(path):
 def save_checkpoint(out_dir, model, optimizers, step, args):
     """Weights, optimizers and step; then the newest `--keep` checkpoints stay.
 
-    A temporary name first, on the disk before it is renamed: a machine that dies at any moment leaves whole files.
+    The file is on the disk before it gets its name: a machine that dies at any moment leaves whole files.
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
     """
     path = out_dir / f"checkpoint-{step:07d}.pt"
     state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "run": run_of(args), "frozen": model.frozen}  # fmt: skip
+             "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}
     try:
         with whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
@@ -370,8 +645,9 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
         old.unlink()
 
 
-class Damaged(ValueError):
-    """A checkpoint that is cut off or is none."""
+def save_weights(model, path):
+    """The weights alone: in float16, or whole where they are LoRA's few."""
+    model.save_pretrained(path, dtype=None if isinstance(model, JanusSeg) else torch.float16)
 
 
 def load_checkpoint(path, model, optimizers, args):
@@ -384,15 +660,15 @@ def load_checkpoint(path, model, optimizers, args):
         state = torch.load(path, map_location="cpu", weights_only=True)
         run, step, frozen = state["run"], state["step"], state["frozen"]
         if not (isinstance(run, dict) and type(step) is int and step > 0 and isinstance(state["model"], dict)
-                and all(part["sha256"] for part in frozen.values())):  # fmt: skip
+                and all(part["sha256"] for part in frozen.values())):
             raise ValueError("its contents are not those of a run")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Damaged(f"{path}: not a whole checkpoint of train.py ({line})") from None
-    other = [f"--{name.replace('_', '-')} {run[name]}, not {asked}" for name, asked in run_of(args).items()
-             if name in run and run[name] != asked]  # fmt: skip
+    other = [f"--{name.replace('_', '-')} {run[name]}, not {getattr(args, name)}" for name in SAME_RUN
+             if name in run and run[name] != getattr(args, name)]
     if other:
         raise ValueError(f"{path}: is of another run, made with {'; '.join(other)}")
     if step > args.max_steps:
@@ -407,7 +683,7 @@ def load_checkpoint(path, model, optimizers, args):
             optimizer.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
-                         f"({str(error).splitlines()[0]})") from None  # fmt: skip
+                         f"({str(error).splitlines()[0]})") from None
     return step
 
 
@@ -418,7 +694,92 @@ def check_moments(optimizer, saved):
         for name, w in moments.items():
             if w.shape not in ((), parameters[index].shape) or not w.isfinite().all():
                 raise ValueError(f"{name} of parameter {index} is {tuple(w.shape)}, expected finite numbers of shape "
-                                 f"{tuple(parameters[index].shape)}")  # fmt: skip
+                                 f"{tuple(parameters[index].shape)}")
+
+
+# ---- its parts: evaluation and log -----------------------------------------------------------------------
+
+
+def evaluate_after(run, step):
+    """The scores, logged, and the weights if they are the best; None if a signal ended it: the step is saved."""
+    try:
+        with on_signal(signal.default_int_handler):
+            total, by_task, cells = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
+    except KeyboardInterrupt:
+        say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
+        return None
+    scores = total.compute()
+    value = scores[run.metric] or 0.0
+    if run.log:
+        run.log.evaluation(step, scores, by_task, cells)
+        if value > run.best:
+            save_weights(run.segmenter.model, run.args.out_dir / "best.safetensors")
+    run.best = max(run.best, value)
+    return scores
+
+
+def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32):
+    """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
+
+    Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
+    {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
+    """
+    mine, cells, training = {}, [], segmenter.model.training
+    segmenter.model.eval()
+    count = min(count, len(dataset))
+    indices = [i * len(dataset) // count for i in range(count)][rank::world_size]
+    for start in tqdm(range(0, len(indices), batch_size), desc="evaluate", leave=False, disable=rank > 0):
+        examples = [dataset[i] for i in indices[start:start + batch_size]]
+        masks = segmenter.many([e.image for e in examples], [[e.phrase] for e in examples])
+        for example, (mask,) in zip(examples, masks):
+            mine.setdefault(example.task, SegmentationMetrics()).update(
+                mask, example.mask, label=example.label, id=example.id, ignore=example.ignore)
+            if len(cells) < 24:
+                cells.append((example.phrase, [example.image, mask, example.mask]))
+    segmenter.model.train(training)
+    parts = [mine]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, mine)
+    total, by_task = SegmentationMetrics(), {}
+    for task, metrics in [item for part in parts for item in part.items()]:
+        for sums in (total, by_task.setdefault(task, SegmentationMetrics())):
+            sums.merge(metrics)
+    return total, by_task, cells
+
+
+class Log:
+    """log.jsonl, the progress bar and the pictures; in the master process alone.
+
+    mask_tokens: M. step_seconds: what a step would take at the rate of one large matrix product.
+    """
+
+    def __init__(self, args, device, mask_tokens, step_seconds, at_end):
+        self.args, self.device, self.mask_tokens, self.step_seconds = args, device, mask_tokens, step_seconds
+        self.file = at_end.enter_context(open(args.out_dir / "log.jsonl", "a", buffering=1))
+        self.bar, self.at_end = None, at_end
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+
+    def step(self, step, loss, grad_norm, lr, seconds):
+        """mfu: model FLOP utilisation, training_flops per second over the rate of one large matrix product."""
+        rate, mfu = self.args.batch_size / seconds, self.step_seconds / seconds
+        self.write({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate,
+                    "mask_tokens_per_s": rate * self.mask_tokens, "mfu": mfu,
+                    "peak_memory_gb": peak_memory(self.device) / 1e9})
+        if self.bar is None:  # its clock starts after the first step, which may take a minute to compile
+            self.bar = tqdm(initial=step, total=self.args.max_steps, smoothing=0.02, desc="train")
+            self.at_end.callback(self.bar.close)
+        self.bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {rate:.0f} samples/s mfu {100 * mfu:.0f} %", False)
+        self.bar.update(step - self.bar.n)
+
+    def evaluation(self, step, scores, by_task, cells):
+        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+        self.write({"step": step, **scores, "tasks": tasks})
+        contact_sheet(cells, self.args.out_dir / f"grid-{step:06d}.png")
+        shown = {name: "-" if value is None else f"{value:.4f}" for name, value in scores.items()}
+        say(f"step {step}: cIoU {shown['cIoU']} gIoU {shown['gIoU']} mAHD@0.5 {shown['mAHD@0.5']} px")
 
 
 def read_log(path):
@@ -437,230 +798,7 @@ def read_log(path):
     return records
 
 
-def trim_log(path, step):
-    """Drop what a killed run logged after the checkpoint that it goes on from: those steps come again."""
-    if path.exists():
-        lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
-        write_whole(path, "".join(lines).encode())
-
-
-def evaluated(path, step):
-    """Whether a log has the evaluation of a step."""
-    return any("cIoU" in record for record in read_log(path) if record["step"] == step)
-
-
-def best_score(path, metric):
-    """The best evaluation in a log; -1 if there is none."""
-    return max((record[metric] for record in read_log(path) if record.get(metric) is not None), default=-1.0)
-
-
-def write_whole(path, content):
-    """Write bytes to a file."""
-    with whole(path) as temporary:
-        temporary.write_bytes(content)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# what a run would cost
-
-PAPER = """  pre-training          SA-OVRS and the referring sets, 4 epochs; AdamW 2e-4, betas 0.9 / 0.95,
-                        weight decay 0.05
-  fine-tuning           ADE20K or COCO-Stuff 10 epochs, referring 20 epochs; AdamW 1e-4, betas 0.9 / 0.99,
-                        no weight decay, warm-up 1 %, then cosine
-  not stated            batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2"""
-
-
-def activation_bytes(config, samples, recompute=False):
-    """Bytes that `samples` phrases keep for the backward pass under bfloat16 autocast with fused attention.
-
-    Each LLaMA layer, a token: two norms keep their float32 input (8 D) and give five bfloat16 copies to the matrices
-    (10 D); attention keeps q, k, v and its output (4 H + 4 Hkv); the MLP keeps four hidden states (8 F). After the
-    layers: logits in bfloat16 and float32 and their log-softmax (10 K a mask token). With activation checkpointing:
-    each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
-    encoders keep nothing; scenes' small ones are left out.
-    """
-    c, tokens = config.llama, samples * (sum(sequence(config).values()) - 1)  # the last mask token is only predicted
-    H, Hkv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = 18 * c.width + 4 * H + 4 * Hkv + 8 * c.mlp
-    logits = samples * config.mask_tokens
-    if recompute:
-        kept = tokens * (c.layers * 4 * c.width + layer)
-        return kept + min(logits, HEAD_PART) * config.codebook_size * 10
-    return tokens * c.layers * layer + logits * config.codebook_size * 10
-
-
-def training_flops(config, phrases=1):
-    """FLOP that one phrase costs in training, of `phrases` that share a picture; two per multiply-add.
-
-    A trained matrix of n weights costs 6 n a token, a frozen one 2 n, and attention 12 T width a token and layer
-    (4 if frozen), as in PaLM's appendix B. Elementwise work, the mask tokenizer and recomputation do not count.
-    """
-    s, c = config.siglip, config.llama
-    tokens, N, M = sum(sequence(config).values()) - 1, s.image_tokens, config.mask_tokens
-    D, H, Hkv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-
-    def tower(tokens, layers, width, mlp):  # the forward pass of one of SigLIP's towers
-        return tokens * layers * (2 * (4 * width * width + 2 * width * mlp) + 4 * tokens * width)
-
-    image = tower(N, s.vision_layers, s.vision_width, s.vision_mlp) + N * 2 * 3 * s.patch_size**2 * s.vision_width
-    text = tower(s.text_length, s.text_layers, s.text_width, s.text_mlp)
-    adaptors = s.text_length * 2 * D * (s.text_width + D) + N / phrases * 2 * D * (s.vision_width + D)
-    llama = tokens * c.layers * (2 * D * (2 * H + 2 * Hkv + 3 * c.mlp) + 4 * tokens * H)
-    if isinstance(config, JanusConfig):  # all of it frozen: LoRA itself is next to nothing, gradients pass through
-        aligner = N * 2 * D * (s.vision_width + (config.projector_layers - 1) * D)
-        head = M * 2 * (D * config.head_width + config.head_width * config.codebook_size)
-        return 2 * (llama + head) + (image + aligner) / phrases
-    encoders = image / phrases + text
-    return 3 * (adaptors + llama + M * 2 * D * config.codebook_size) + encoders * (1 if config.freeze_encoders else 3)
-
-
-@torch.no_grad()
-def matmul_rate(device, dtype):
-    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
-    n = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        start = clock(device)
-        a @ a
-        seconds.append(clock(device) - start)
-    return 2 * n**3 / min(seconds)
-
-
-def sequence(config):
-    """Tokens of one sample by kind, in their order."""
-    return {"text": config.siglip.text_length, "<BOI>": 1, "image": config.siglip.image_tokens, "<BOM>": 1,
-            "mask": config.mask_tokens}  # fmt: skip
-
-
-def print_config(args):
-    """Sizes, parameters by part, tokens of a sample, memory of a rank and hyper-parameters; no weights are made."""
-    config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
-    if janus and args.encoder.exists():
-        config = janus_config(args.encoder)
-    elif not janus and config.freeze_encoders:
-        siglip = SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder)
-        config = replace(config, siglip=siglip)
-    to_come = args.mask_tokenizer.name in DOWNLOADS and not args.mask_tokenizer.exists()
-    vqgan = VQGANConfig() if to_come else VQGAN.from_pretrained(args.mask_tokenizer).config
-    with torch.device("meta"):
-        model, mask_tokenizer = JanusSeg(config) if janus else LlamaSeg(config), VQGAN(vqgan)
-        if janus:
-            model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    s, c = config.siglip, config.llama
-    print(f"{args.preset}")
-    print(f"  picture               {s.image_size} px, patches of {s.patch_size} px")
-    print(f"  SigLIP vision         {s.vision_layers} layers x {s.vision_width}, {s.vision_heads} heads")
-    if not janus:
-        print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, "
-              f"{s.vocab_size} pieces")
-    print(f"  LLaMA                 {c.layers} layers x {c.width}, {c.heads} heads of {c.head_dim}, MLP {c.mlp}")
-    print(f"  mask tokenizer        {config.codebook_size} codes x {vqgan.codebook_dim}, downsample {vqgan.downsample}")
-    parts = dict(model.named_children()) if janus else {
-        "SigLIP vision": model.encoder.vision_model, "SigLIP text": model.encoder.text_model,
-        "adaptors": nn.ModuleList([model.text_adaptor, model.image_adaptor]), "<BOI> and <BOM>": None,
-        "mask embedding": model.mask_embedding, "LLaMA": model.llama, "head": model.head}  # fmt: skip
-    parts["mask tokenizer"] = mask_tokenizer.requires_grad_(False)
-    print(f"\n{'parameters':24}{'trainable':>14}{'frozen':>14}")
-    sums = {True: 0, False: 0}
-    for name, module in parts.items():
-        counts = {True: 0, False: 0}
-        for p in module.parameters() if module else (model.boi, model.bom):
-            counts[p.requires_grad] += p.numel()
-            sums[p.requires_grad] += p.numel()
-        print(f"  {name:22}{counts[True]:14,}{counts[False]:14,}")
-    print(f"  {'all':22}{sums[True]:14,}{sums[False]:14,}")
-    tokens = sequence(config)
-    terms = " + ".join(f"{name} {n}" for name, n in tokens.items())
-    print(f"\ntokens of a sample       {terms} = {sum(tokens.values())}")
-
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    micro_batch_size = args.micro_batch_size or args.batch_size // ranks
-    if micro_batch_size < 1 or args.batch_size % (micro_batch_size * ranks):
-        raise ValueError(f"batch size {args.batch_size} must be a multiple of {ranks} ranks x {micro_batch_size}")
-    memory = memory_of_a_rank(model, mask_tokenizer, config, args, micro_batch_size)
-    print(f"\nmemory of a rank         {ranks} ranks, {micro_batch_size} of {args.batch_size} samples in a micro-batch")
-    alone = ranks == 1 and args.batch_size == micro_batch_size
-    for name, size in [*memory.items(), ("peak", peak_of(memory, alone))]:
-        print(f"  {name:22}{size / 1e9:10.2f} GB")
-    gflop, count = training_flops(config, args.phrases) / 1e9, 6 * sums[True] * sum(tokens.values()) / 1e9
-    print(f"\narithmetic               {gflop:,.0f} GFLOP to train on a sample (6 x trainable x tokens: {count:,.0f})")
-    print(f"\nthis run                 {describe(args)}")
-    print(f"\nthe paper\n{PAPER}")
-
-
-def memory_of_a_rank(model, mask_tokenizer, config, args, micro_batch_size):
-    """{what: bytes} of one rank in training; the modules may be on the meta device."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return {
-        "trainable weights": 4 * sum(p.numel() for p in trainable),  # float32
-        "frozen weights": 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),  # encoder bfloat16, mask tokenizer float32
-        "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
-        "gradients": 4 * sum(p.numel() for p in trainable),
-        "optimizer": optimizer_bytes(model, args),
-        "activations": activation_bytes(config, micro_batch_size, args.activation_checkpointing),
-    }
-
-
-def peak_of(memory, alone):
-    """Bytes that are there at once. Gradients stay from step to step under DDP and from one micro-batch to the next;
-    a rank `alone` without accumulation makes them while the activations go."""
-    return sum(memory.values()) - (min(memory["gradients"], memory["activations"]) if alone else 0)
-
-
-def describe(args):
-    """The resolved hyper-parameters in words."""
-    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{100 * args.warmup_steps:g} % of the steps"
-    length = f"{args.epochs:g} epochs" if args.max_steps is None else f"{args.max_steps} steps"
-    betas = f"{args.betas[0]:g} / {args.betas[1]:g}"
-    return (f"{args.data}, {length} of {args.batch_size} phrases; {args.optimizer}, lr {args.lr:g}, betas {betas}, "
-            f"weight decay {args.weight_decay:g}, warm-up {warmup}, cosine to 0, clip {args.clip:g}")  # fmt: skip
-
-
-def optimizer_bytes(model, args):
-    """What the optimizers keep: AdamW two float32 moments a parameter, Muon one."""
-    return sum(4 * p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)
-               for optimizer in make_optimizers(model, args) for group in optimizer.param_groups
-               for p in group["params"])  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------
-# what people see
-
-
-class Log:
-    """log.jsonl, the progress bar, the pictures and, if asked for, Weights & Biases; on the master alone."""
-
-    def __init__(self, args):
-        self.out_dir, self.wandb = args.out_dir, None
-        if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ImportError(f"--wandb {args.wandb}: pip install wandb first, or leave it out") from None
-            self.wandb = wandb.init(project=args.wandb, config={k: str(v) for k, v in vars(args).items()})
-        self.file = open(args.out_dir / "log.jsonl", "a", buffering=1)
-
-    def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.log(record, step=record["step"])
-
-    def step(self, bar, step, loss, grad_norm, lr, samples_per_s, mask_tokens_per_s, mfu, peak_bytes):
-        """mfu: model FLOP utilisation, training_flops a second over the rate of one large matrix product."""
-        bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {samples_per_s:.0f} samples/s mfu {100 * mfu:.0f} %",
-                            refresh=False)  # fmt: skip
-        self.write({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": samples_per_s,
-                    "mask_tokens_per_s": mask_tokens_per_s, "mfu": mfu,
-                    "peak_memory_gb": peak_bytes / 1e9})  # fmt: skip
-
-    def evaluation(self, step, scores, by_task, cells):
-        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
-        self.write({"step": step, **scores, "tasks": tasks})
-        contact_sheet(cells, self.out_dir / f"grid-{step:06d}.png")
-        shown = {name: "-" if value is None else f"{value:.4f}" for name, value in scores.items()}
-        tqdm.write(f"step {step}: cIoU {shown['cIoU']} gIoU {shown['gIoU']} mAHD@0.5 {shown['mAHD@0.5']} px")
+# ---- instead of training ---------------------------------------------------------------------------------
 
 
 def plot(out_dir):
@@ -672,359 +810,33 @@ def plot(out_dir):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such log")
     records = read_log(path)
-    losses = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    scores = [(r["step"], r["cIoU"]) for r in records if r.get("cIoU") is not None]
+    losses, scores = ([(r["step"], r[name]) for r in records if r.get(name) is not None] for name in ("loss", "cIoU"))
     if not losses:
         raise ValueError(f"{path}: holds no step")
-    width, height, margin = 960, 320, 48
+    # an exponential mean that starts at the first loss, so that people see the trend
+    mean = accumulate((loss for _, loss in losses), lambda mean, loss: mean + 0.05 * (loss - mean))
+    smooth = [(step, value) for (step, _), value in zip(losses, mean)]
+    width, height, margin, last = 960, 320, 48, max(step for step, _ in losses)
     picture = Image.new("RGB", (width, 2 * height), "white")
     draw = ImageDraw.Draw(picture)
-    last = max(step for step, _ in losses)
-    smooth, mean = [], losses[0][1]  # a running mean, that people see the trend
-    for step, loss in losses:
-        mean += 0.05 * (loss - mean)
-        smooth.append((step, mean))
-    rows = [("loss", max(loss for _, loss in losses) or 1.0, [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
-            ("cIoU, validation", 1.0, [(scores, "#c03020")])]  # fmt: skip
-    for row, (name, top, curves) in enumerate(rows):
-        base = (row + 1) * height - margin
-
-        def place(step, value, base=base, top=top):
-            return margin + step / last * (width - 2 * margin), base - value / top * (height - 2 * margin)
-
+    panels = [("loss", height - margin, max(loss for _, loss in losses) or 1.0,
+               [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
+              ("cIoU, validation", 2 * height - margin, 1.0, [(scores, "#c03020")])]
+    for name, base, top, curves in panels:  # base: where 0 is, top: the largest value
         for share in (0, 0.25, 0.5, 0.75, 1):
-            (x, y), (far, _) = place(0, share * top), place(last, share * top)
-            draw.line([x, y, far, y], fill="#e0e0e0")
+            x, y = margin + share * (width - 2 * margin), base - share * (height - 2 * margin)
+            draw.line([margin, y, width - margin, y], fill="#e0e0e0")
             draw.text((8, y - 6), f"{share * top:.2f}", fill="black")
-            draw.text((place(share * last, 0)[0] - 12, base + 8), f"{share * last:.0f}", fill="black")
+            draw.text((x - 12, base + 8), f"{share * last:.0f}", fill="black")
         draw.text((margin, base - height + 2 * margin - 24), f"{name} over steps", fill="black")
         for points, color in curves:
-            spots = [place(*point) for point in points]
+            spots = [(margin + step / last * (width - 2 * margin), base - value / top * (height - 2 * margin))
+                     for step, value in points]
             draw.line(spots, fill=color, width=2)
-            if len(spots) < 100:
-                for x, y in spots:
-                    draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
+            for x, y in spots if len(spots) < 100 else ():
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
     write_picture(picture, out_dir / "curves.png")
     return out_dir / "curves.png"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the run
-
-
-def open_run(args, model, optimizers, text_tokenizer, master, say):
-    """Make OUT_DIR what sample.py and --resume need; returns the steps already done."""
-    log = args.out_dir / "log.jsonl"
-    paths = saved_steps(args.out_dir) if args.resume == "auto" else [Path(args.resume)] if args.resume else []
-    from_here = args.resume == "auto" or args.resume and paths[0].resolve().parent == args.out_dir.resolve()
-    run_is_here = bool(saved_steps(args.out_dir)) or log.exists() and log.stat().st_size > 0
-    if master and run_is_here and not from_here:
-        raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
-    if master and not run_is_here and (args.out_dir / "model.safetensors").exists():
-        raise FileExistsError(f"{args.out_dir} holds a model.safetensors, which the run would overwrite: give another "
-                              "--out-dir")  # fmt: skip
-    done, damaged = 0, []
-    for path in paths:
-        try:
-            done = load_checkpoint(path, model, optimizers, args)
-            break
-        except Damaged as error:
-            damaged.append((path, error))
-    if damaged and done == 0:
-        raise damaged[-1][1]
-    if dist.is_initialized():  # without a common file system the ranks may have found different ones
-        steps = [None] * dist.get_world_size()
-        dist.all_gather_object(steps, done)
-        if len(set(steps)) > 1:
-            raise ValueError(f"{args.out_dir}: the ranks found checkpoints of steps {steps}: give all the same files")
-    if not master:
-        return done
-    for path, error in damaged:
-        say(f"{error}: set aside as {path.name}.damaged")
-        path.rename(f"{path}.damaged")
-    later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
-    if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
-        raise ValueError(f"{args.resume}: {later[0]} is of a later step: delete it to go back to step {done}, or give "
-                         "another --out-dir")  # fmt: skip
-    if done:
-        say(f"resumed after step {done} of {args.max_steps}" + ", the last one" * (done == args.max_steps))
-    trim_log(log, done)
-    for path in args.out_dir.glob(".*.tmp"):  # of a run that was killed while it saved
-        if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
-            path.unlink()
-    if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
-        write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
-    if isinstance(text_tokenizer, TextTokenizer):
-        write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
-    write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    return done
-
-
-def load_data(args, say):
-    """(training Mixture, validation set) of --data and --val."""
-    train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
-    first = args.data.split(",")[0].strip()
-    if args.val or not first.startswith("jsonl:"):
-        return train_set, load_mixture(args.val or first, "val", args.root)
-    whole = train_set.datasets[0]
-    train_set.datasets, val_set = hold_out(train_set.datasets)
-    say(f"validation: {len(val_set)} of the {len(whole)} lines of {first}" + (
-        ", the pictures of which are not trained on" if len(val_set) < len(whole) else
-        ", which are trained on too: it has one picture; --val gives others"))  # fmt: skip
-    return train_set, val_set
-
-
-def read_cache(args, train_set, length, source, size, padded):
-    """The cached mask tokens (examples, length) of --mask-tokens for a Mixture, or None."""
-    if not args.mask_tokens:
-        return None
-    rows, count = [], 0  # rows of the cache that are trained on: it has those of the examples that are held out, too
-    for part in train_set.datasets:
-        size_of_part = len(getattr(part, "dataset", part))
-        rows.append(count + getattr(part, "indices", np.arange(size_of_part)))
-        count += size_of_part
-    table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train",
-                        files=train_set.file_hashes(), size=size, padded=padded)  # fmt: skip
-    return table if len(train_set) == count else table[np.concatenate(rows)]
-
-
-class TextFeatures:
-    """A frozen text encoder that is asked once for each phrase: text_ids (B,L) on the CPU -> (B,L,D) on its device.
-
-    Semantic sets have a few thousand different phrases in all. Where there are more than `room`, it starts over.
-    """
-
-    def __init__(self, encoder, device, room=2048):
-        self.encoder, self.device, self.room, self.known = encoder, device, room, {}
-
-    def __call__(self, text_ids):
-        rows = {row.numpy().tobytes(): row for row in text_ids}  # each phrase once
-        new = [key for key in rows if key not in self.known]
-        if len(self.known) + len(new) > self.room:
-            self.known, new = {}, list(rows)
-        if new:
-            features = self.encoder.encode_text(torch.stack([rows[key] for key in new]).to(self.device))
-            self.known |= {key: row.clone() for key, row in zip(new, features)}
-        return torch.stack([self.known[row.numpy().tobytes()] for row in text_ids])
-
-
-@torch.no_grad()
-def next_batch(loader, device, mask_tokenizer, text_features, args):
-    """(keyword arguments of model.forward for the next micro-batch, ids of its examples); None, None at the end.
-
-    The text encoder, if it is frozen, and the mask tokenizer are already asked.
-    """
-    item = next(loader, None)
-    if item is None:
-        return None, None
-    text, ids = text_features(item["text_ids"]) if text_features else None, item.pop("ids")  # (b,L,D)
-    item = {name: value.to(device, non_blocking=True) for name, value in item.items()}
-    batch = {"text_ids": item["text_ids"], "text_features": text, "pixels": to_pixels(item["pictures"]),  # (b/P,3,S,S)
-             "hide_tokens": item["hide"] if args.hide else None, "background_weight": args.background_weight}
-    if "mask_tokens" in item:
-        batch["mask_tokens"] = item["mask_tokens"]
-    else:  # in float32: in bfloat16 codes that lie close together would be mixed up
-        batch["mask_tokens"] = mask_tokenizer.encode(mask_to_image(item["masks"]))  # (b,M)
-    return batch, ids
-
-
-def load_parts(args, device, dtype):
-    """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
-    if args.preset == "llamaseg-janus":
-        return load_janus(args, device, dtype)
-    mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
-    if args.init_from:
-        model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
-        preset = PRESETS[args.preset]
-        if replace(model.config, siglip=preset.siglip, hide=preset.hide) != preset:
-            raise ValueError(f"{args.init_from}: its shape is not that of --preset {args.preset}")
-        if not args.any_weights:
-            check_source(args.init_from, "mask_tokenizer", model.frozen, mask_tokenizer.source)
-    else:
-        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
-        model = LlamaSeg(replace(PRESETS[args.preset], **({"siglip": encoder.config} if encoder else {})), encoder)
-    model.frozen["mask_tokenizer"], model.config.hide = mask_tokenizer.source, args.hide
-    text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
-    if args.init_from and not args.any_weights:
-        check_source(args.init_from, "text_tokenizer", model.frozen, text_tokenizer.source)
-    model.frozen["text_tokenizer"] = text_tokenizer.source
-    check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
-    if not args.init_from:
-        model.init_mask_tokens(mask_tokenizer.quantize.codebook)
-    model.to(device)
-    if model.config.freeze_encoders:
-        model.encoder.to(dtype)
-    model.llama.recompute = args.activation_checkpointing
-    return model, mask_tokenizer, text_tokenizer
-
-
-def load_janus(args, device, dtype):
-    """The same for LoRA on a Janus directory, which has both tokenizers in it."""
-    if args.init_from:
-        if args.init_from.is_dir():
-            raise ValueError(f"{args.init_from}: a folder: give the model.safetensors in it")
-        model = JanusSeg.from_pretrained(args.init_from, args.encoder, dtype, args.any_weights)
-    else:
-        model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
-        model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    mask_tokenizer = VQGAN.from_pretrained(args.encoder).to(device).requires_grad_(False)
-    model.frozen["mask_tokenizer"], model.config.hide = mask_tokenizer.source, args.hide
-    text_tokenizer = JanusPrompt(args.encoder, model.config.siglip.image_tokens)
-    check_fit(model.config, mask_tokenizer, text_tokenizer, args.encoder)
-    model.llama.recompute = args.activation_checkpointing
-    return model.train().to(device), mask_tokenizer, text_tokenizer
-
-
-def train(args, at_end):
-    """The whole run; returns the last evaluation's metrics. Ctrl-C or SIGTERM let the step end and save.
-
-    at_end: an ExitStack, whose owner closes it when the run has ended.
-    """
-    # --- device, ranks
-    rank, world_size, device = setup_ranks(args.device)
-    master = rank == 0
-    say = tqdm.write if master else lambda line: None
-    dtype, reason = compute_dtype(device, args.dtype)
-    torch.manual_seed(args.seed)  # the initial weights
-    torch.set_float32_matmul_precision("high")
-
-    # --- model, data, what an earlier run left
-    raw_model, mask_tokenizer, text_tokenizer = load_parts(args, device, dtype)
-    config, segmenter = raw_model.config, Segmenter(raw_model, mask_tokenizer, text_tokenizer)
-    with one_rank_first():
-        train_set, val_set = load_data(args, say)
-    # mIoU for semantic sets, as the papers report them
-    metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
-    mask_size, padded = config.mask_grid * mask_tokenizer.config.downsample, isinstance(raw_model, JanusSeg)
-    cached = read_cache(args, train_set, config.mask_tokens, mask_tokenizer.source, mask_size, padded)
-    args.files = train_set.file_hashes()
-    args.max_steps = args.max_steps or math.ceil(args.epochs * len(train_set) / args.batch_size)
-    micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
-    batches = Batches(train_set, text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
-                      micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
-                      padded)  # fmt: skip
-    accumulation = batches.accumulation
-    optimizers = make_optimizers(raw_model, args)
-    if master:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        at_end.enter_context(only_one(args.out_dir / "lock"))
-    first_step = open_run(args, raw_model, optimizers, text_tokenizer, master, say)
-    best = best_score(args.out_dir / "log.jsonl", metric)
-    todo = range(first_step * accumulation, args.max_steps * accumulation)
-    workers = args.workers if args.workers >= 0 else (4 if device.type == "cuda" else 0)
-    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers,
-                                              worker_init_fn=leave_signals_to_parent,
-                                              pin_memory=device.type == "cuda"))  # fmt: skip
-    # on every way out: workers ignore the signal by which Python ends them, and Python would wait for them for ever
-    at_end.callback(getattr(loader, "_shutdown_workers", lambda: None))
-    apart = isinstance(raw_model, LlamaSeg) and config.freeze_encoders
-    text_features = TextFeatures(raw_model.encoder, device) if apart else None
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world_size > 1:  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
-        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)  # fmt: skip
-
-    # --- the bill
-    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(config, args.phrases)
-    count = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable, {step_flops / 1e12:.2f} TFLOP a step")
-    say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
-    say(f"step = {args.batch_size} phrases = {world_size} ranks x {accumulation} micro-batches x {micro_batch_size}")
-    say(describe(args))
-
-    # --- evaluation
-    log = Log(args) if master else None
-
-    def due(step):
-        return step % args.eval_every == 0 or step == args.max_steps
-
-    def evaluate_after(step):
-        """The scores, logged, and the weights if they are the best; None if a signal ended it: the step is saved."""
-        nonlocal best
-        on_signal(signal.default_int_handler)
-        try:
-            total, by_task, cells = evaluate(segmenter, val_set, args.eval_count, rank, world_size, progress=master)
-        except KeyboardInterrupt:
-            say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
-            return None
-        on_signal(ask_to_stop)
-        scores = total.compute()
-        if master:
-            log.evaluation(step, scores, by_task, cells)
-            if (scores[metric] or 0.0) > best:
-                save_weights(raw_model, args.out_dir / "best.safetensors")
-        best = max(best, scores[metric] or 0.0)
-        return scores
-
-    # --- loop
-    stop = []  # no longer empty once the run shall end
-
-    def ask_to_stop(number, frame):
-        stop.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        at_end.callback(signal.signal, number, signal.getsignal(number))
-    on_signal(ask_to_stop)
-    steps, scores = range(first_step, args.max_steps), {}
-    missing = master and first_step and due(first_step) and not evaluated(args.out_dir / "log.jsonl", first_step)
-    if mean_over_ranks(torch.tensor([float(missing)], device=device), world_size).item():  # it was killed or stopped
-        scores = evaluate_after(first_step)
-        steps = range(0) if scores is None else steps
-    bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not master, smoothing=0.02, desc="train")
-    at_end.callback(bar.close)  # before an error is printed
-    started = time.perf_counter()
-    batch, ids = next_batch(loader, device, mask_tokenizer, text_features, args)
-    for step in bar:
-        torch.manual_seed((args.seed * args.max_steps + step) * world_size + rank)  # of LoRA's dropout, if any
-        sums, seen = torch.zeros(3, device=device), []  # loss, gradient norm, ranks that were asked to stop
-        for micro in range(accumulation):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                if world_size > 1:  # gradients are summed over ranks only once a step
-                    model.require_backward_grad_sync = micro == accumulation - 1
-                micro_loss = model(**batch)[1]
-            (micro_loss / accumulation).backward()
-            sums[0] += micro_loss.detach() / accumulation
-            seen.append((ids, micro_loss.detach()))
-            # a GPU is still at the last one
-            batch, ids = next_batch(loader, device, mask_tokenizer, text_features, args)
-        lr = learning_rate(step, args)
-        sums[1] = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)  # the norm before clipping
-        sums[2] = len(stop)
-        loss, grad_norm, stopping = mean_over_ranks(sums, world_size).tolist()  # the host waits here, once a step
-        if not math.isfinite(loss + grad_norm):  # before it reaches the weights
-            bad = [ids for ids, value in seen if math.isfinite(loss) or not math.isfinite(value.item())]
-            raise ArithmeticError(f"loss is {loss}, gradient norm {grad_norm} at step {step + 1}, on rank {rank} in "
-                                  f"the micro-batches of {' '.join(sum(bad, [])) or 'no example'}: lower --lr, or "
-                                  "look at them")  # fmt: skip
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        done, seconds = step + 1, time.perf_counter() - started
-        if master:
-            log.step(bar, done, loss, grad_norm, lr, args.batch_size / seconds,
-                     args.batch_size * config.mask_tokens / seconds,
-                     step_flops / seconds / world_size / peak_flops, peak_memory(device))  # fmt: skip
-        if master and (done % args.save_every == 0 or due(done) or stopping):  # first: the evaluation may take long
-            save_checkpoint(args.out_dir, raw_model, optimizers, done, args)
-        if stopping:
-            say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
-            break
-        if due(done):
-            scores = evaluate_after(done)
-            if scores is None:
-                break
-        started = time.perf_counter()
-    if master and first_step < args.max_steps:
-        plot(args.out_dir)
-    if world_size > 1:
-        del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
-        dist.destroy_process_group()
-    return scores or {}
 
 
 def merge(out_dir, base, any_weights):
@@ -1047,6 +859,158 @@ def merge(out_dir, base, any_weights):
     return target
 
 
+def print_config(args):
+    """Sizes, parameters by part, tokens of a sample, memory of a rank and hyper-parameters; no weights are made."""
+    model, mask_tokenizer = on_meta(args)
+    s, c, v = model.config.siglip, model.config.llama, mask_tokenizer.config
+    print(f"{args.preset}\n  picture               {s.image_size} px, patches of {s.patch_size} px")
+    print(f"  SigLIP vision         {s.vision_layers} layers x {s.vision_width}, {s.vision_heads} heads")
+    if isinstance(model, LlamaSeg):
+        print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, "
+              f"{s.vocab_size} pieces")
+    print(f"  LLaMA                 {c.layers} layers x {c.width}, {c.heads} heads of {c.head_dim}, MLP {c.mlp}")
+    print(f"  mask tokenizer        {v.codebook_size} codes x {v.codebook_dim}, downsample {v.downsample}")
+
+    counts, everything = {}, [0, 0]  # part: [frozen, trainable]
+    for name, p in [*model.named_parameters(), *mask_tokenizer.named_parameters("mask tokenizer")]:
+        part = ".".join(name.split(".")[:2 if name.startswith("encoder") else 1])
+        for row in (counts.setdefault(part, [0, 0]), everything):
+            row[p.requires_grad] += p.numel()
+    print(f"\n{'parameters':24}{'trainable':>14}{'frozen':>14}")
+    for part, (frozen, trainable) in [*counts.items(), ("all", everything)]:
+        print(f"  {part:22}{trainable:14,}{frozen:14,}")
+    tokens = sequence(model.config)
+    terms = " + ".join(f"{name} {n}" for name, n in tokens.items())
+    print(f"\ntokens of a sample       {terms} = {sum(tokens.values())}")
+
+    ranks, why = int(os.environ.get("WORLD_SIZE", 1)), ""
+    if args.micro_batch_size is None and "WORLD_SIZE" not in os.environ and args.preset != "scenes":
+        ranks = args.batch_size // math.gcd(args.batch_size, 32)  # as DEFAULTS has it
+        why = " (the recipe; torchrun and --micro-batch-size give others)"
+    micro_batch_size = args.micro_batch_size or args.batch_size // ranks
+    if micro_batch_size < 1 or args.batch_size % (micro_batch_size * ranks):
+        raise ValueError(f"batch size {args.batch_size} must be a multiple of {ranks} ranks x {micro_batch_size}")
+    print(f"\nmemory of a rank         micro-batches of {micro_batch_size} phrases, batches of {args.batch_size}, "
+          f"ranks: {ranks}{why}")
+    alone = ranks == 1 and args.batch_size == micro_batch_size
+    for name, size in memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size, alone).items():
+        print(f"  {name:22}{size / 1e9:10.2f} GB")
+    gflop, rule = training_flops(model.config, args.phrases) / 1e9, 6 * everything[1] * sum(tokens.values()) / 1e9
+    print(f"\narithmetic               {gflop:,.0f} GFLOP to train on a sample (6 x trainable x tokens: {rule:,.0f})")
+    print(f"\nthis run                 {describe(args)}\n\nthe paper's stages")
+    for stage in COLUMNS[2:]:
+        print(f"  {stage:22}{describe(parse_args(['--preset', args.preset, '--stage', stage]))}")
+    print("  not stated            batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2")
+
+
+def on_meta(args):
+    """(model, mask_tokenizer) as --preset, --encoder and --mask-tokenizer have them, with shapes but no weights."""
+    config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
+    if janus and args.encoder.exists():
+        config = janus_config(args.encoder)
+    elif not janus and config.freeze_encoders:
+        config = replace(config, siglip=SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder))
+    to_come = args.mask_tokenizer.name in DOWNLOADS and not args.mask_tokenizer.exists()
+    vqgan = VQGANConfig() if to_come else VQGAN.from_pretrained(args.mask_tokenizer).config
+    with torch.device("meta"):
+        model, mask_tokenizer = JanusSeg(config) if janus else LlamaSeg(config), VQGAN(vqgan).requires_grad_(False)
+        if janus:
+            model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    return model, mask_tokenizer
+
+
+def describe(args):
+    """The hyper-parameters in words."""
+    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{100 * args.warmup_steps:g} % of the steps"
+    length = f"{args.epochs:g} epochs" if args.max_steps is None else f"{args.max_steps} steps"
+    betas = f"{args.betas[0]:g} / {args.betas[1]:g}"
+    return (f"{args.data}, {length} of {args.batch_size} phrases; {args.optimizer}, lr {args.lr:g}, betas {betas}, "
+            f"weight decay {args.weight_decay:g}, warm-up {warmup}, cosine to 0, clip {args.clip:g}")
+
+
+# ---- what a run costs ------------------------------------------------------------------------------------
+
+
+def sequence(config):
+    """Tokens of one sample by kind, in their order."""
+    return {"text": config.siglip.text_length, "<BOI>": 1, "image": config.siglip.image_tokens, "<BOM>": 1,
+            "mask": config.mask_tokens}
+
+
+def memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size, alone):
+    """{what: bytes} of one rank in training, and their "peak"; the modules may be on the meta device.
+
+    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak. Only a
+    rank that is `alone` and does not accumulate makes them while the activations go.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    memory = {
+        "trainable weights": 4 * sum(p.numel() for p in trainable),  # float32
+        "frozen weights": 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),  # encoder bfloat16, mask tokenizer float32
+        "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
+        "gradients": 4 * sum(p.numel() for p in trainable),
+        "optimizer": sum(  # float32: two moments per parameter with AdamW, one with Muon
+            4 * p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)
+            for optimizer in make_optimizers(model, args) for group in optimizer.param_groups for p in group["params"]),
+        "activations": activation_bytes(model.config, micro_batch_size, args.activation_checkpointing),
+    }
+    memory["peak"] = sum(memory.values()) - (min(memory["gradients"], memory["activations"]) if alone else 0)
+    return memory
+
+
+def activation_bytes(config, samples, recompute=False):
+    """Bytes that `samples` phrases keep for the backward pass under bfloat16 autocast with fused attention.
+
+    Each LLaMA layer, per token: two norms keep their float32 input (8 D) and give five bfloat16 copies to the matrices
+    (10 D); attention keeps q, k, v and its output (4 H + 4 Hkv); the MLP keeps four hidden states (8 F). After the
+    layers: logits in bfloat16 and float32 and their log-softmax (10 K per mask token). With activation checkpointing:
+    each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
+    encoders keep nothing; scenes' small ones are left out.
+    """
+    c, tokens = config.llama, samples * (sum(sequence(config).values()) - 1)  # the last mask token is only predicted
+    layer = 18 * c.width + 4 * (c.heads + c.kv_heads) * c.head_dim + 8 * c.mlp
+    mask_tokens, layers = samples * config.mask_tokens, c.layers * layer
+    if recompute:
+        mask_tokens, layers = min(mask_tokens, HEAD_PART), c.layers * 4 * c.width + layer
+    return tokens * layers + mask_tokens * config.codebook_size * 10
+
+
+def training_flops(config, phrases=1):
+    """FLOP that one phrase costs in training, of `phrases` that share a picture; two per multiply-add.
+
+    A trained matrix of n weights costs 6 n per token, a frozen one 2 n, and attention 12 T width per token and layer
+    (4 if frozen), as in PaLM's appendix B. Elementwise work, the mask tokenizer and recomputation do not count.
+    """
+    s, c = config.siglip, config.llama
+    tokens, N, M = sum(sequence(config).values()) - 1, s.image_tokens, config.mask_tokens
+    D, H, Hkv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+    def tower(tokens, layers, width, mlp):  # the forward pass of one of SigLIP's towers
+        return tokens * layers * (2 * (4 * width * width + 2 * width * mlp) + 4 * tokens * width)
+
+    image = tower(N, s.vision_layers, s.vision_width, s.vision_mlp) + N * 2 * 3 * s.patch_size**2 * s.vision_width
+    llama = tokens * c.layers * (2 * D * (2 * H + 2 * Hkv + 3 * c.mlp) + 4 * tokens * H)
+    if isinstance(config, JanusConfig):  # all of it frozen: LoRA itself is next to nothing, gradients pass through
+        aligner = N * 2 * D * (s.vision_width + (config.projector_layers - 1) * D)
+        head = M * 2 * (D * config.head_width + config.head_width * config.codebook_size)
+        return 2 * (llama + head) + (image + aligner) / phrases
+    encoders = image / phrases + tower(s.text_length, s.text_layers, s.text_width, s.text_mlp)
+    adaptors = s.text_length * 2 * D * (s.text_width + D) + N / phrases * 2 * D * (s.vision_width + D)
+    return 3 * (adaptors + llama + M * 2 * D * config.codebook_size) + encoders * (1 if config.freeze_encoders else 3)
+
+
+@torch.no_grad()
+def matmul_rate(device, dtype):
+    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a, clock(device)), number=1))  # clock waits for a GPU
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     """Run; returns the exit code: 0, also when a signal stopped it after a step; 1 for bad data, 2 for bad usage."""
     args = parse_args(argv)
@@ -1064,13 +1028,12 @@ def main(argv=None):
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         return fail(str(error), 2 if isinstance(error, BadUsage) else 1)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(f"out of memory ({str(error)[:200]}): lower --micro-batch-size, or "
-                    "--activation-checkpointing")  # fmt: skip
+        return fail(f"out of memory ({str(error)[:200]}): lower --micro-batch-size, or --activation-checkpointing")
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
         return fail(f"rank {dist.get_rank()} cannot go on: another rank ended, or this one failed "
-                    f"({str(error).splitlines()[0]})")  # fmt: skip
+                    f"({str(error).splitlines()[0]})")
     return 0
 
 

@@ -51,7 +51,7 @@ def bench_step(rounds=2):
     device = pick_device()
     config = LlamaConfig(width=1024, layers=8, heads=16, mlp=2752)
     theirs = LlamaForCausalLM(TheirConfig(hidden_size=1024, num_hidden_layers=8, num_attention_heads=16,
-                                          intermediate_size=2752, vocab_size=CODES)).to(device)  # fmt: skip
+                                          intermediate_size=2752, vocab_size=CODES)).to(device)
     ours = Ours(config).to(device)
     weights = {n.removeprefix("model."): w for n, w in theirs.model.state_dict().items() if "embed_tokens" not in n}
     ours.llama.load_state_dict(weights)
@@ -73,7 +73,7 @@ def bench_step(rounds=2):
                     start = clock(device)
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         loss = (call(embeddings, labels) if name == "ours" else
-                                call(inputs_embeds=embeddings, labels=labels).loss)  # fmt: skip
+                                call(inputs_embeds=embeddings, labels=labels).loss)
                     loss.backward()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -112,9 +112,9 @@ def bench_memory(flags):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     measured = train.peak_memory(device) - (before if device.type == "cpu" else 0)
-    estimate = train.peak_of(train.memory_of_a_rank(model, mask_tokenizer, config, args, b), alone=True)
+    estimate = train.memory_of_a_rank(model, mask_tokenizer, args, b, alone=True)["peak"]
     print(f"{' '.join(flags)}: estimate {estimate / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB, "
-          f"ratio {estimate / measured:.2f}", flush=True)  # fmt: skip
+          f"ratio {estimate / measured:.2f}", flush=True)
 
 
 def bench_kills(times=20, steps=80):
@@ -127,7 +127,7 @@ def bench_kills(times=20, steps=80):
                  "--dtype", "float32", "--device", "cpu", "--eval-every", "1000", "--eval-count", "1", "--save-every",
                  "2", "--out-dir", folder / out, "--resume", "auto"],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            )  # fmt: skip
+            )
 
         def losses(out):
             path = folder / out / "log.jsonl"
@@ -157,7 +157,7 @@ def bench_kills(times=20, steps=80):
         assert last.returncode == 0, error.decode()
         same = losses("whole") == losses("killed")
         print(f"{times} kills, {saves} in the middle of a save; {len(losses('killed'))} losses "
-              f"{'equal' if same else 'NOT equal'} to the unbroken run's")  # fmt: skip
+              f"{'equal' if same else 'NOT equal'} to the unbroken run's")
 
 
 if __name__ == "__main__":

@@ -6,22 +6,26 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
+import model as M
 import train
+from data import Scenes
+from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIP, SigLIPConfig
+from sample import Segmenter
 
 
 @pytest.fixture
 def small(tiny_checkpoint, monkeypatch):
     """Flags for a run that takes seconds: the tiny shape as the preset `scenes`."""
-    from model import LlamaSeg
-
     config = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors").config
     monkeypatch.setitem(train.PRESETS, "scenes", config)
     monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e11)  # a fifth of such a run
@@ -29,7 +33,7 @@ def small(tiny_checkpoint, monkeypatch):
     def flags(out, *more):
         return ["--mask-tokenizer", str(tiny_checkpoint / "mask_tokenizer.safetensors"), "--out-dir", str(out),
                 "--batch-size", "8", "--max-steps", "6", "--warmup-steps", "2", "--eval-every", "6",
-                "--eval-count", "4", "--save-every", "3", "--device", "cpu", "--dtype", "float32", *more]  # fmt: skip
+                "--eval-count", "4", "--save-every", "3", "--device", "cpu", "--dtype", "float32", *more]
 
     return flags
 
@@ -55,7 +59,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     assert Image.open(tmp_path / "grid-000006.png").size[0] > 300
     names = {p.name for p in tmp_path.iterdir()}
     assert {"checkpoint-0000003.pt", "checkpoint-0000006.pt", "best.safetensors", "curves.png", "args.json",
-            "model.safetensors", "mask_tokenizer.safetensors", "text.model"} <= names  # fmt: skip
+            "model.safetensors", "mask_tokenizer.safetensors", "text.model"} <= names
     assert not any(name.endswith(".tmp") for name in names)
 
 
@@ -85,7 +89,7 @@ def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, opt
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert [r["step"] for r in records(tmp_path / "broken") if "loss" in r] == [1, 2, 3, 4, 5, 6]
     a, b = (torch.load(tmp_path / d / "checkpoint-0000006.pt", weights_only=True)["model"]
-            for d in ("whole", "broken"))  # fmt: skip
+            for d in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -137,15 +141,9 @@ def torchrun(tiny_checkpoint, tmp_path):
              str(tmp_path / "launch.py"), str(tiny_checkpoint / "model.safetensors"), *flags],
             env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "SIGNAL": sent},
             capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+        )
 
     return run
-
-
-def same_losses(a, b):
-    one, two = losses(a), losses(b)
-    assert one.keys() == two.keys()
-    return max(abs(one[s] - two[s]) for s in one) < 1e-4
 
 
 def test_two_processes_stopped_by_a_signal_to_torchrun_and_one_that_goes_on(small, torchrun, tmp_path):
@@ -158,7 +156,8 @@ def test_two_processes_stopped_by_a_signal_to_torchrun_and_one_that_goes_on(smal
     assert "stopped at step 6 of 10, saved" in done.stdout + done.stderr, done.stderr[-2000:]
     assert [train.step_of(path) for path in train.saved_steps(tmp_path / "two")] == [6, 4]
     assert train.main([*flags, "--resume", "auto"]) == 0
-    assert len(losses(tmp_path / "two")) == 10 and same_losses(tmp_path / "one", tmp_path / "two")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two) == list(range(1, 11)) and all(two[step] == pytest.approx(one[step], abs=1e-4) for step in two)
     scores = [[r for r in records(tmp_path / d) if "cIoU" in r] for d in ("one", "two")]
     for one, two in zip(*scores, strict=True):  # each example once, on whichever rank
         assert one["step"] == two["step"] and one["count"] == two["count"] == 4
@@ -171,34 +170,28 @@ def test_a_killed_rank_ends_the_job(small, torchrun, tmp_path):
     assert max(losses(tmp_path / "out")) <= 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_saves(small, tmp_path, monkeypatch, number):
-    assert train.main(small(tmp_path / "whole")) == 0
-    rate = train.learning_rate
-
-    def signalled(step, args):
-        if step == 1:
-            signal.raise_signal(number)
-        return rate(step, args)
-
-    monkeypatch.setattr(train, "learning_rate", signalled)
-    assert train.main(small(tmp_path / "broken")) == 0
-    monkeypatch.setattr(train, "learning_rate", rate)
-    assert max(losses(tmp_path / "broken")) == 2
-    assert train.main(small(tmp_path / "broken", "--resume", "auto")) == 0
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-
-
-def stop_at(monkeypatch, number):
-    """SIGTERM reaches the process in that step."""
+def stop_at(monkeypatch, at, number=signal.SIGTERM):
+    """A signal reaches the process in that step."""
     real = train.learning_rate
 
     def learning_rate(step, args):
-        if step + 1 == number:
-            signal.raise_signal(signal.SIGTERM)
+        if step + 1 == at:
+            signal.raise_signal(number)
         return real(step, args)
 
     monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(small, tmp_path, monkeypatch, capsys, number):
+    assert train.main(small(tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, number)
+        assert train.main(small(tmp_path / "broken")) == 0
+    assert max(losses(tmp_path / "broken")) == 2
+    assert train.main(small(tmp_path / "broken", "--resume", "auto")) == 0
+    assert "resumed from checkpoint-0000002, going on with 2 of 6 steps done" in capsys.readouterr().out
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def test_a_stop_saves_before_an_evaluation_and_does_without_it(small, tmp_path, monkeypatch):
@@ -276,7 +269,7 @@ def test_going_back_needs_the_later_checkpoints_out_of_the_way(small, tmp_path, 
 def test_two_runs_do_not_share_a_folder(small, tmp_path, capsys):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "lock"], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)  # fmt: skip
+                             stdout=subprocess.PIPE)
     other.stdout.readline()
     assert train.main(small(tmp_path)) == 1
     assert "another process is writing to this folder" in capsys.readouterr().err
@@ -294,17 +287,21 @@ def test_a_resumed_run_keeps_its_optimizer(small, tmp_path, capsys):
         assert name in (error := capsys.readouterr().err) and f"not {float(value)}" in error.replace("[", "")
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("spoil, message", [
+    (lambda model, loss: loss * math.nan, "loss is nan"),
+    (lambda model, loss: loss + (0 * model.boi).sqrt().sum(), "gradient norm nan"),  # 0, with the gradient 0 * infinity
+])
+def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypatch, capsys, spoil, message):
     real = train.LlamaSeg.forward
 
     def broken(self, *args, **more):
         logits, loss = real(self, *args, **more)
-        return logits, loss + (0 * self.boi).sqrt().sum()  # adds 0, and 0 * infinity to the gradient
+        return logits, spoil(self, loss)
 
     monkeypatch.setattr(train.LlamaSeg, "forward", broken)
     assert train.main(small(tmp_path, "--save-every", "1")) == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "gradient norm nan at step 1" in message and "train-" in message
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and "at step 1" in error and "train-" in error
     assert not train.saved_steps(tmp_path)
 
 
@@ -388,9 +385,6 @@ def test_a_full_disk_is_one_line(small, tmp_path, monkeypatch, capsys):
 
 
 def test_validation_is_spread_over_the_set(tiny_checkpoint):
-    from data import Scenes
-    from sample import Segmenter
-
     scenes, asked = Scenes("val"), []
 
     class Ten:
@@ -444,25 +438,27 @@ def test_own_data_is_held_out_by_picture(small, tmp_path, monkeypatch, capsys):
     assert {id.split("-")[0] for id in trained} == held | seen  # nothing is held out
 
 
-def test_the_best_weights_of_a_semantic_set_are_chosen_by_miou(small, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-
-    root = shutil.copytree(REPO / "tests" / "fixtures" / "pascal_voc", tmp_path / "voc")
-    real, scores = train.evaluate, iter([(0.9, 0.1), (0.1, 0.9)])
+@pytest.mark.parametrize("data, metric", [("scenes", "cIoU"), ("voc20", "mIoU")])
+def test_the_best_weights_are_those_of_the_best_evaluation(small, tmp_path, monkeypatch, data, metric):
+    """By mIoU for a semantic set; the other number is best at another step."""
+    real, scores = train.evaluate, iter([0.2, 0.5, 0.4])
 
     def evaluate(*args, **more):
         total, by_task, cells = real(*args, **more)
-        monkeypatch.setattr(total, "compute", lambda: dict(zip(("cIoU", "mIoU"), next(scores))) | {
-            "gIoU": None, "mAHD@0.5": None})  # fmt: skip
+        value = next(scores)
+        numbers = {"cIoU": 1 - value, "mIoU": 1 - value, "gIoU": None, "mAHD@0.5": None, metric: value}
+        monkeypatch.setattr(total, "compute", lambda: numbers)
         return total, by_task, cells
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    own = ["--data", "voc20", "--root", str(root), "--max-steps", "2", "--eval-every", "1", "--batch-size", "2"]
-    assert train.main(small(tmp_path / "out", *own)) == 0
-    last = torch.load(train.saved_steps(tmp_path / "out")[0], weights_only=True)["model"]
+    root = [] if data == "scenes" else ["--root", str(REPO / "tests" / "fixtures" / "pascal_voc")]
+    if root:  # an index is written beside the data
+        root = ["--root", str(shutil.copytree(root[1], tmp_path / "voc"))]
+    flags = ["--data", data, *root, "--max-steps", "3", "--eval-every", "1", "--keep", "3", "--batch-size", "4"]
+    assert train.main(small(tmp_path / "out", *flags)) == 0
+    second = torch.load(train.saved_steps(tmp_path / "out")[1], weights_only=True)["model"]
     best = load_file(tmp_path / "out" / "best.safetensors")
-    assert all(torch.equal(best[name], last[name].half()) for name in last)
-    assert train.best_score(tmp_path / "out" / "log.jsonl", "mIoU") == 0.9
+    assert all(torch.equal(best[name], second[name].half()) for name in second)
 
 
 @pytest.mark.parametrize("local_rank, order", [("0", ["index", "barrier"]), ("1", ["barrier", "index"])])
@@ -480,7 +476,7 @@ def test_one_rank_indexes_and_the_others_wait(monkeypatch, local_rank, order):
     ["--plot", "out", "--lr", "1"], ["--merge", "out", "--preset", "llamaseg-b"], ["--lora-rank", "3"], ["--root", "x"],
     ["--any-weights"], ["--preset", "llamaseg-janus", "--mask-tokenizer", "x"],
     ["--max-step", "3"], ["--preset", "llamaseg-janus", "--init-from", "x", "--lora-alpha", "3"],
-])  # fmt: skip
+])
 def test_a_flag_that_would_not_be_read_is_refused(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         train.main(flags)
@@ -494,7 +490,9 @@ def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
     newest.write_bytes(newest.read_bytes()[:-1000])  # half a copy
     (tmp_path / ".checkpoint-0000007.pt.1.tmp").write_bytes(b"half a save")
     assert train.main(small(tmp_path, "--resume", "auto")) == 0
-    assert "checkpoint-0000006.pt: not a whole checkpoint" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoint-0000006.pt: not a whole checkpoint" in said
+    assert "resumed from checkpoint-0000003, going on with 3 of 6 steps done" in said
     assert losses(tmp_path) == before and not list(tmp_path.glob(".*"))
     assert (tmp_path / "checkpoint-0000006.pt.damaged").exists() and train.saved_steps(tmp_path) == [newest, older]
     for path in (newest, older):
@@ -508,25 +506,6 @@ def test_only_the_newest_checkpoints_stay(small, tmp_path):
     assert [int(p.stem[-7:]) for p in train.saved_steps(tmp_path)] == [6, 5, 4]
 
 
-def test_the_best_weights_are_those_of_the_best_evaluation(small, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-
-    real, scores = train.evaluate, iter([0.2, 0.5, 0.4])
-
-    def evaluate(*args, **more):
-        total, by_task, cells = real(*args, **more)
-        value = next(scores)
-        monkeypatch.setattr(total, "compute", lambda: {"cIoU": value, "gIoU": value, "mAHD@0.5": None})
-        return total, by_task, cells
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    assert train.main(small(tmp_path, "--eval-every", "2", "--save-every", "2", "--keep", "3")) == 0
-    _, second, _ = train.saved_steps(tmp_path)
-    expected = torch.load(second, weights_only=True)["model"]
-    best = load_file(tmp_path / "best.safetensors")
-    assert all(torch.equal(best[name], expected[name].half()) for name in expected)
-
-
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     for warmup in ("100", "0.1"):  # steps, or a share of them
         args = train.parse_args(["--max-steps", "1000", "--warmup-steps", warmup, "--lr", "0.5"])
@@ -536,8 +515,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_each_parameter_has_exactly_one_optimizer(tiny_checkpoint):
-    from model import LlamaSeg
-
     model = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors")
     for name in ("muon", "adamw"):
         optimizers = train.make_optimizers(model, train.parse_args(["--optimizer", name]))
@@ -546,19 +523,6 @@ def test_each_parameter_has_exactly_one_optimizer(tiny_checkpoint):
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith("q_proj.weight"))  # matrices alone, as LoRA's
     assert len(train.make_optimizers(model, train.parse_args([]))) == 1
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, capsys):
-    real = train.LlamaSeg.forward
-
-    def broken(self, *args, **more):
-        logits, loss = real(self, *args, **more)
-        return logits, loss * float("nan")
-
-    monkeypatch.setattr(train.LlamaSeg, "forward", broken)
-    assert train.main(small(tmp_path)) == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 1" in message and "train-" in message
 
 
 def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
@@ -596,10 +560,6 @@ def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
 @pytest.fixture
 def official(tmp_path, monkeypatch):
     """The flags of a tiny LlamaSeg on official-format frozen parts, as the preset llamaseg-b."""
-    from safetensors.torch import load_file, save_file
-
-    from model import LlamaConfig, LlamaSegConfig
-
     fixtures, encoder = REPO / "tests" / "fixtures", tmp_path / "siglip-tiny"
     encoder.mkdir()
     content = json.loads((fixtures / "siglip" / "config.json").read_text())
@@ -614,12 +574,10 @@ def official(tmp_path, monkeypatch):
     return ["--preset", "llamaseg-b", "--encoder", str(encoder),
             "--mask-tokenizer", str(fixtures / "llamagen_vq16" / "vq_ds16.pt"), "--batch-size", "8", "--max-steps", "4",
             "--warmup-steps", "1", "--eval-every", "4", "--eval-count", "2", "--save-every", "2",
-            "--device", "cpu"]  # fmt: skip
+            "--device", "cpu"]
 
 
 def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path, capfdbinary):
-    from safetensors import safe_open
-
     out = tmp_path / "out"
     assert train.main([*official, "--out-dir", str(out)]) == 0
     names = {p.name for p in out.iterdir()}
@@ -665,7 +623,7 @@ def test_official_parts_that_are_missing_are_named(capsys):
 
 
 @pytest.mark.parametrize("flags,code", [(["--mask-tokenizer", "typo.pt"], 1), (["--lr", "nan"], 2), (["--lr", "0"], 2),
-                                        (["--batch-size", "7", "--micro-batch-size", "3"], 1)])  # fmt: skip
+                                        (["--batch-size", "7", "--micro-batch-size", "3"], 1)])
 def test_print_config_of_what_cannot_be(capsys, flags, code):
     try:
         assert train.main(["--preset", "llamaseg-b", "--print-config", *flags]) == code
@@ -684,8 +642,16 @@ def test_print_config_counts_without_allocating(capsys, monkeypatch):
     assert "text 64 + <BOI> 1 + image 256 + <BOM> 1 + mask 256 = 578" in text
     trainable = next(line.split()[1] for line in text.splitlines() if line.startswith("  all   "))
     assert abs(int(trainable.replace(",", "")) / 1.5e9 - 1) < 0.02
-    for number in ("2e-4", "1e-4", "0.05"):
+    for number in ("lr 0.0002", "lr 0.0001", "weight decay 0.05"):
         assert number in text
+
+
+def test_print_config_without_torchrun_is_for_the_recipes_micro_batch(capsys):
+    assert train.main(["--preset", "llamaseg-b", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "micro-batches of 32 phrases, batches of 256, ranks: 8 (the recipe" in text
+    (peak,) = [line.split()[1] for line in text.splitlines() if line.startswith("  peak")]
+    assert peak == "44.29"  # README's table
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -702,17 +668,14 @@ class FusedRMSNorm(torch.autograd.Function):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_estimate_of_activations_is_what_autograd_keeps(monkeypatch, kv_heads):
     """Counted independently: every tensor that autograd saves, parameters aside, with fused attention as on a GPU."""
-    import model as M
-    from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig
-
     config = LlamaSegConfig(
         siglip=SigLIPConfig(image_size=128, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp=32,
                             vocab_size=50, text_width=32, text_layers=1, text_heads=2, text_mlp=32),
         llama=LlamaConfig(width=128, layers=3, heads=4, kv_heads=kv_heads, head_dim=24, mlp=352), codebook_size=600,
         mask_grid=8,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(M, "attention", lambda q, k, v, causal: torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]))  # fmt: skip
+        q, k, v, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]))
     # PyTorch's fused RMSNorm, which it has on GPUs only, keeps its input and one number a token
     monkeypatch.setattr(M.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x.float(), self.weight))
     model, batch, kept = LlamaSeg(config), 4, {}
@@ -725,7 +688,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(monkeypatch, kv_head
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
         model(torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128),
-              torch.zeros(batch, 64, dtype=torch.long))  # fmt: skip
+              torch.zeros(batch, 64, dtype=torch.long))
     weight_shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     kept = [x for x in kept.values() if tuple(x.shape) not in weight_shapes]  # autocast's copies are counted apart
     bytes = sum(x.untyped_storage().nbytes() for x in kept)
@@ -737,14 +700,14 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(monkeypatch, kv_head
 
 def test_stages_are_the_papers_and_flags_win():
     args = train.parse_args(["--preset", "llamaseg-b", "--stage", "pretrain"])
-    assert (args.lr, args.betas, args.weight_decay, args.epochs, args.max_steps) == (2e-4, (0.9, 0.95), 0.05, 4, None)
+    assert (args.lr, args.betas, args.weight_decay, args.epochs, args.max_steps) == (2e-4, [0.9, 0.95], 0.05, 4, None)
     assert args.data.startswith("sa-ovrs") and args.optimizer == "adamw"
     for stage, epochs, data in (("finetune-semantic", 10, "ade20k"), ("finetune-referring", 20, "refcoco")):
         args = train.parse_args(["--preset", "llamaseg-l", "--stage", stage])
-        assert (args.lr, args.betas, args.weight_decay, args.epochs) == (1e-4, (0.9, 0.99), 0.0, epochs)
+        assert (args.lr, args.betas, args.weight_decay, args.epochs) == (1e-4, [0.9, 0.99], 0.0, epochs)
         assert args.data.startswith(data) and args.warmup_steps == 0.01
     args = train.parse_args(["--stage", "finetune-semantic", "--lr", "3e-4", "--data", "cocostuff", "--max-steps", "7",
-                             "--betas", "0.8", "0.9"])  # fmt: skip
+                             "--betas", "0.8", "0.9"])
     assert (args.lr, args.data, args.max_steps, args.epochs, args.betas) == (3e-4, "cocostuff", 7, None, [0.8, 0.9])
     with pytest.raises(SystemExit):
         train.parse_args(["--epochs", "2", "--max-steps", "7"])
@@ -763,25 +726,20 @@ def test_epochs_become_steps(small, tmp_path):
 
 @pytest.mark.parametrize("freeze,phrases", [(True, 1), (False, 2)])
 def test_training_flops_are_those_that_pytorch_counts(monkeypatch, freeze, phrases):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import model as M
-    from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig
-
     config = LlamaSegConfig(
         siglip=SigLIPConfig(image_size=128, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=96,
                             vocab_size=50, text_width=32, text_layers=3, text_heads=2, text_mlp=48),
         llama=LlamaConfig(width=128, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=352), codebook_size=600,
         mask_grid=8, freeze_encoders=freeze,
-    )  # fmt: skip
+    )
     # in matrix products, which PyTorch counts on every device
     monkeypatch.setattr(M, "attention", lambda q, k, v, causal: (
         q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
-    ).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1))  # fmt: skip
+    ).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1))
     model, batch = LlamaSeg(config), 2
     with FlopCounterMode(display=False) as counter:
         _, loss = model(torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch // phrases, 3, 128, 128),
-                        torch.zeros(batch, 64, dtype=torch.long))  # fmt: skip
+                        torch.zeros(batch, 64, dtype=torch.long))
         loss.backward()
     # PyTorch leaves out the gradient of inputs that need none (pixels; frozen features)
     assert counter.get_total_flops() / batch == pytest.approx(train.training_flops(config, phrases), rel=0.02)
@@ -797,10 +755,8 @@ def test_activation_checkpointing_changes_no_loss(small, tmp_path):
 
 
 def test_a_phrase_goes_through_the_frozen_text_encoder_once():
-    from model import SigLIP, SigLIPConfig
-
     encoder = SigLIP(SigLIPConfig(vision_layers=1, vision_width=16, vision_heads=1, vision_mlp=16, vocab_size=40,
-                                  text_width=32, text_layers=2, text_heads=2, text_mlp=32), vision=False)  # fmt: skip
+                                  text_width=32, text_layers=2, text_heads=2, text_mlp=32), vision=False)
     asked, real = [], encoder.encode_text
     encoder.encode_text = lambda ids: asked.append(len(ids)) or real(ids)
     features = train.TextFeatures(encoder, "cpu", room=5)
@@ -813,16 +769,26 @@ def test_a_phrase_goes_through_the_frozen_text_encoder_once():
         assert torch.allclose(features(more), real(more), atol=1e-6) and asked == [2, 1, 5]
 
 
-def test_curves_are_drawn_and_wandb_is_told(small, tmp_path, monkeypatch, capsys):
-    told = []
-    fake = types.SimpleNamespace(init=lambda **more: types.SimpleNamespace(log=lambda *a, **b: told.append(a[0])))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert train.main(small(tmp_path / "a", "--wandb", "x")) == 0
-    assert told == records(tmp_path / "a")
-    (tmp_path / "a" / "curves.png").unlink()
-    assert train.main(["--plot", str(tmp_path / "a")]) == 0
-    colors = {color for _, color in Image.open(tmp_path / "a" / "curves.png").getcolors(1 << 16)}
-    assert {(32, 80, 192), (192, 48, 32)} <= colors  # the loss, the cIoU
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert train.main(small(tmp_path / "b", "--wandb", "x")) == 1 and "pip install wandb" in capsys.readouterr().err
+def test_the_first_step_which_may_compile_is_not_in_the_time_left(small, tmp_path, monkeypatch, capsys):
+    clocks = []
+
+    class Bar(train.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            clocks.append((more.get("desc"), self.n))
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    assert train.main(small(tmp_path, "--compile")) == 0
+    assert "compiling, about a minute" in capsys.readouterr().out
+    assert clocks == [("train", 1), ("evaluate", 0)]  # the clock starts when that many steps are done
+
+
+def test_curves_are_drawn(tmp_path):
+    lines = ({"step": 1, "loss": 4.0}, {"step": 2, "loss": 0.0}, {"step": 2, "cIoU": 0.5})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train.main(["--plot", str(tmp_path)]) == 0
+    picture, loss, cIoU = Image.open(tmp_path / "curves.png"), (32, 80, 192), (192, 48, 32)
+    assert picture.getpixel((480, 48)) == loss and picture.getpixel((912, 59)) == loss  # 4.0, then 3.8: smoothed
+    assert picture.getpixel((912, 480)) == cIoU
     assert train.main(["--plot", str(tmp_path / "none")]) == 1
