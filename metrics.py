@@ -1,22 +1,31 @@
 """Masks in, numbers out: IoU, its averages over a set (cIoU, gIoU, mIoU) and the average Hausdorff distance.
 
-A mask is a bool array (H, W), True on the object; integers that are all 0 or 1 are taken too, anything else
-is refused. The pure functions come first, then `SegmentationMetrics`, which gathers them over a set of
-examples and over ranks, then the command `python metrics.py PRED_DIR GT_DIR`.
+    python metrics.py predictions/ masks/                       # PRED_DIR GT_DIR: two folders of masks
+    python metrics.py predictions/ masks/ --json numbers.json
+    python metrics.py out_masks/refcoco-val.jsonl               # adds up again what `sample.py --dataset` wrote
 
-    H, W   height and width of a picture, pixels
-    I, U   pixels in the intersection, in the union, of prediction and ground truth
-    X, Y   boundary points of the prediction, of the ground truth
-    IoU    I / U of one example
-    cIoU   sum of I / sum of U over all examples (elsewhere oIoU)
-    gIoU   mean of IoU over the examples (LISA's name; not the generalized IoU of boxes)
-    mIoU   mean over the labels of (sum of I / sum of U over the examples of that label)
-    AHD    average Hausdorff distance, 1/2 (mean over x of min |x - y| + mean over y of min |x - y|)
-    mAHD@t mean AHD of the examples with IoU > t, at 256 pixels; lower is better
+Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png. Each must have a
+counterpart of the same size; files that are not .png are not looked at. A mask has one channel (1 bit, grey of 8 or
+16 bits, or a palette, which is first turned to grey). 0 is background and any other value is object, also 255: there
+is no "ignore" value. A file may hold 0 and one other value, or any of 0, 1, 255. More kinds of values mean that it is
+not a mask, and the run stops; so does a picture with colour or alpha.
 
-Definitions: cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py,
-intersectionAndUnionGPU), per expression and at the picture's own size. The formula of AHD, its 256 pixels and
-its thresholds follow the LlamaSeg paper. What the paper leaves open is marked where it is chosen.
+    I, U    pixels in the intersection, in the union, of prediction and ground truth
+    X, Y    boundary points of the prediction, of the ground truth
+    IoU     I / U of one example; 1 for two empty masks, 0 for one empty mask
+    cIoU    sum of I / sum of U over all examples (elsewhere oIoU)
+    gIoU    mean of IoU over the examples (LISA's name; not the generalized IoU of boxes)
+    mIoU    mean over the labels of (sum of I / sum of U over the examples of that label); file names hold no label
+    Pr@t    share of the examples with IoU >= t
+    AHD     average Hausdorff distance, 1/2 (mean over x of min |x - y| + mean over y of min |x - y|)
+    mAHD@t  mean AHD of the examples with IoU > t, in pixels of a 256 x 256 picture; lower is better
+    pairs   how many examples a number is the mean of; "-" (null in JSON) is a number that is not defined
+
+cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py, intersectionAndUnionGPU),
+per expression and at the picture's own size. The formula of AHD, its 256 pixels and its thresholds follow the
+LlamaSeg paper. What the paper leaves open is marked where it is chosen.
+
+Exit code: 0 fine; 1 something is wrong with the files, and one line "error: ..." says what; 2 wrong usage.
 """
 
 import argparse
@@ -53,8 +62,7 @@ def _masks(**named):
         if mask.dtype.kind not in "biu":
             raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got dtype {mask.dtype}")
         if mask.dtype.kind != "b" and (mask.min() < 0 or mask.max() > 1):
-            found = _some_values(np.unique(mask))
-            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {found}")
+            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {_some_values(np.unique(mask))}")
         checked.append(mask.astype(bool, copy=False))
     if len({mask.shape for mask in checked}) > 1:
         shapes = ", ".join(f"{name} {mask.shape}" for name, mask in zip(named, checked))
@@ -64,14 +72,6 @@ def _masks(**named):
 
 def _some_values(values):
     return f"the values {', '.join(str(v) for v in values[:6])}{', ...' if len(values) > 6 else ''}"
-
-
-def _intersection_union(pred, gt):
-    return int(np.count_nonzero(pred & gt)), int(np.count_nonzero(pred | gt))
-
-
-def _ratio(intersection, union):
-    return intersection / union if union else 1.0
 
 
 def iou(pred, gt) -> float:
@@ -90,10 +90,7 @@ def boundary(mask) -> np.ndarray:
     mask has none. ValueError as in `iou`.
     Paper: which pixels form the boundary is not stated; we use this (MedPy's default erosion gives the same).
     """
-    (mask,) = _masks(mask=mask)
-    padded = np.pad(mask, 1)
-    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~interior
+    return _boundary(*_masks(mask=mask))
 
 
 def average_hausdorff_distance(pred, gt) -> float:
@@ -103,36 +100,7 @@ def average_hausdorff_distance(pred, gt) -> float:
     mean of two means, not the mean over both point sets pooled (MedPy assd, MONAI symmetric). float64.
     ValueError as in `iou`.
     """
-    pred, gt = _masks(pred=pred, gt=gt)
-    x, y = _boundary_points(pred), _boundary_points(gt)  # (|X|, 2), (|Y|, 2)
-    if len(x) == 0 or len(y) == 0:
-        return math.nan
-    x_to_y, y_to_x = _nearest(x, y)
-    return float((x_to_y.mean() + y_to_x.mean()) / 2)
-
-
-def _boundary_points(mask):
-    """Rows and columns of the boundary, (n, 2) integers, in raster order; only the object's own box is looked at."""
-    rows = np.flatnonzero(mask.any(1))
-    if len(rows) == 0:
-        return np.empty((0, 2), np.int64)
-    top, bottom = rows[0], rows[-1] + 1
-    columns = np.flatnonzero(mask[top:bottom].any(0))
-    left, right = columns[0], columns[-1] + 1
-    flat = np.flatnonzero(boundary(mask[top:bottom, left:right]))  # beyond its box there is no object
-    return np.stack([flat // (right - left) + top, flat % (right - left) + left], axis=1)
-
-
-def _nearest(x, y):
-    """Distance of each point of x (n, 2) to the nearest of y (m, 2), and the other way round; float64."""
-    if len(x) * len(y) > 4_000_000 or max(x.max(), y.max()) > 2000:
-        return cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
-    # All squared distances by one matrix product: integers below 2^24, which float32 holds exactly.
-    x, y = (points.astype(np.float32) for points in (x, y))
-    ones = [np.ones((len(points), 1), np.float32) for points in (x, y)]
-    squares = [(points**2).sum(1, keepdims=True) for points in (x, y)]
-    table = np.hstack([x, squares[0], ones[0]]) @ np.hstack([-2 * y, ones[1], squares[1]]).T  # (n, m)
-    return tuple(np.sqrt(table.min(axis).astype(np.float64)) for axis in (1, 0))
+    return _ahd(*_masks(pred=pred, gt=gt))
 
 
 def ahd_256(pred, gt) -> float:
@@ -143,13 +111,66 @@ def ahd_256(pred, gt) -> float:
     nearest-exact); that can make a thin object vanish. ValueError as in `iou`.
     Paper: distances are at 256 pixels, how other sizes get there is not stated; we use the above.
     """
-    pred, gt = _masks(pred=pred, gt=gt)
+    return _ahd_256(*_masks(pred=pred, gt=gt))
+
+
+# The functions below take what `_masks` returned.
+
+
+def _intersection_union(pred, gt):
+    return int(np.count_nonzero(pred & gt)), int(np.count_nonzero(pred | gt))
+
+
+def _ratio(intersection, union):
+    return intersection / union if union else 1.0
+
+
+def _boundary(mask):
+    interior = np.zeros_like(mask)  # a pixel at the picture's edge is never interior
+    interior[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    return mask & ~interior
+
+
+def _boundary_points(mask):
+    """Rows and columns of the boundary, (n, 2) float64, in raster order; only the object's own box is looked at."""
+    rows = np.flatnonzero(mask.any(1))
+    if len(rows) == 0:
+        return np.empty((0, 2))
+    mask = mask[rows[0]:rows[-1] + 1]
+    columns = np.flatnonzero(mask.any(0))
+    mask = mask[:, columns[0]:columns[-1] + 1]
+    flat = np.flatnonzero(_boundary(mask))
+    return np.stack(np.divmod(flat, mask.shape[1]), axis=1) + (float(rows[0]), float(columns[0]))
+
+
+def _ahd(pred, gt):
+    x, y = _boundary_points(pred), _boundary_points(gt)  # (|X|, 2), (|Y|, 2)
+    if len(x) == 0 or len(y) == 0:
+        return math.nan
+    x_to_y, y_to_x = _nearest(x, y)
+    return float((x_to_y.mean() + y_to_x.mean()) / 2)
+
+
+def _nearest(x, y):
+    """Distance of each point of x (n, 2) to the nearest of y (m, 2), and the other way round; float64."""
+    if len(x) * len(y) > 4_000_000 or max(x.max(), y.max()) > 2000:
+        return cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
+    # For the usual few hundred points a table of all squared distances takes 0.6 of the trees' time. It is one matrix
+    # product, (r, c, r^2 + c^2, 1) of x times (-2 r, -2 c, 1, r^2 + c^2) of y: integers that float32 holds exactly.
+    rows, columns = np.ones((len(x), 4), np.float32), np.ones((len(y), 4), np.float32)
+    rows[:, :2], rows[:, 2] = x, (x**2).sum(1)
+    columns[:, :2], columns[:, 3] = -2 * y, (y**2).sum(1)
+    table = rows @ columns.T  # (n, m)
+    return [np.sqrt(table.min(axis).astype(np.float64)) for axis in (1, 0)]
+
+
+def _ahd_256(pred, gt):
     height, width = pred.shape
     if height == width:
-        return average_hausdorff_distance(pred, gt) * (AHD_SIDE / height)
+        return _ahd(pred, gt) * (AHD_SIDE / height)
     odd = 2 * np.arange(AHD_SIDE) + 1  # 2 (i + 0.5): integers, so floor is exact
     grid = np.ix_(odd * height // (2 * AHD_SIDE), odd * width // (2 * AHD_SIDE))
-    return average_hausdorff_distance(pred[grid], gt[grid])
+    return _ahd(pred[grid], gt[grid])
 
 
 class SegmentationMetrics:
@@ -180,8 +201,6 @@ class SegmentationMetrics:
         Returns the row that was added: (I, U, label, AHD at 256 pixels or nan).
         ValueError also for wrong masks, as in `iou`; the example is then not added.
         """
-        if id is not None and (id, label) in self._seen:
-            raise ValueError(f"example counted twice: id {id!r}, label {label!r}")
         if ignore is None:
             pred, gt = _masks(pred=pred, gt=gt)
         else:
@@ -190,7 +209,7 @@ class SegmentationMetrics:
         intersection, union = _intersection_union(pred, gt)
         # The distance is the slow part, and no threshold asks for it at or below the lowest.
         scored = _ratio(intersection, union) > AHD_THRESHOLDS[0]
-        self.add(intersection, union, ahd_256(pred, gt) if scored else math.nan, label, id)
+        self.add(intersection, union, _ahd_256(pred, gt) if scored else math.nan, label, id)
         return self.rows[-1]
 
     def add(self, intersection, union, ahd, label=None, id=None):
@@ -220,29 +239,29 @@ class SegmentationMetrics:
         "count"                       number of examples
         "Pr@0.5", ... "Pr@0.9"        fraction of the examples with IoU >= t
         "mAHD@0.5", ... "mAHD@0.9"    mean AHD, pixels at 256, of the examples with IoU > t (strictly)
-        "count@0.5", ... "count@0.9"  how many those are; fewer make mAHD look better, so report both
+        "count@0.5", ... "count@0.9"  how many those are; mAHD is lower over fewer examples, so report both
 
         An example in which a mask is empty has no AHD and is in no count@t, even if both are empty (IoU 1).
         Paper: whether IoU = t counts is not stated; we use IoU > t.
         """
-        sums = {}  # label -> (sum of I, sum of U)
+        total_i, total_u, sums = 0, 0, {}  # sums: label -> (sum of I, sum of U)
         for i, u, label, _ in self.rows:
-            if label is not None:
-                sum_i, sum_u = sums.get(label, (0, 0))
-                sums[label] = (sum_i + i, sum_u + u)
-        total_i, total_u = sum(i for i, _, _, _ in self.rows), sum(u for _, u, _, _ in self.rows)
+            total_i, total_u = total_i + i, total_u + u
+            sum_i, sum_u = sums.get(label, (0, 0))
+            sums[label] = (sum_i + i, sum_u + u)
+        sums.pop(None, None)
+        ious = [_ratio(i, u) for i, u, _, _ in self.rows]
+        distances = [(iou, ahd) for iou, (*_, ahd) in zip(ious, self.rows) if not math.isnan(ahd)]
         numbers = {
             "cIoU": total_i / total_u if total_u else None,
-            "gIoU": _mean([_ratio(i, u) for i, u, _, _ in self.rows]),
+            "gIoU": _mean(ious),
             "mIoU": _mean([sum_i / sum_u for sum_i, sum_u in sums.values() if sum_u]),
-            "count": len(self.rows),
+            "count": len(ious),
         }
+        numbers |= {f"Pr@{t}": _mean([iou >= t for iou in ious]) for t in AHD_THRESHOLDS}
         for t in AHD_THRESHOLDS:
-            numbers[f"Pr@{t}"] = _mean([float(_ratio(i, u) >= t) for i, u, _, _ in self.rows])
-        for t in AHD_THRESHOLDS:
-            chosen = [ahd for i, u, _, ahd in self.rows if _ratio(i, u) > t and not math.isnan(ahd)]
-            numbers[f"mAHD@{t}"] = _mean(chosen)
-            numbers[f"count@{t}"] = len(chosen)
+            chosen = [ahd for iou, ahd in distances if iou > t]
+            numbers[f"mAHD@{t}"], numbers[f"count@{t}"] = _mean(chosen), len(chosen)
         return numbers
 
 
@@ -334,41 +353,6 @@ class Parser(argparse.ArgumentParser):
 
 # ---- command ---------------------------------------------------------------------------------------
 
-HELP = """\
-Compare a folder of predicted masks with a folder of ground-truth masks, or add up what sample.py wrote.
-
-Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png.
-Every mask must have a counterpart of the same size; files that are not .png are not looked at.
-
-With one argument, the .jsonl that `python sample.py --dataset` writes, its lines are added up again.
-
-How a picture becomes a mask:
-  one channel (1 bit, grey of 8 or 16 bits, or a palette, which is first turned to grey);
-  0 is background, any other value is object, also 255: there is no "ignore" value.
-  A picture may hold 0 and one other value, or any of 0, 1, 255; more kinds of values
-  mean that it is not a mask, and the run stops. So does a picture with colour or alpha.
-"""
-
-HELP_END = """\
-What is printed:
-  cIoU      sum of intersections / sum of unions over all pairs, 0 to 1
-  gIoU      mean of IoU over the pairs, 0 to 1; two empty masks count as IoU 1
-  mIoU      mean over class names; file names hold none, so it is "-" for folders (null in JSON)
-  Pr@t      share of the pairs with IoU >= t
-  mAHD@t    average Hausdorff distance between the boundaries, in pixels of a 256 x 256
-            picture, mean over the pairs with IoU > t; beside it, how many pairs these are
-  "-" stands for a number that is not defined, such as mAHD@0.9 when no IoU exceeds 0.9.
-
-Exit code:
-  0 fine; 1 something wrong with the files (one line "error: ..." says what); 2 wrong usage.
-
-Examples:
-  python metrics.py predictions/ masks/
-  python metrics.py predictions/ masks/ --json numbers.json
-  python metrics.py out_masks/refcoco-val.jsonl
-"""
-
-
 def values_in(labels):
     """The sorted values in an integer array. Small ones are counted: np.unique sorts all pixels, which is slow."""
     if labels.min(initial=0) < 0 or labels.max(initial=0) > 65535:
@@ -377,7 +361,7 @@ def values_in(labels):
 
 
 def read_mask(path):
-    """The PNG at path as bool (H, W), by the rules in HELP; ValueError names the file and what it holds."""
+    """The PNG at path as bool (H, W), by the rules at the top; ValueError names the file and what it holds."""
     try:
         with Image.open(regular(path), formats=["PNG"]) as picture:
             if picture.mode == "P":
@@ -412,13 +396,10 @@ def _png_files(folder):
 
 def _compare_folders(pred_dir, gt_dir):
     preds, gts = _png_files(pred_dir), _png_files(gt_dir)
-    for have, files, lack in ((pred_dir, preds, gts), (gt_dir, gts, preds)):
-        alone = [path.name for stem, path in files.items() if stem not in lack]
+    for files, others, other in ((preds, gts, gt_dir), (gts, preds, pred_dir)):
+        alone = [path for stem, path in files.items() if stem not in others]
         if alone:
-            other = gt_dir if have is pred_dir else pred_dir
-            raise ValueError(
-                f"{have / alone[0]}: no counterpart in {other} (files without one: {len(alone)})"
-            )
+            raise ValueError(f"{alone[0]}: no counterpart in {other} (files without one: {len(alone)})")
     metrics = SegmentationMetrics()
     # disable=None: no bar when stderr is a file; `with` ends the bar's line before an error is printed.
     with tqdm(preds, unit="pair", disable=None) as stems:
@@ -507,7 +488,7 @@ def _table(numbers):
 
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
-    parser = Parser(description=HELP, epilog=HELP_END)
+    parser = Parser(description=__doc__)
     parser.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predicted masks, or a .jsonl")
     parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, nargs="?", help="folder of ground-truth masks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE, unrounded")
