@@ -22,8 +22,7 @@ not a mask, and the run stops; so does a picture with colour or alpha.
     pairs   how many examples a number is the mean of; "-" (null in JSON) is a number that is not defined
 
 cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py, intersectionAndUnionGPU),
-per expression and at the picture's own size. The formula of AHD, its 256 pixels and its thresholds follow the
-LlamaSeg paper. What the paper leaves open is marked where it is chosen.
+per expression and at the picture's own size. The formula of AHD, its 256 pixels and its thresholds follow the paper.
 
 Exit code: 0 fine; 1 something is wrong with the files, and one line "error: ..." says what; 2 wrong usage.
 """
@@ -53,7 +52,10 @@ AHD_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def _masks(**named):
-    """The named arrays as bool (H, W) of one shape, in the order given; ValueError that names the odd one."""
+    """The named arrays as bool (H, W) of one shape, in the order given; ValueError that names the odd one.
+
+    The public functions call this once; those whose names begin with _ take what it returns.
+    """
     checked = []
     for name, mask in named.items():
         mask = np.asarray(mask)
@@ -96,9 +98,8 @@ def boundary(mask) -> np.ndarray:
 def average_hausdorff_distance(pred, gt) -> float:
     """AHD between the boundaries of two masks (H, W), in pixels of these masks; nan if either is empty.
 
-    d = 1/2 (mean over X of the distance to the nearest y + the same from Y to X), as the paper writes it: the
-    mean of two means, not the mean over both point sets pooled (MedPy assd, MONAI symmetric). float64.
-    ValueError as in `iou`.
+    The mean of two means, as the paper writes it, not the mean over both point sets pooled (MedPy assd, MONAI
+    symmetric); float64. ValueError as in `iou`.
     """
     return _ahd(*_masks(pred=pred, gt=gt))
 
@@ -112,9 +113,6 @@ def ahd_256(pred, gt) -> float:
     Paper: distances are at 256 pixels, how other sizes get there is not stated; we use the above.
     """
     return _ahd_256(*_masks(pred=pred, gt=gt))
-
-
-# The functions below take what `_masks` returned.
 
 
 def _intersection_union(pred, gt):
@@ -132,10 +130,8 @@ def _boundary(mask):
 
 
 def _boundary_points(mask):
-    """Rows and columns of the boundary, (n, 2) float64, in raster order; only the object's own box is looked at."""
-    rows = np.flatnonzero(mask.any(1))
-    if len(rows) == 0:
-        return np.empty((0, 2))
+    """Rows and columns of the boundary of a mask that is not empty, (n, 2) float64, in raster order."""
+    rows = np.flatnonzero(mask.any(1))  # the boundary is looked for in the object's own box
     mask = mask[rows[0]:rows[-1] + 1]
     columns = np.flatnonzero(mask.any(0))
     mask = mask[:, columns[0]:columns[-1] + 1]
@@ -144,10 +140,9 @@ def _boundary_points(mask):
 
 
 def _ahd(pred, gt):
-    x, y = _boundary_points(pred), _boundary_points(gt)  # (|X|, 2), (|Y|, 2)
-    if len(x) == 0 or len(y) == 0:
+    if not (pred.any() and gt.any()):
         return math.nan
-    x_to_y, y_to_x = _nearest(x, y)
+    x_to_y, y_to_x = _nearest(_boundary_points(pred), _boundary_points(gt))
     return float((x_to_y.mean() + y_to_x.mean()) / 2)
 
 
@@ -192,14 +187,12 @@ class SegmentationMetrics:
         """Add one example: masks pred and gt (H, W), best at the picture's own size.
 
         label   the class name, for mIoU; None: the example does not enter mIoU
-        id      what makes the example unique among those of its label (a picture with several phrases needs
-                one id per phrase); an (id, label) seen before raises ValueError. None: not checked
+        id      one per picture and phrase; an (id, label) seen before raises ValueError. None: not checked
         ignore  mask (H, W), True where nothing is scored: those pixels become background in both masks. They
                 leave I and U; a mask that reaches into them ends at their edge and has boundary there
 
         An example whose masks are both empty (of what is scored) has IoU 1 and adds nothing to cIoU and mIoU.
-        Returns the row that was added: (I, U, label, AHD at 256 pixels or nan).
-        ValueError also for wrong masks, as in `iou`; the example is then not added.
+        Returns the row that was added: (I, U, label, AHD at 256 pixels or nan). ValueError also as in `iou`.
         """
         if ignore is None:
             pred, gt = _masks(pred=pred, gt=gt)
@@ -223,7 +216,7 @@ class SegmentationMetrics:
     def merge(self, other):
         """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing.
 
-        A sampler that pads the last batch with repeated examples is caught here, if the examples have ids.
+        This catches a sampler that pads its last batch with repeated examples, if the examples have ids.
         """
         twice = sorted(self._seen & other._seen, key=str)
         if twice:
@@ -235,27 +228,22 @@ class SegmentationMetrics:
     def compute(self) -> dict:
         """The numbers of all examples so far; the keys are always the same, an undefined number is None.
 
-        "cIoU", "gIoU", "mIoU"        fractions in [0, 1]; labels whose summed U is 0 are left out of mIoU
-        "count"                       number of examples
-        "Pr@0.5", ... "Pr@0.9"        fraction of the examples with IoU >= t
-        "mAHD@0.5", ... "mAHD@0.9"    mean AHD, pixels at 256, of the examples with IoU > t (strictly)
-        "count@0.5", ... "count@0.9"  how many those are; mAHD is lower over fewer examples, so report both
-
-        An example in which a mask is empty has no AHD and is in no count@t, even if both are empty (IoU 1).
-        Paper: whether IoU = t counts is not stated; we use IoU > t.
+        "cIoU", "gIoU", "mIoU" and "Pr@0.5" to "Pr@0.9" are fractions in [0, 1], "mAHD@0.5" to "mAHD@0.9" pixels at 256.
+        "count" is the number of examples, "count@t" of those in mAHD@t; fewer make mAHD look better, so report both.
+        Labels whose summed U is 0 are left out of mIoU. An example in which a mask is empty has no AHD and is in no
+        count@t, even if both are empty (IoU 1). Paper: whether IoU = t counts is not stated; we use IoU > t.
         """
-        total_i, total_u, sums = 0, 0, {}  # sums: label -> (sum of I, sum of U)
+        sums = {}  # label -> (sum of I, sum of U)
         for i, u, label, _ in self.rows:
-            total_i, total_u = total_i + i, total_u + u
             sum_i, sum_u = sums.get(label, (0, 0))
             sums[label] = (sum_i + i, sum_u + u)
-        sums.pop(None, None)
+        total_i, total_u = (sum(column) for column in zip((0, 0), *sums.values()))
         ious = [_ratio(i, u) for i, u, _, _ in self.rows]
         distances = [(iou, ahd) for iou, (*_, ahd) in zip(ious, self.rows) if not math.isnan(ahd)]
         numbers = {
             "cIoU": total_i / total_u if total_u else None,
             "gIoU": _mean(ious),
-            "mIoU": _mean([sum_i / sum_u for sum_i, sum_u in sums.values() if sum_u]),
+            "mIoU": _mean([sum_i / sum_u for label, (sum_i, sum_u) in sums.items() if label is not None and sum_u]),
             "count": len(ious),
         }
         numbers |= {f"Pr@{t}": _mean([iou >= t for iou in ious]) for t in AHD_THRESHOLDS}
@@ -279,8 +267,7 @@ class BadUsage(ValueError):
 
 @contextmanager
 def whole(path):
-    """Yield a temporary path beside `path` to write to. It is renamed to `path` if the block ends without an error, and
-    removed otherwise, so that nobody ever finds half a file."""
+    """Yield a temporary path beside `path`. It is renamed to `path`, or removed if the block ends with an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -306,7 +293,7 @@ def parse_json(content):
     text = content.decode().removeprefix("\ufeff") if isinstance(content, bytes) else content
     try:
         value = json.loads(text)
-        if "\\u" in text and re.search(r"\\u[dD][89abcdefABCDEF]", text):
+        if re.search(r"\\u[dD][89abcdefABCDEF]", text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair, which is no text") from None
@@ -332,7 +319,7 @@ class Parser(argparse.ArgumentParser):
     """The argument parser of all scripts: an error is one line, and a flag must be written in full."""
 
     def __init__(self, **more):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more})
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -384,11 +371,10 @@ def _png_files(folder):
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder")
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".png":
-            if path.stem in files:
-                raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} would be the same mask")
-            files[path.stem] = path
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png"):
+        if path.stem in files:
+            raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} would be the same mask")
+        files[path.stem] = path
     if not files:
         raise ValueError(f"{folder}: no PNG files")
     return files
@@ -417,33 +403,28 @@ def read_records(path):
 
     A last line without its end, as a killed run leaves it, is not counted.
     """
-    header, records = None, []
+    read = []
     with open(regular(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
             try:
                 record = parse_json(line)
-                if number == 1:
-                    header = record["run"]
-                    continue
-                _check_record(record)
-                records.append(record)
-            except KeyError as error:
-                raise ValueError(f"{path}: line {number} is not what sample.py writes: no {error}") from None
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {number} is not what sample.py writes: {error}") from None
-    if header is None:
+                read.append(record["run"] if number == 1 else _check_record(record))
+            except (ValueError, TypeError, KeyError) as error:
+                why = f"no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path}: line {number} is not what sample.py writes: {why}") from None
+    if not read:
         raise ValueError(f"{path}: empty, expected what sample.py --dataset writes")
-    return header, records
+    return read[0], read[1:]
 
 
 def _check_record(record):
-    """KeyError or ValueError for a record with missing parts, or with numbers that no example can have."""
+    """The record; KeyError or ValueError if parts of it are missing, or no example can have its numbers."""
     if type(record["index"]) is not int:
         raise ValueError(f"index {record['index']!r}: expected a whole number")
     if "broken" in record:  # an example that could not be opened has no numbers
-        return
+        return record
     intersection, union, ahd = record["intersection"], record["union"], record["ahd"]
     if not (type(intersection) is type(union) is int and 0 <= intersection <= union):
         raise ValueError(f"intersection {intersection!r} and union {union!r}: expected pixels, union the larger")
@@ -452,10 +433,11 @@ def _check_record(record):
     for name in ("id", "task", "label"):
         if not isinstance(record[name], str) and not (name == "label" and record[name] is None):
             raise ValueError(f"{name} {record[name]!r}: expected a string")
+    return record
 
 
 def add_up(records):
-    """Records of read_records -> (SegmentationMetrics of all, {task: SegmentationMetrics})."""
+    """Records of read_records -> (SegmentationMetrics of all that are not broken, {task: SegmentationMetrics})."""
     total, by_task = SegmentationMetrics(), {}
     for r in (record for record in records if "broken" not in record):
         for metrics in (total, by_task.setdefault(r["task"], SegmentationMetrics())):
@@ -469,21 +451,20 @@ def _add_up_file(path):
     count = header.get("count") if isinstance(header, dict) else None
     if count is not None and not len(records) == len({record["index"] for record in records}) == count:
         raise ValueError(f"{path}: {len(records)} records of a run over {count} examples: let the run end first")
-    broken = sum("broken" in record for record in records)
-    if broken:
-        print(f"{broken} of {len(records)} examples are broken and left out")
-    return add_up(records)[0].compute()
+    numbers = add_up(records)[0].compute()
+    if numbers["count"] < len(records):
+        print(f"{len(records) - numbers['count']} of {len(records)} examples are broken and left out")
+    return numbers
 
 
 def _table(numbers):
-    rows = [("metric", "value", "pairs")]
-    kinds = [f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS]
-    for key in ["cIoU", "gIoU", "mIoU", *kinds]:
+    rows = ["metric       value   pairs"]
+    for key in ["cIoU", "gIoU", "mIoU", *(f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS)]:
         value = numbers[key]
         pairs = numbers["count" + key[4:]] if key.startswith("mAHD") else numbers["count"]
         pairs = 0 if key == "mIoU" and value is None else pairs
-        rows.append((key, "-" if value is None else f"{value:.4f}", str(pairs)))
-    return "\n".join(f"{name:<8} {value:>9} {pairs:>7}" for name, value, pairs in rows)
+        rows.append(f"{key:<8} {'-' if value is None else f'{value:.4f}':>9} {pairs:>7}")
+    return "\n".join(rows)
 
 
 def main(argv=None) -> int:
@@ -498,13 +479,9 @@ def main(argv=None) -> int:
     if args.gt_dir is None and args.pred_dir.suffix != ".jsonl":
         parser.error("GT_DIR is missing: give two folders, or one .jsonl that sample.py --dataset wrote")
     try:
-        # Said before the work, not after it.
         if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
             raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
-        if args.gt_dir is None:
-            numbers = _add_up_file(args.pred_dir)
-        else:
-            numbers = _compare_folders(args.pred_dir, args.gt_dir)
+        numbers = _compare_folders(args.pred_dir, args.gt_dir) if args.gt_dir else _add_up_file(args.pred_dir)
         if args.json:
             write_json(args.json, numbers)
         print(_table(numbers), flush=True)
