@@ -278,9 +278,12 @@ def whole(path):
 
 
 def write_json(path, value):
-    """Write a value as a JSON file."""
+    """Write a value as a JSON file, or to standard output for "-"."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    if path == "-":
+        return print(text)
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def printable(text) -> str:
