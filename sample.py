@@ -23,10 +23,9 @@ import math
 import os
 import re
 import signal
-import stat
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -97,10 +96,10 @@ class Segmenter:
              any_weights=False):
         """Open a checkpoint: the embedded one, a folder that train.py wrote, or the model.safetensors in it.
 
-        dtype: of the model's weights, "float32", "bfloat16" or "auto" (bfloat16 where the device multiplies it fast);
-        the mask tokenizer stays in float32. encoder, mask_tokenizer: where the frozen parts lie that the checkpoint
-        names; default: beside it, else where `weights.py download` put them. any_weights: take others than those of the
-        training. Raises FileNotFoundError or ValueError with one line that names the file.
+        dtype: of the model's weights, "float32", "bfloat16" or "auto", see compute_dtype; the mask tokenizer stays in
+        float32. encoder, mask_tokenizer: where the frozen parts lie that the checkpoint names; default: beside it, else
+        where `weights.py download` put them. any_weights: take others than those of the training.
+        Raises FileNotFoundError or ValueError with one line that names the file.
         """
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
@@ -128,8 +127,7 @@ class Segmenter:
     def __call__(self, image, prompts, **decoding):
         """PIL picture (any mode and size) and a list of n prompts -> n bool arrays (H, W), at its own size.
 
-        decoding: options of LlamaSeg.generate, such as decode="top-p", seed=1. The picture is encoded once.
-        Raises ValueError as `check` does.
+        decoding: options of LlamaSeg.generate, such as decode="top-p", seed=1. ValueError as `check`.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.check(prompts)
@@ -167,10 +165,7 @@ class Segmenter:
         return to_pixels(np.stack(squares)).to(self.device)
 
     def prepare(self, image, prompts):
-        """PIL picture and n prompts -> text_ids (n, L), pixels (1, 3, S, S): what model.generate takes.
-
-        Raises ValueError as `check` does.
-        """
+        """PIL picture, n prompts -> text_ids (n,L), pixels (1,3,S,S) for model.generate; ValueError as `check`."""
         self.check(prompts)
         return self.text_tokenizer(list(prompts)).to(self.device), self.pixels([image])
 
@@ -285,18 +280,13 @@ def explain(args, segmenter, image, inside):
 
 def chat(args):
     """An answer in words for each picture; returns the exit code, 1 if pictures could not be read."""
-    segmenter, code = load(args, args.device), 0
+    pictures, segmenter, broken = find_pictures(args.image), load(args, args.device), []
     segmenter.check([args.chat])
-    for name, source in find_pictures(args.image):
-        try:
-            image = read_picture(source)
-        except (ValueError, OSError) as error:
-            print(f"error: {printable(error)}", file=sys.stderr)
-            code = 1
-            continue
-        answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
-        print(f"{printable(name)}: {answer}", flush=True)
-    return code
+    for batch, *_ in batches(pictures, [args.chat], broken):
+        for i, image in batch:
+            answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
+            print(f"{printable(pictures[i][0])}: {answer}", flush=True)
+    return 1 if broken else 0
 
 
 def load(args, device):
@@ -324,10 +314,7 @@ def lines_to(args):
 
 
 def find_pictures(sources):
-    """What --image names, files, folders (their pictures, sorted) and "-": a list of (name, path or "-").
-
-    Names are file names without ending, with a number where pictures share one. None: the embedded picture.
-    """
+    """What --image names, files, folders (their pictures, sorted) and "-" -> [(name of its own, path or "-"), ...]."""
     found = []
     for source in sources or [EXAMPLE]:
         if source != "-" and Path(source).is_dir():
@@ -380,33 +367,23 @@ def checkpoint_files(args):
 def check_outputs(files, inputs):
     """Raise, before the work, for a file that cannot be written or would overwrite another output or an input.
 
-    None and "-" are no files. An input is recognized by the file itself, whatever name or link leads to it.
+    None and "-" are no files. An input is recognized whatever link leads to it.
     """
-    read, taken = {}, set()
-    for file in inputs:
-        with suppress(OSError):  # whoever opens it says that it is missing
-            read[file_id(file)] = file
+    read, taken = {os.path.realpath(file) for file in inputs}, set()
     files = [os.path.split(file) for file in files if file not in (None, "-")]
-    places = {folder: os.path.realpath(folder) for folder, _ in files}
-    for folder, place in places.items():
-        if not os.access(place, os.W_OK):
+    folders = {folder: os.path.realpath(folder) for folder, _ in files}  # once each: there may be 100,000 files
+    for folder in folders:
+        if not os.access(folders[folder], os.W_OK):
             raise ValueError(f"{folder or '.'}: cannot write here")
     for folder, name in files:
-        file = os.path.join(places[folder], name)
+        file = os.path.join(folders[folder], name)
         if file in taken:
             raise BadUsage(f"{file}: two outputs would be written to this file")
         taken.add(file)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(file).st_mode):
-                raise BadUsage(f"{file}: a folder or device, expected the name of a file to write")
-            if file_id(file) in read:
-                raise BadUsage(f"{file}: would overwrite {read[file_id(file)]}, which this run reads")
-
-
-def file_id(path):
-    """What is the same for all names of a file."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise BadUsage(f"{file}: a folder or device, expected the name of a file to write")
+        if os.path.exists(file) and os.path.realpath(file) in read:
+            raise BadUsage(f"{file}: this run reads it, and would overwrite it")
 
 
 # ---- pictures that are made --------------------------------------------------------------------------------
@@ -532,7 +509,7 @@ def score(args):
             records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
             if len(records) != count:
                 raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
-            write_lines(f"{stem}.jsonl", run, records)
+            write_lines(Path(f"{stem}.jsonl"), run, records)
             for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
                 part.unlink()
             report(args, run, records, dataset, stem)
@@ -584,7 +561,7 @@ def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
     predicted = {i for i, record in done.items() if "broken" not in record}  # what was broken is tried again
     batches = [range(i, min(i + SCORE_BATCH, run["count"])) for i in range(0, run["count"], SCORE_BATCH)]
     batches = [batch for batch in batches if not predicted.issuperset(batch)][rank::world_size]
-    mine = f"{stem}.rank{rank}.jsonl"
+    mine = Path(f"{stem}.rank{rank}.jsonl")
     if batches:
         write_lines(mine, run, [r for r in done.values() if r["rank"] == rank])  # without a half-written line
         with open(mine, "a") as file:
@@ -678,10 +655,12 @@ def report(args, run, records, dataset, stem):
 
 def print_table(rows, file, digits=4):
     """Print rows, dicts with the same keys, under their keys; "-" stands for None."""
-    cells = [list(rows[0])] + [["-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-                                for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{value:.{digits}f}" if isinstance(value, float) else "-" if value is None else str(value)
+                      for value in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)), file=file)
 
 
@@ -749,16 +728,14 @@ def make_parser():
     """The flags, in groups."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("what to segment").add_argument
-    add("--image", nargs="+", action="extend", metavar="PATH",
-        help="files, folders, or - for standard input (default: the embedded picture)")
+    add("--image", nargs="+", action="extend", metavar="PATH", help="files, folders, or - for standard input (default: "
+        "the embedded picture)")
     add("--prompt", action="append", metavar="TEXT", help="what to look for; repeat for more masks of the picture")
     add("--chat", metavar="QUESTION", help="ask a Janus checkpoint about the picture, in words")
     add("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write JSON with COCO run-length masks; - for stdout")
-    add("--confidence", metavar="FILE", help="write a picture of how sure each place of the mask is, from the tokens' "
-        "probabilities; for one picture and prompt")
-    add("--attention", metavar="FILE", help="write a picture of what mask tokens look at among mask tokens, last layer, "
-        "log scale; for one picture and prompt")
+    add("--json", metavar="FILE", help="also write JSON with COCO run-length masks, FILE.json; - for standard output")
+    add("--confidence", metavar="FILE", help="PNG of how sure each place of the mask is; for one picture and prompt")
+    add("--attention", metavar="FILE", help="PNG of what mask tokens look at among mask tokens, last layer, log scale")
     add("--bench", action="store_true", help="measure the checkpoint instead, plain and drafted")
     add = parser.add_argument_group("scoring a data set").add_argument
     add("--dataset", metavar="NAME", help="data set to score on: scenes, ade20k, refcoco, jsonl:PATH ... (README has "
@@ -766,13 +743,13 @@ def make_parser():
     add("--split", default="test", help="default: %(default)s")
     add("--root", type=Path, help="folder in which its official archives were unpacked")
     add("--split-by", help="splitter of a referring set: unc, google, umd, berkeley")
-    add("--classes", choices=("present", "all"),
-        help="classes asked of each picture of a semantic set (default: those that are in it)")
+    add("--classes", choices=("present", "all"), help="classes asked of each picture of a semantic set (default: "
+        "those that are in it)")
     add("--skip-broken", action="store_true", help="list broken examples instead of stopping")
     add("--allow-skipped", action="store_true", help="report numbers without the skipped examples")
     add("--count", type=int, help="first examples only (default: all of the split)")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", metavar="PATH", help="folder that train.py wrote, or its model.safetensors; or a Janus directory")
+    add("--checkpoint", metavar="PATH", help="folder of train.py, its model.safetensors, or a Janus directory")
     add("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or Janus that the checkpoint names (default: where "
         "`weights.py download` put it)")
     add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN that the checkpoint names (default: beside "
@@ -781,17 +758,17 @@ def make_parser():
     add("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
     add("--beams", type=int, metavar="N", help="sequences that beam keeps (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="tokens that top-k draws from (default: %(default)s)")
-    add("--top-p", type=float, metavar="P", help="top-p draws from the fewest tokens that together have this probability "
-        "(default: %(default)s)")
+    add("--top-p", type=float, metavar="P", help="top-p draws from the fewest tokens that together have this "
+        "probability (default: %(default)s)")
     add("--temperature", type=float, metavar="T", help="of top-k, top-p and random: below 1 the likelier tokens are "
         "drawn more often (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="of top-k, top-p and random: the same seed draws the same mask of a "
         "picture, whatever else the run segments (default: %(default)s)")
-    add("--draft", choices=DRAFTS, help="how greedy decoding guesses tokens to verify several in a pass (default: auto, "
-        "the fastest); the mask is the same in float32, in bfloat16 rounding can change it")
+    add("--draft", choices=DRAFTS, help="how greedy decoding guesses tokens to verify several in a pass (default: "
+        "auto, the fastest); the mask is the same in float32, in bfloat16 rounding can change it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
-        help="of the weights; auto: bfloat16 where the device multiplies it fast (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="of the weights; auto: bfloat16 "
+        "where the device multiplies it fast (default: %(default)s)")
     parser.set_defaults(**USUAL)
     return parser
 
@@ -819,27 +796,24 @@ def check_flags(parser, args):
 
 def check_values(parser, args):
     """A usage error for the value of a flag that cannot be meant."""
-    if args.json and Path(args.json).suffix.lower() in {".jsonl", *PICTURES}:
-        parser.error(f"--json {args.json}: this is the name of a picture or of records, choose one that ends in .json")
-    for flag, file in (("--confidence", args.confidence), ("--attention", args.attention)):
-        if file and Path(file).suffix.lower() != ".png":
-            parser.error(f"{flag} {file}: a PNG is written, so its name must end in .png")
+    for flag, file, ending in (("--json", None if args.json == "-" else args.json, ".json"),
+                               ("--confidence", args.confidence, ".png"), ("--attention", args.attention, ".png")):
+        if file and Path(file).suffix.lower() != ending:
+            parser.error(f"{flag} {file}: the name must end in {ending}")
     below = args.root and args.json and args.root.resolve() in Path(args.json).resolve().parents
     if below and Path(args.json).exists():
         parser.error(f"--json {args.json}: there is such a file below --root already")
-    for text in (*(args.prompt or ()), *([] if args.chat is None else [args.chat])):
+    for text in [*(args.prompt or ()), *([] if args.chat is None else [args.chat])]:
         if not text.strip():
             parser.error("empty --prompt or --chat: give it words, as in 'the red circle'")
         if any("\ud800" <= c <= "\udfff" for c in text):
             parser.error(f"{text[:40]}: a --prompt or --chat must be Unicode text in UTF-8")
-    for flag, value, least in (("--count", args.count, 1), ("--beams", args.beams, 1), ("--top-k", args.top_k, 1),
-                               ("--seed", args.seed, 0)):
-        if value is not None and not least <= value < 2**32:
-            parser.error(f"{flag} {value} must be from {least} to 2^32 - 1")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p {args.top_p} must be above 0 and at most 1")
-    if not 0.001 <= args.temperature <= 1000:
-        parser.error(f"--temperature {args.temperature} must be from 0.001 to 1000")
+    for flag, value, least, most in (
+            ("--count", args.count, 1, 2**32 - 1), ("--beams", args.beams, 1, 2**32 - 1),
+            ("--top-k", args.top_k, 1, 2**32 - 1), ("--seed", args.seed, 0, 2**32 - 1),
+            ("--top-p", args.top_p, 1e-9, 1), ("--temperature", args.temperature, 0.001, 1000)):
+        if value is not None and not least <= value <= most:
+            parser.error(f"{flag} {value} must be from {least} to {most}")
     try:
         pick_device(args.device)
     except ValueError as error:
