@@ -7,17 +7,15 @@
 Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png. Each must have a
 counterpart of the same size; files that are not .png are not looked at. A mask has one channel (1 bit, grey of 8 or
 16 bits, or a palette, which is first turned to grey). 0 is background and any other value is object, also 255: there
-is no "ignore" value. A file may hold 0 and one other value, or any of 0, 1, 255. More kinds of values mean that it is
-not a mask, and the run stops; so does a picture with colour or alpha.
+is no "ignore" value. A file with values other than 0 and one more, or 0, 1 and 255, is no mask; the run stops there.
 
     I, U    pixels in the intersection, in the union, of prediction and ground truth
-    X, Y    boundary points of the prediction, of the ground truth
     IoU     I / U of one example; 1 for two empty masks, 0 for one empty mask
     cIoU    sum of I / sum of U over all examples (elsewhere oIoU)
     gIoU    mean of IoU over the examples (LISA's name; not the generalized IoU of boxes)
     mIoU    mean over the labels of (sum of I / sum of U over the examples of that label); file names hold no label
     Pr@t    share of the examples with IoU >= t
-    AHD     average Hausdorff distance, 1/2 (mean over x of min |x - y| + mean over y of min |x - y|)
+    AHD     average Hausdorff distance of the boundaries X and Y: 1/2 (mean over x of min |x - y| + the same over y)
     mAHD@t  mean AHD of the examples with IoU > t, in pixels of a 256 x 256 picture; lower is better
     pairs   how many examples a number is the mean of; "-" (null in JSON) is a number that is not defined
 
@@ -214,10 +212,8 @@ class SegmentationMetrics:
             self._seen.add((id, label))
 
     def merge(self, other):
-        """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing.
-
-        This catches a sampler that pads its last batch with repeated examples, if the examples have ids.
-        """
+        """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing; this catches
+        a sampler that pads its last batch with repeated examples."""
         twice = sorted(self._seen & other._seen, key=str)
         if twice:
             id, label = twice[0]
@@ -281,9 +277,10 @@ def write_json(path, value):
     """Write a value as a JSON file, or to standard output for "-"."""
     text = json.dumps(value, indent=2, allow_nan=False)
     if path == "-":
-        return print(text)
-    with whole(path) as temporary:
-        temporary.write_text(text + "\n")
+        print(text)
+    else:
+        with whole(path) as temporary:
+            temporary.write_text(text + "\n")
 
 
 def printable(text) -> str:
