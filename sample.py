@@ -209,10 +209,10 @@ def segment(args):
     pictures, prompts, records, broken = find_pictures(args.image), args.prompt or EXAMPLE_PROMPTS, [], []
     if (args.confidence or args.attention) and len(pictures) > 1:
         raise BadUsage(f"--confidence and --attention are for one picture, {args.image[0]} has {len(pictures)}")
-    stems = [args.out / stem for stem in mask_stems(pictures, prompts)]
+    stems = mask_stems(pictures, prompts)
+    masks = [os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS]
     args.out.mkdir(parents=True, exist_ok=True)
-    check_outputs([args.json, args.confidence, args.attention, *(f"{s}-{kind}.png" for s in stems for kind in KINDS)],
-                  [*checkpoint_files(args), *(source for _, source in pictures)])
+    check_outputs([args.json, args.confidence, args.attention, *masks], [*checkpoint_files(args), *pictures])
     segmenter = load(args, args.device)
     segmenter.check(prompts)
     try:
@@ -222,7 +222,8 @@ def segment(args):
             ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(asked))
             for (i, image), of_image in zip(batch, masks):
                 for k, mask in enumerate(of_image, first):
-                    records.append(keep(args, *pictures[i], prompts[k], stems[i * len(prompts) + k], image, mask, ms))
+                    stem = stems[i * len(prompts) + k]
+                    records.append(keep(args, pictures[i], prompts[k], stem, image, mask, ms))
             explain(args, segmenter, images[0], inside)
             del images, image, masks, of_image, mask  # large pictures leave the memory before others are read
     finally:
@@ -238,7 +239,7 @@ def batches(pictures, prompts, broken):
     A picture that cannot be read is told, and its index goes to the list `broken`.
     """
     together, waiting = max(1, SCORE_BATCH // len(prompts)), []
-    for i, (_, source) in enumerate(tqdm(pictures, desc="pictures", disable=len(pictures) <= together)):
+    for i, source in enumerate(tqdm(pictures, desc="pictures", disable=len(pictures) <= together)):
         try:
             waiting.append((i, read_picture(source)))
         except (ValueError, OSError) as error:
@@ -253,15 +254,16 @@ def batches(pictures, prompts, broken):
             waiting.clear()
 
 
-def keep(args, name, source, prompt, stem, image, mask, ms):
+def keep(args, source, prompt, stem, image, mask, ms):
     """Write mask and overlay of a picture's prompt, print a line, return the record for --json."""
-    mask_file, overlay_file = (Path(f"{stem}-{kind}.png") for kind in KINDS)
+    mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
     write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
     write_picture(overlay(image, mask), overlay_file)
     area, box = describe(mask)
     where = "nothing found" if box is None else "box {},{} {}x{}".format(*box)
-    tqdm.write(printable(f"{name}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
-                         f"{overlay_file}"), file=lines_to(args))
+    line = (f"{name_of(source)}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
+            f"{overlay_file}")
+    tqdm.write(printable(line), file=lines_to(args))
     return {"image": str(source), "prompt": prompt, "area": area, "box": box, "rle": rle_encode(mask),
             "ms": round(ms, 1), "mask": str(mask_file), "overlay": str(overlay_file)}
 
@@ -285,7 +287,7 @@ def chat(args):
     for batch, *_ in batches(pictures, [args.chat], broken):
         for i, image in batch:
             answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
-            print(f"{printable(pictures[i][0])}: {answer}", flush=True)
+            print(f"{printable(name_of(pictures[i]))}: {answer}", flush=True)
     return 1 if broken else 0
 
 
@@ -314,7 +316,7 @@ def lines_to(args):
 
 
 def find_pictures(sources):
-    """What --image names, files, folders (their pictures, sorted) and "-" -> [(name of its own, path or "-"), ...]."""
+    """What --image names, files, folders (their pictures, sorted) and "-", as a list of paths or "-"."""
     found = []
     for source in sources or [EXAMPLE]:
         if source != "-" and Path(source).is_dir():
@@ -326,24 +328,25 @@ def find_pictures(sources):
             found.append(source)
     if found.count("-") > 1:
         raise ValueError("standard input (-) can be read only once")
-    return list(zip(unique("stdin" if source == "-" else Path(source).stem for source in found), found))
+    return found
+
+
+def name_of(source):
+    """A picture's name in lines and files; several may share it."""
+    return "stdin" if source == "-" else Path(source).stem
 
 
 def mask_stems(pictures, prompts):
-    """What the names of the files of each picture and prompt begin with, pictures first; no two are the same."""
-    slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] for prompt in prompts]
-    return unique(f"{os.fsdecode(os.fsencode(name)[:160])}-{k}" + f"-{slug}" * bool(slug)
-                  for name, _ in pictures for k, slug in enumerate(slugs))
-
-
-def unique(names):
-    """The names in their order; one that was there before gets a number."""
-    taken = set()
-    for i, name in enumerate(names):
-        while name in taken:
-            name = f"{name}-{i}"
-        taken.add(name)
-        yield name
+    """What the names of the files of each picture and prompt begin with, pictures first: no two are the same."""
+    slugs, stems = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] for prompt in prompts], {}
+    for i, source in enumerate(pictures):
+        name = os.fsdecode(os.fsencode(name_of(source))[:160])
+        for k, slug in enumerate(slugs):
+            stem = f"{name}-{k}-{slug}".rstrip("-")
+            while stem in stems:  # of another picture
+                stem = f"{stem}-{i}"
+            stems[stem] = None
+    return list(stems)
 
 
 def read_picture(source):
