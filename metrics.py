@@ -1,22 +1,28 @@
 """Masks in, numbers out: IoU, its averages over a set (cIoU, gIoU, mIoU) and the average Hausdorff distance.
 
-A mask is a bool array (H, W), True on the object; integers that are all 0 or 1 are taken too, anything else
-is refused. The pure functions come first, then `SegmentationMetrics`, which gathers them over a set of
-examples and over ranks, then the command `python metrics.py PRED_DIR GT_DIR`.
+    python metrics.py predictions/ masks/                       # PRED_DIR GT_DIR: two folders of masks
+    python metrics.py predictions/ masks/ --json numbers.json
+    python metrics.py out_masks/refcoco-val.jsonl               # adds up again what `sample.py --dataset` wrote
 
-    H, W   height and width of a picture, pixels
-    I, U   pixels in the intersection, in the union, of prediction and ground truth
-    X, Y   boundary points of the prediction, of the ground truth
-    IoU    I / U of one example
-    cIoU   sum of I / sum of U over all examples (elsewhere oIoU)
-    gIoU   mean of IoU over the examples (LISA's name; not the generalized IoU of boxes)
-    mIoU   mean over the labels of (sum of I / sum of U over the examples of that label)
-    AHD    average Hausdorff distance, 1/2 (mean over x of min |x - y| + mean over y of min |x - y|)
-    mAHD@t mean AHD of the examples with IoU > t, at 256 pixels; lower is better
+Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png. Each must have a
+counterpart of the same size; files that are not .png are not looked at. A mask has one channel (1 bit, grey of 8 or
+16 bits, or a palette, which is first turned to grey). 0 is background and any other value is object, also 255: there
+is no "ignore" value. A file with values other than 0 and one more, or 0, 1 and 255, is no mask; the run stops there.
 
-Definitions: cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py,
-intersectionAndUnionGPU), per expression and at the picture's own size. The formula of AHD, its 256 pixels and
-its thresholds follow the LlamaSeg paper. What the paper leaves open is marked where it is chosen.
+    I, U    pixels in the intersection, in the union, of prediction and ground truth
+    IoU     I / U of one example; 1 for two empty masks, 0 for one empty mask
+    cIoU    sum of I / sum of U over all examples (elsewhere oIoU)
+    gIoU    mean of IoU over the examples (LISA's name; not the generalized IoU of boxes)
+    mIoU    mean over the labels of (sum of I / sum of U over the examples of that label); file names hold no label
+    Pr@t    share of the examples with IoU >= t
+    AHD     average Hausdorff distance of the boundaries X and Y: 1/2 (mean over x of min |x - y| + the same over y)
+    mAHD@t  mean AHD of the examples with IoU > t, in pixels of a 256 x 256 picture; lower is better
+    pairs   how many examples a number is the mean of; "-" (null in JSON) is a number that is not defined
+
+cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py, intersectionAndUnionGPU),
+per expression and at the picture's own size. The formula of AHD, its 256 pixels and its thresholds follow the paper.
+
+Exit code: 0 fine; 1 something is wrong with the files, and one line "error: ..." says what; 2 wrong usage.
 """
 
 import argparse
@@ -44,7 +50,10 @@ AHD_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def _masks(**named):
-    """The named arrays as bool (H, W) of one shape, in the order given; ValueError that names the odd one."""
+    """The named arrays as bool (H, W) of one shape, in the order given; ValueError that names the odd one.
+
+    The public functions call this once; those whose names begin with _ take what it returns.
+    """
     checked = []
     for name, mask in named.items():
         mask = np.asarray(mask)
@@ -53,8 +62,7 @@ def _masks(**named):
         if mask.dtype.kind not in "biu":
             raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got dtype {mask.dtype}")
         if mask.dtype.kind != "b" and (mask.min() < 0 or mask.max() > 1):
-            found = _some_values(np.unique(mask))
-            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {found}")
+            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {_some_values(np.unique(mask))}")
         checked.append(mask.astype(bool, copy=False))
     if len({mask.shape for mask in checked}) > 1:
         shapes = ", ".join(f"{name} {mask.shape}" for name, mask in zip(named, checked))
@@ -64,14 +72,6 @@ def _masks(**named):
 
 def _some_values(values):
     return f"the values {', '.join(str(v) for v in values[:6])}{', ...' if len(values) > 6 else ''}"
-
-
-def _intersection_union(pred, gt):
-    return int(np.count_nonzero(pred & gt)), int(np.count_nonzero(pred | gt))
-
-
-def _ratio(intersection, union):
-    return intersection / union if union else 1.0
 
 
 def iou(pred, gt) -> float:
@@ -90,49 +90,16 @@ def boundary(mask) -> np.ndarray:
     mask has none. ValueError as in `iou`.
     Paper: which pixels form the boundary is not stated; we use this (MedPy's default erosion gives the same).
     """
-    (mask,) = _masks(mask=mask)
-    padded = np.pad(mask, 1)
-    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~interior
+    return _boundary(*_masks(mask=mask))
 
 
 def average_hausdorff_distance(pred, gt) -> float:
     """AHD between the boundaries of two masks (H, W), in pixels of these masks; nan if either is empty.
 
-    d = 1/2 (mean over X of the distance to the nearest y + the same from Y to X), as the paper writes it: the
-    mean of two means, not the mean over both point sets pooled (MedPy assd, MONAI symmetric). float64.
-    ValueError as in `iou`.
+    The mean of two means, as the paper writes it, not the mean over both point sets pooled (MedPy assd, MONAI
+    symmetric); float64. ValueError as in `iou`.
     """
-    pred, gt = _masks(pred=pred, gt=gt)
-    x, y = _boundary_points(pred), _boundary_points(gt)  # (|X|, 2), (|Y|, 2)
-    if len(x) == 0 or len(y) == 0:
-        return math.nan
-    x_to_y, y_to_x = _nearest(x, y)
-    return float((x_to_y.mean() + y_to_x.mean()) / 2)
-
-
-def _boundary_points(mask):
-    """Rows and columns of the boundary, (n, 2) integers, in raster order; only the object's own box is looked at."""
-    rows = np.flatnonzero(mask.any(1))
-    if len(rows) == 0:
-        return np.empty((0, 2), np.int64)
-    top, bottom = rows[0], rows[-1] + 1
-    columns = np.flatnonzero(mask[top:bottom].any(0))
-    left, right = columns[0], columns[-1] + 1
-    flat = np.flatnonzero(boundary(mask[top:bottom, left:right]))  # beyond its box there is no object
-    return np.stack([flat // (right - left) + top, flat % (right - left) + left], axis=1)
-
-
-def _nearest(x, y):
-    """Distance of each point of x (n, 2) to the nearest of y (m, 2), and the other way round; float64."""
-    if len(x) * len(y) > 4_000_000 or max(x.max(), y.max()) > 2000:
-        return cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
-    # All squared distances by one matrix product: integers below 2^24, which float32 holds exactly.
-    x, y = (points.astype(np.float32) for points in (x, y))
-    ones = [np.ones((len(points), 1), np.float32) for points in (x, y)]
-    squares = [(points**2).sum(1, keepdims=True) for points in (x, y)]
-    table = np.hstack([x, squares[0], ones[0]]) @ np.hstack([-2 * y, ones[1], squares[1]]).T  # (n, m)
-    return tuple(np.sqrt(table.min(axis).astype(np.float64)) for axis in (1, 0))
+    return _ahd(*_masks(pred=pred, gt=gt))
 
 
 def ahd_256(pred, gt) -> float:
@@ -143,13 +110,60 @@ def ahd_256(pred, gt) -> float:
     nearest-exact); that can make a thin object vanish. ValueError as in `iou`.
     Paper: distances are at 256 pixels, how other sizes get there is not stated; we use the above.
     """
-    pred, gt = _masks(pred=pred, gt=gt)
+    return _ahd_256(*_masks(pred=pred, gt=gt))
+
+
+def _intersection_union(pred, gt):
+    return int(np.count_nonzero(pred & gt)), int(np.count_nonzero(pred | gt))
+
+
+def _ratio(intersection, union):
+    return intersection / union if union else 1.0
+
+
+def _boundary(mask):
+    interior = np.zeros_like(mask)  # a pixel at the picture's edge is never interior
+    interior[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    return mask & ~interior
+
+
+def _boundary_points(mask):
+    """Rows and columns of the boundary of a mask that is not empty, (n, 2) float64, in raster order."""
+    rows = np.flatnonzero(mask.any(1))  # the boundary is looked for in the object's own box
+    mask = mask[rows[0]:rows[-1] + 1]
+    columns = np.flatnonzero(mask.any(0))
+    mask = mask[:, columns[0]:columns[-1] + 1]
+    flat = np.flatnonzero(_boundary(mask))
+    return np.stack(np.divmod(flat, mask.shape[1]), axis=1) + (float(rows[0]), float(columns[0]))
+
+
+def _ahd(pred, gt):
+    if not (pred.any() and gt.any()):
+        return math.nan
+    x_to_y, y_to_x = _nearest(_boundary_points(pred), _boundary_points(gt))
+    return float((x_to_y.mean() + y_to_x.mean()) / 2)
+
+
+def _nearest(x, y):
+    """Distance of each point of x (n, 2) to the nearest of y (m, 2), and the other way round; float64."""
+    if len(x) * len(y) > 4_000_000 or max(x.max(), y.max()) > 2000:
+        return cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
+    # For the usual few hundred points a table of all squared distances takes 0.6 of the trees' time. It is one matrix
+    # product, (r, c, r^2 + c^2, 1) of x times (-2 r, -2 c, 1, r^2 + c^2) of y: integers that float32 holds exactly.
+    rows, columns = np.ones((len(x), 4), np.float32), np.ones((len(y), 4), np.float32)
+    rows[:, :2], rows[:, 2] = x, (x**2).sum(1)
+    columns[:, :2], columns[:, 3] = -2 * y, (y**2).sum(1)
+    table = rows @ columns.T  # (n, m)
+    return [np.sqrt(table.min(axis).astype(np.float64)) for axis in (1, 0)]
+
+
+def _ahd_256(pred, gt):
     height, width = pred.shape
     if height == width:
-        return average_hausdorff_distance(pred, gt) * (AHD_SIDE / height)
+        return _ahd(pred, gt) * (AHD_SIDE / height)
     odd = 2 * np.arange(AHD_SIDE) + 1  # 2 (i + 0.5): integers, so floor is exact
     grid = np.ix_(odd * height // (2 * AHD_SIDE), odd * width // (2 * AHD_SIDE))
-    return average_hausdorff_distance(pred[grid], gt[grid])
+    return _ahd(pred[grid], gt[grid])
 
 
 class SegmentationMetrics:
@@ -171,17 +185,13 @@ class SegmentationMetrics:
         """Add one example: masks pred and gt (H, W), best at the picture's own size.
 
         label   the class name, for mIoU; None: the example does not enter mIoU
-        id      what makes the example unique among those of its label (a picture with several phrases needs
-                one id per phrase); an (id, label) seen before raises ValueError. None: not checked
+        id      one per picture and phrase; an (id, label) seen before raises ValueError. None: not checked
         ignore  mask (H, W), True where nothing is scored: those pixels become background in both masks. They
                 leave I and U; a mask that reaches into them ends at their edge and has boundary there
 
         An example whose masks are both empty (of what is scored) has IoU 1 and adds nothing to cIoU and mIoU.
-        Returns the row that was added: (I, U, label, AHD at 256 pixels or nan).
-        ValueError also for wrong masks, as in `iou`; the example is then not added.
+        Returns the row that was added: (I, U, label, AHD at 256 pixels or nan). ValueError also as in `iou`.
         """
-        if id is not None and (id, label) in self._seen:
-            raise ValueError(f"example counted twice: id {id!r}, label {label!r}")
         if ignore is None:
             pred, gt = _masks(pred=pred, gt=gt)
         else:
@@ -190,7 +200,7 @@ class SegmentationMetrics:
         intersection, union = _intersection_union(pred, gt)
         # The distance is the slow part, and no threshold asks for it at or below the lowest.
         scored = _ratio(intersection, union) > AHD_THRESHOLDS[0]
-        self.add(intersection, union, ahd_256(pred, gt) if scored else math.nan, label, id)
+        self.add(intersection, union, _ahd_256(pred, gt) if scored else math.nan, label, id)
         return self.rows[-1]
 
     def add(self, intersection, union, ahd, label=None, id=None):
@@ -202,10 +212,8 @@ class SegmentationMetrics:
             self._seen.add((id, label))
 
     def merge(self, other):
-        """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing.
-
-        A sampler that pads the last batch with repeated examples is caught here, if the examples have ids.
-        """
+        """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing; this catches
+        a sampler that pads its last batch with repeated examples."""
         twice = sorted(self._seen & other._seen, key=str)
         if twice:
             id, label = twice[0]
@@ -216,33 +224,28 @@ class SegmentationMetrics:
     def compute(self) -> dict:
         """The numbers of all examples so far; the keys are always the same, an undefined number is None.
 
-        "cIoU", "gIoU", "mIoU"        fractions in [0, 1]; labels whose summed U is 0 are left out of mIoU
-        "count"                       number of examples
-        "Pr@0.5", ... "Pr@0.9"        fraction of the examples with IoU >= t
-        "mAHD@0.5", ... "mAHD@0.9"    mean AHD, pixels at 256, of the examples with IoU > t (strictly)
-        "count@0.5", ... "count@0.9"  how many those are; fewer make mAHD look better, so report both
-
-        An example in which a mask is empty has no AHD and is in no count@t, even if both are empty (IoU 1).
-        Paper: whether IoU = t counts is not stated; we use IoU > t.
+        "cIoU", "gIoU", "mIoU" and "Pr@0.5" to "Pr@0.9" are fractions in [0, 1], "mAHD@0.5" to "mAHD@0.9" pixels at 256.
+        "count" is the number of examples, "count@t" of those in mAHD@t; fewer make mAHD look better, so report both.
+        Labels whose summed U is 0 are left out of mIoU. An example in which a mask is empty has no AHD and is in no
+        count@t, even if both are empty (IoU 1). Paper: whether IoU = t counts is not stated; we use IoU > t.
         """
         sums = {}  # label -> (sum of I, sum of U)
         for i, u, label, _ in self.rows:
-            if label is not None:
-                sum_i, sum_u = sums.get(label, (0, 0))
-                sums[label] = (sum_i + i, sum_u + u)
-        total_i, total_u = sum(i for i, _, _, _ in self.rows), sum(u for _, u, _, _ in self.rows)
+            sum_i, sum_u = sums.get(label, (0, 0))
+            sums[label] = (sum_i + i, sum_u + u)
+        total_i, total_u = (sum(column) for column in zip((0, 0), *sums.values()))
+        ious = [_ratio(i, u) for i, u, _, _ in self.rows]
+        distances = [(iou, ahd) for iou, (*_, ahd) in zip(ious, self.rows) if not math.isnan(ahd)]
         numbers = {
             "cIoU": total_i / total_u if total_u else None,
-            "gIoU": _mean([_ratio(i, u) for i, u, _, _ in self.rows]),
-            "mIoU": _mean([sum_i / sum_u for sum_i, sum_u in sums.values() if sum_u]),
-            "count": len(self.rows),
+            "gIoU": _mean(ious),
+            "mIoU": _mean([sum_i / sum_u for label, (sum_i, sum_u) in sums.items() if label is not None and sum_u]),
+            "count": len(ious),
         }
+        numbers |= {f"Pr@{t}": _mean([iou >= t for iou in ious]) for t in AHD_THRESHOLDS}
         for t in AHD_THRESHOLDS:
-            numbers[f"Pr@{t}"] = _mean([float(_ratio(i, u) >= t) for i, u, _, _ in self.rows])
-        for t in AHD_THRESHOLDS:
-            chosen = [ahd for i, u, _, ahd in self.rows if _ratio(i, u) > t and not math.isnan(ahd)]
-            numbers[f"mAHD@{t}"] = _mean(chosen)
-            numbers[f"count@{t}"] = len(chosen)
+            chosen = [ahd for iou, ahd in distances if iou > t]
+            numbers[f"mAHD@{t}"], numbers[f"count@{t}"] = _mean(chosen), len(chosen)
         return numbers
 
 
@@ -260,8 +263,7 @@ class BadUsage(ValueError):
 
 @contextmanager
 def whole(path):
-    """Yield a temporary path beside `path` to write to. It is renamed to `path` if the block ends without an error, and
-    removed otherwise, so that nobody ever finds half a file."""
+    """Yield a temporary path beside `path`. It is renamed to `path`, or removed if the block ends with an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -272,9 +274,13 @@ def whole(path):
 
 
 def write_json(path, value):
-    """Write a value as a JSON file."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write a value as a JSON file, or to standard output for "-"."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    if path == "-":
+        print(text)
+    else:
+        with whole(path) as temporary:
+            temporary.write_text(text + "\n")
 
 
 def printable(text) -> str:
@@ -287,7 +293,7 @@ def parse_json(content):
     text = content.decode().removeprefix("\ufeff") if isinstance(content, bytes) else content
     try:
         value = json.loads(text)
-        if "\\u" in text and re.search(r"\\u[dD][89abcdefABCDEF]", text):
+        if re.search(r"\\u[dD][89abcdefABCDEF]", text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair, which is no text") from None
@@ -313,7 +319,7 @@ class Parser(argparse.ArgumentParser):
     """The argument parser of all scripts: an error is one line, and a flag must be written in full."""
 
     def __init__(self, **more):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more})
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -334,41 +340,6 @@ class Parser(argparse.ArgumentParser):
 
 # ---- command ---------------------------------------------------------------------------------------
 
-HELP = """\
-Compare a folder of predicted masks with a folder of ground-truth masks, or add up what sample.py wrote.
-
-Masks are PNG files, paired by name without ending: PRED_DIR/cat.png with GT_DIR/cat.png.
-Every mask must have a counterpart of the same size; files that are not .png are not looked at.
-
-With one argument, the .jsonl that `python sample.py --dataset` writes, its lines are added up again.
-
-How a picture becomes a mask:
-  one channel (1 bit, grey of 8 or 16 bits, or a palette, which is first turned to grey);
-  0 is background, any other value is object, also 255: there is no "ignore" value.
-  A picture may hold 0 and one other value, or any of 0, 1, 255; more kinds of values
-  mean that it is not a mask, and the run stops. So does a picture with colour or alpha.
-"""
-
-HELP_END = """\
-What is printed:
-  cIoU      sum of intersections / sum of unions over all pairs, 0 to 1
-  gIoU      mean of IoU over the pairs, 0 to 1; two empty masks count as IoU 1
-  mIoU      mean over class names; file names hold none, so it is "-" for folders (null in JSON)
-  Pr@t      share of the pairs with IoU >= t
-  mAHD@t    average Hausdorff distance between the boundaries, in pixels of a 256 x 256
-            picture, mean over the pairs with IoU > t; beside it, how many pairs these are
-  "-" stands for a number that is not defined, such as mAHD@0.9 when no IoU exceeds 0.9.
-
-Exit code:
-  0 fine; 1 something wrong with the files (one line "error: ..." says what); 2 wrong usage.
-
-Examples:
-  python metrics.py predictions/ masks/
-  python metrics.py predictions/ masks/ --json numbers.json
-  python metrics.py out_masks/refcoco-val.jsonl
-"""
-
-
 def values_in(labels):
     """The sorted values in an integer array. Small ones are counted: np.unique sorts all pixels, which is slow."""
     if labels.min(initial=0) < 0 or labels.max(initial=0) > 65535:
@@ -377,7 +348,7 @@ def values_in(labels):
 
 
 def read_mask(path):
-    """The PNG at path as bool (H, W), by the rules in HELP; ValueError names the file and what it holds."""
+    """The PNG at path as bool (H, W), by the rules at the top; ValueError names the file and what it holds."""
     try:
         with Image.open(regular(path), formats=["PNG"]) as picture:
             if picture.mode == "P":
@@ -400,11 +371,10 @@ def _png_files(folder):
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder")
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".png":
-            if path.stem in files:
-                raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} would be the same mask")
-            files[path.stem] = path
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png"):
+        if path.stem in files:
+            raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} would be the same mask")
+        files[path.stem] = path
     if not files:
         raise ValueError(f"{folder}: no PNG files")
     return files
@@ -412,13 +382,10 @@ def _png_files(folder):
 
 def _compare_folders(pred_dir, gt_dir):
     preds, gts = _png_files(pred_dir), _png_files(gt_dir)
-    for have, files, lack in ((pred_dir, preds, gts), (gt_dir, gts, preds)):
-        alone = [path.name for stem, path in files.items() if stem not in lack]
+    for files, others, other in ((preds, gts, gt_dir), (gts, preds, pred_dir)):
+        alone = [path for stem, path in files.items() if stem not in others]
         if alone:
-            other = gt_dir if have is pred_dir else pred_dir
-            raise ValueError(
-                f"{have / alone[0]}: no counterpart in {other} (files without one: {len(alone)})"
-            )
+            raise ValueError(f"{alone[0]}: no counterpart in {other} (files without one: {len(alone)})")
     metrics = SegmentationMetrics()
     # disable=None: no bar when stderr is a file; `with` ends the bar's line before an error is printed.
     with tqdm(preds, unit="pair", disable=None) as stems:
@@ -436,33 +403,28 @@ def read_records(path):
 
     A last line without its end, as a killed run leaves it, is not counted.
     """
-    header, records = None, []
+    read = []
     with open(regular(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
             try:
                 record = parse_json(line)
-                if number == 1:
-                    header = record["run"]
-                    continue
-                _check_record(record)
-                records.append(record)
-            except KeyError as error:
-                raise ValueError(f"{path}: line {number} is not what sample.py writes: no {error}") from None
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {number} is not what sample.py writes: {error}") from None
-    if header is None:
+                read.append(record["run"] if number == 1 else _check_record(record))
+            except (ValueError, TypeError, KeyError) as error:
+                why = f"no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path}: line {number} is not what sample.py writes: {why}") from None
+    if not read:
         raise ValueError(f"{path}: empty, expected what sample.py --dataset writes")
-    return header, records
+    return read[0], read[1:]
 
 
 def _check_record(record):
-    """KeyError or ValueError for a record with missing parts, or with numbers that no example can have."""
+    """The record; KeyError or ValueError if parts of it are missing, or no example can have its numbers."""
     if type(record["index"]) is not int:
         raise ValueError(f"index {record['index']!r}: expected a whole number")
     if "broken" in record:  # an example that could not be opened has no numbers
-        return
+        return record
     intersection, union, ahd = record["intersection"], record["union"], record["ahd"]
     if not (type(intersection) is type(union) is int and 0 <= intersection <= union):
         raise ValueError(f"intersection {intersection!r} and union {union!r}: expected pixels, union the larger")
@@ -471,10 +433,11 @@ def _check_record(record):
     for name in ("id", "task", "label"):
         if not isinstance(record[name], str) and not (name == "label" and record[name] is None):
             raise ValueError(f"{name} {record[name]!r}: expected a string")
+    return record
 
 
 def add_up(records):
-    """Records of read_records -> (SegmentationMetrics of all, {task: SegmentationMetrics})."""
+    """Records of read_records -> (SegmentationMetrics of all that are not broken, {task: SegmentationMetrics})."""
     total, by_task = SegmentationMetrics(), {}
     for r in (record for record in records if "broken" not in record):
         for metrics in (total, by_task.setdefault(r["task"], SegmentationMetrics())):
@@ -488,26 +451,25 @@ def _add_up_file(path):
     count = header.get("count") if isinstance(header, dict) else None
     if count is not None and not len(records) == len({record["index"] for record in records}) == count:
         raise ValueError(f"{path}: {len(records)} records of a run over {count} examples: let the run end first")
-    broken = sum("broken" in record for record in records)
-    if broken:
-        print(f"{broken} of {len(records)} examples are broken and left out")
-    return add_up(records)[0].compute()
+    numbers = add_up(records)[0].compute()
+    if numbers["count"] < len(records):
+        print(f"{len(records) - numbers['count']} of {len(records)} examples are broken and left out")
+    return numbers
 
 
 def _table(numbers):
-    rows = [("metric", "value", "pairs")]
-    kinds = [f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS]
-    for key in ["cIoU", "gIoU", "mIoU", *kinds]:
+    rows = ["metric       value   pairs"]
+    for key in ["cIoU", "gIoU", "mIoU", *(f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS)]:
         value = numbers[key]
         pairs = numbers["count" + key[4:]] if key.startswith("mAHD") else numbers["count"]
         pairs = 0 if key == "mIoU" and value is None else pairs
-        rows.append((key, "-" if value is None else f"{value:.4f}", str(pairs)))
-    return "\n".join(f"{name:<8} {value:>9} {pairs:>7}" for name, value, pairs in rows)
+        rows.append(f"{key:<8} {'-' if value is None else f'{value:.4f}':>9} {pairs:>7}")
+    return "\n".join(rows)
 
 
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
-    parser = Parser(description=HELP, epilog=HELP_END)
+    parser = Parser(description=__doc__)
     parser.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predicted masks, or a .jsonl")
     parser.add_argument("gt_dir", metavar="GT_DIR", type=Path, nargs="?", help="folder of ground-truth masks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE, unrounded")
@@ -517,13 +479,9 @@ def main(argv=None) -> int:
     if args.gt_dir is None and args.pred_dir.suffix != ".jsonl":
         parser.error("GT_DIR is missing: give two folders, or one .jsonl that sample.py --dataset wrote")
     try:
-        # Said before the work, not after it.
         if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
             raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
-        if args.gt_dir is None:
-            numbers = _add_up_file(args.pred_dir)
-        else:
-            numbers = _compare_folders(args.pred_dir, args.gt_dir)
+        numbers = _compare_folders(args.pred_dir, args.gt_dir) if args.gt_dir else _add_up_file(args.pred_dir)
         if args.json:
             write_json(args.json, numbers)
         print(_table(numbers), flush=True)

@@ -63,7 +63,7 @@ def bench_ahd():
     calls = {"ours": lambda: average_hausdorff_distance(a, b), "k-d tree": tree, "transforms": transforms}
     times = medians(calls)
     print(f"{boundary(a).sum()} and {boundary(b).sum()} boundary points: " + ", ".join(
-        f"{name} {1000 * t:.2f} ms ({t / times['ours']:.1f}x)" for name, t in times.items()))  # fmt: skip
+        f"{name} {1000 * t:.2f} ms ({t / times['ours']:.1f}x)" for name, t in times.items()))
     print("largest difference", max(abs(call() - calls["ours"]()) for call in calls.values()))
 
 
@@ -75,11 +75,11 @@ def bench_rle():
     fortran, rle = np.asfortranarray(mask.astype(np.uint8)), rle_encode(mask)
     assert official.encode(fortran)["counts"].decode() == rle["counts"]
     times = medians({"encode": lambda: rle_encode(mask), "their encode": lambda: official.encode(fortran),
-                     "decode": lambda: rle_decode(rle), "their decode": lambda: official.decode(rle)}, 10)  # fmt: skip
+                     "decode": lambda: rle_decode(rle), "their decode": lambda: official.decode(rle)}, 10)
     for name in ("encode", "decode"):
         ours, theirs = times[name], times[f"their {name}"]
         print(f"{name} 1500 x 2250, {len(rle['counts'])} characters: {1000 * ours:.1f} ms, pycocotools "
-              f"{1000 * theirs:.1f} ms, ratio {ours / theirs:.1f}")  # fmt: skip
+              f"{1000 * theirs:.1f} ms, ratio {ours / theirs:.1f}")
 
 
 def score_pairs(pairs):
@@ -109,7 +109,7 @@ def bench_loader():
                 picture.save(folder / f"{i}.jpg", quality=90)
                 file.write(json.dumps({"image": f"{i}.jpg", "phrase": "the disc", "mask": mask}) + "\n")
         batches = Batches(load_dataset(f"jsonl:{folder / 'x.jsonl'}", "train"),
-                          lambda texts: torch.zeros(len(texts), 64, dtype=torch.long), 256, 256, 20, 20)  # fmt: skip
+                          lambda texts: torch.zeros(len(texts), 64, dtype=torch.long), 256, 256, 20, 20)
 
         def alone():
             for i in range(200):
@@ -118,7 +118,7 @@ def bench_loader():
 
         times = medians({"alone": alone, "loader": lambda: [batches[k] for k in range(10)]}, 15)
         print(f"decode and resize alone {200 / times['alone']:.0f} pictures/s, loader {200 / times['loader']:.0f}: "
-              f"{times['alone'] / times['loader']:.2f} of it")  # fmt: skip
+              f"{times['alone'] / times['loader']:.2f} of it")
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def tiny_checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     vqgan = VQGAN(VQGANConfig(channels=8, channel_mult=(1, 1, 1, 1, 2), res_blocks=1, latent_channels=8,
-                              codebook_size=32, norm_groups=4))  # fmt: skip
+                              codebook_size=32, norm_groups=4))
     model = LlamaSeg(LlamaSegConfig(
         siglip=SigLIPConfig(image_size=64, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp=32,
                             vocab_size=768, text_length=24, text_width=16, text_layers=1, text_heads=2, text_mlp=16),
         llama=LlamaConfig(width=32, layers=2, heads=2, mlp=48), codebook_size=32, mask_grid=4, freeze_encoders=False,
-    ))  # fmt: skip
+    ))
     vqgan.save_pretrained(folder / "mask_tokenizer.safetensors")
     model.save_pretrained(folder / "model.safetensors")
     shutil.copyfile(REPO / "assets" / "text.model", folder / "text.model")

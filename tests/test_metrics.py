@@ -31,7 +31,7 @@ def draw(text):
 
 def square(top, left, side=3, size=6):
     mask = np.zeros((size, size), bool)
-    mask[top : top + side, left : left + side] = True
+    mask[top:top + side, left:left + side] = True
     return mask
 
 
@@ -232,9 +232,7 @@ def test_ahd_256_scales_squares_and_resizes_the_rest():
     assert ahd_256(pred, gt) == 20.0
     for height, width in ((7, 5), (100, 256), (256, 100), (400, 300), (333, 1000), (1, 9)):
         pred, gt = (np.random.default_rng(seed).random((height, width)) < 0.3 for seed in (2, 3))
-        resized = [
-            np.asarray(Image.fromarray(m).resize((256, 256), Image.Resampling.NEAREST)) for m in (pred, gt)
-        ]
+        resized = [np.asarray(Image.fromarray(m).resize((256, 256), Image.Resampling.NEAREST)) for m in (pred, gt)]
         assert ahd_256(pred, gt) == average_hausdorff_distance(*resized)
 
 
@@ -264,26 +262,18 @@ def test_nothing_yet_has_all_keys_and_is_valid_json():
 
 
 def test_averages_by_hand():
-    total = gathered(
-        [
-            (*tenths(8), {"label": "cat"}),  # I 8, U 10
-            (*tenths(2), {"label": "cat"}),  # I 2, U 10
-            (*tenths(15, 20), {"label": "dog"}),  # I 15, U 20
-            (*tenths(1), {}),  # I 1, U 10, no label
-        ]
-    )
-    numbers = total.compute()
+    numbers = gathered([
+        (*tenths(8), {"label": "cat"}),  # I 8, U 10
+        (*tenths(2), {"label": "cat"}),  # I 2, U 10
+        (*tenths(15, 20), {"label": "dog"}),  # I 15, U 20
+        (*tenths(1), {}),  # I 1, U 10, no label
+    ]).compute()
     assert set(numbers) == KEYS
     assert numbers["cIoU"] == (8 + 2 + 15 + 1) / (10 + 10 + 20 + 10)
     assert numbers["gIoU"] == pytest.approx((0.8 + 0.2 + 0.75 + 0.1) / 4, abs=1e-12)
     # cat (8 + 2) / 20 = 0.5, dog 0.75: the mean over the labels; without the example that has none
     assert numbers["mIoU"] == (0.5 + 0.75) / 2
-    assert (numbers["count"], numbers["count@0.5"], numbers["count@0.7"], numbers["count@0.8"]) == (
-        4,
-        2,
-        2,
-        0,
-    )
+    assert [numbers[key] for key in ("count", "count@0.5", "count@0.7", "count@0.8")] == [4, 2, 2, 0]
     assert numbers["mAHD@0.8"] is None
     assert [numbers[f"Pr@0.{d}"] for d in range(5, 10)] == [0.5, 0.5, 0.5, 0.25, 0]  # 0.8 reaches 0.8
 
@@ -348,10 +338,7 @@ def test_ignored_pixels_end_the_boundary():
 
 
 def test_ignore_must_be_a_mask_of_the_same_shape():
-    for ignore, found in (
-        (np.full((6, 6), 255, np.uint8), "255"),
-        (np.ones((6, 5), bool), r"ignore \(6, 5\)"),
-    ):
+    for ignore, found in ((np.full((6, 6), 255, np.uint8), "255"), (np.ones((6, 5), bool), r"ignore \(6, 5\)")):
         with pytest.raises(ValueError, match=found):
             SegmentationMetrics().update(square(1, 1), square(1, 1), ignore=ignore)
 
@@ -379,9 +366,7 @@ def test_a_refused_example_leaves_no_trace():
 
 
 def test_merged_ranks_equal_one_process_in_any_order():
-    examples = [
-        (pred, gt, {"id": n, "label": "abc"[n % 3]}) for n, (pred, gt) in enumerate(random_pairs(40, seed=4))
-    ]
+    examples = [(*pair, {"id": n, "label": "abc"[n % 3]}) for n, pair in enumerate(random_pairs(40, seed=4))]
     examples += [(gt, gt.copy(), {"id": f"{n}", "label": "d"}) for n, (_, gt) in enumerate(random_pairs(5))]
     examples += [(MASKS[c["pred"]], MASKS[c["gt"]], {"id": c["gt"]}) for c in CASES]
     expected = gathered(examples).compute()
@@ -468,20 +453,11 @@ def test_help_explains_the_numbers():
 A = square(1, 1).astype(np.uint8)
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        A,
-        A * 255,
-        A * 7,
-        A.astype(bool),
-        A.astype(np.uint16) * 65535,
-        np.where(A == 1, np.where(np.eye(6), 1, 255), 0).astype(
-            np.uint8
-        ),  # 0, 1 and 255: all but 0 is object
-    ],
-    ids=["0 1", "0 255", "0 7", "1 bit", "16 bit", "0 1 255"],
-)
+KINDS = {"0 1": A, "0 255": A * 255, "0 7": A * 7, "1 bit": A.astype(bool), "16 bit": A.astype(np.uint16) * 65535,
+         "0 1 255": np.where(A == 1, np.where(np.eye(6), 1, 255), 0).astype(np.uint8)}  # all but 0 is object
+
+
+@pytest.mark.parametrize("array", KINDS.values(), ids=KINDS)
 def test_command_reads_every_kind_of_mask(tmp_path, array, capsys):
     save(tmp_path / "pred" / "a.png", array)
     save(tmp_path / "gt" / "a.PNG", A * 255)
@@ -504,108 +480,50 @@ def test_command_takes_full_and_empty_pictures(tmp_path):
     save(tmp_path / "gt" / "full.png", np.full((6, 6), 1, np.uint8))
     for name in ("pred", "gt"):
         save(tmp_path / name / "empty.png", np.zeros((6, 6), np.uint8))
-    assert (
-        metrics.main([str(tmp_path / "pred"), str(tmp_path / "gt"), "--json", str(tmp_path / "n.json")]) == 0
-    )
+    assert metrics.main([str(tmp_path / "pred"), str(tmp_path / "gt"), "--json", str(tmp_path / "n.json")]) == 0
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert (numbers["cIoU"], numbers["gIoU"], numbers["count@0.9"]) == (1.0, 1.0, 1)
 
 
-def make_missing_pred(pred, gt):
-    save(gt / "b.png", A)
+def cut_off(path):
+    save(path, np.random.default_rng(0).integers(0, 2, (200, 200), np.uint8))
+    path.write_bytes(path.read_bytes()[:200])
 
 
-def make_missing_gt(pred, gt):
-    save(pred / "b.png", A)
-
-
-def make_sizes_differ(pred, gt):
-    save(gt / "a.png", np.zeros((6, 5), np.uint8))
-
-
-def make_no_picture(pred, gt):
-    (pred / "a.png").write_bytes(b"not a picture")
-
-
-def make_cut_off(pred, gt):
-    save(pred / "a.png", np.random.default_rng(0).integers(0, 2, (200, 200), np.uint8))
-    content = (pred / "a.png").read_bytes()
-    (pred / "a.png").write_bytes(content[: len(content) // 2])
-
-
-def make_jpeg(pred, gt):
-    Image.fromarray(A * 255).save(pred / "a.png", format="JPEG")
-
-
-def make_folder(pred, gt):
-    (pred / "a.png").unlink()
-    (pred / "a.png").mkdir()
-
-
-def make_no_rows(pred, gt):
-    content = (pred / "a.png").read_bytes()
+def without_rows(path):
+    content = path.read_bytes()
     header = b"IHDR" + (0).to_bytes(4, "big") + content[20:29]
-    (pred / "a.png").write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
+    path.write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
 
 
-def make_grey_levels(pred, gt):
-    save(pred / "a.png", np.array([[0, 100], [200, 255]], np.uint8))
+# Beside pred/a.png and gt/a.png, which are fine: a file, what is done to its path, and words of the error.
+REFUSED = {
+    "missing in pred": ("gt/b.png", lambda path: save(path, A), "gt/b.png: no counterpart in"),
+    "missing in gt": ("pred/b.png", lambda path: save(path, A), "pred/b.png: no counterpart in"),
+    "sizes differ": ("gt/a.png", lambda path: save(path, A[:, :5]), "different sizes, 6 x 6 and 5 x 6 pixels"),
+    "no picture": ("pred/a.png", lambda path: path.write_bytes(b"not a picture"), "a.png: not a readable PNG"),
+    "cut off": ("pred/a.png", cut_off, "a.png: not a readable PNG"),
+    "jpeg": ("pred/a.png", lambda path: Image.fromarray(A).save(path, format="JPEG"), "a.png: not a readable PNG"),
+    "folder": ("pred/a.png", lambda path: (path.unlink(), path.mkdir()), "a.png: not a readable PNG"),
+    "no rows": ("pred/a.png", without_rows, "a.png: not a readable PNG"),
+    "grey levels": ("pred/a.png", lambda path: save(path, np.array([[0, 100], [200, 255]], np.uint8)),
+                    "a.png: a mask holds 0 and one other value, this holds the values 0, 100, 200, 255"),
+    "no background": ("pred/a.png", lambda path: save(path, A * 100 + 100), "this holds the values 100, 200"),
+    "color": ("pred/a.png", lambda path: save(path, np.zeros((6, 6, 3), np.uint8)), "this picture has mode RGB"),
+    "alpha": ("pred/a.png", lambda path: Image.fromarray(A).convert("LA").save(path), "this picture has mode LA"),
+    "empty folder": ("pred/a.png", lambda path: path.unlink(), "pred: no PNG files"),
+    "no folder": ("gt/a.png", lambda path: (path.unlink(), path.parent.rmdir()), "gt: not a folder"),
+    "same stem": ("pred/a.PNG", lambda path: save(path, A), "a.PNG and a.png would be the same mask"),
+}
 
 
-def make_no_background_value(pred, gt):
-    save(pred / "a.png", A * 100 + 100)
-
-
-def make_colour(pred, gt):
-    save(pred / "a.png", np.zeros((6, 6, 3), np.uint8))
-
-
-def make_alpha(pred, gt):
-    Image.fromarray(A).convert("LA").save(pred / "a.png")
-
-
-def make_empty_folder(pred, gt):
-    (pred / "a.png").unlink()
-
-
-def make_no_folder(pred, gt):
-    (gt / "a.png").unlink()
-    gt.rmdir()
-
-
-def make_same_stem(pred, gt):
-    save(pred / "a.PNG", A)
-
-
-@pytest.mark.parametrize(
-    "make, found",
-    [
-        (make_missing_pred, "gt/b.png: no counterpart in"),
-        (make_missing_gt, "pred/b.png: no counterpart in"),
-        (make_sizes_differ, "different sizes, 6 x 6 and 5 x 6 pixels"),
-        (make_no_picture, "a.png: not a readable PNG"),
-        (make_cut_off, "a.png: not a readable PNG"),
-        (make_jpeg, "a.png: not a readable PNG"),
-        (make_folder, "a.png: not a readable PNG"),
-        (make_no_rows, "a.png: "),
-        (
-            make_grey_levels,
-            "a.png: a mask holds 0 and one other value, this holds the values 0, 100, 200, 255",
-        ),
-        (make_no_background_value, "this holds the values 100, 200"),
-        (make_colour, "a.png: a mask has one channel, this picture has mode RGB"),
-        (make_alpha, "a.png: a mask has one channel, this picture has mode LA"),
-        (make_empty_folder, "pred: no PNG files"),
-        (make_no_folder, "gt: not a folder"),
-        (make_same_stem, "a.PNG and a.png would be the same mask"),
-    ],
-    ids=lambda value: value.__name__ if callable(value) else "",
-)
-def test_command_refuses_with_one_line(tmp_path, capsys, make, found):
+@pytest.mark.parametrize("case", REFUSED)
+def test_command_refuses_with_one_line(tmp_path, capsys, case):
+    file, spoil, found = REFUSED[case]
     pred, gt = tmp_path / "pred", tmp_path / "gt"
     save(pred / "a.png", A)
     save(gt / "a.png", A)
-    make(pred, gt)
+    spoil(tmp_path / file)
     code = metrics.main([str(pred), str(gt), "--json", str(tmp_path / "out.json")])
     captured = capsys.readouterr()
     assert (code, captured.out) == (1, "")
@@ -632,7 +550,7 @@ def lines(path, *rows):
     (ROW | {"task": None}, "task None"), (ROW | {"index": "0"}, "index '0'"),
     ({key: value for key, value in ROW.items() if key != "task"}, "no 'task'"),
     (ROW, "example counted twice: id 'a', label None"),
-])  # fmt: skip
+])
 def test_hostile_records_end_in_one_line(tmp_path, capsys, row, found):
     assert metrics.main([str(lines(tmp_path / "a.jsonl", RUN, ROW, {"index": 1, "broken": "why"}))]) == 0
     assert "gIoU        0.8000       1" in capsys.readouterr().out
@@ -677,23 +595,18 @@ def test_command_refuses_a_json_file_it_cannot_write(folders, capsys):
 
 
 def test_records_of_a_run_that_has_not_ended_are_not_added_up(tmp_path, capsys):
-    record = {"index": 0, "intersection": 1, "union": 2, "ahd": None, "label": None, "id": "a", "task": "referring"}
-    path = tmp_path / "run.jsonl"
-
-    def write(*records, count):
-        path.write_text("".join(json.dumps(line) + "\n" for line in ({"run": {"count": count}}, *records)))
-
-    write(record, count=2)
-    assert metrics.main([str(path)]) == 1 and "1 records of a run over 2 examples" in capsys.readouterr().err
-    write(record, record | {"id": "b"}, count=2)
-    assert metrics.main([str(path)]) == 1  # one index twice
-    write(record, {"index": 1, "broken": "none.png"}, count=2)
-    assert metrics.main([str(path)]) == 0 and "1 of 2 examples are broken and left out" in capsys.readouterr().out
+    path, run = tmp_path / "run.jsonl", {"run": {"count": 2}}
+    assert metrics.main([str(lines(path, run, ROW))]) == 1
+    assert "1 records of a run over 2 examples" in capsys.readouterr().err
+    assert metrics.main([str(lines(path, run, ROW, ROW | {"id": "b"}))]) == 1  # one index twice
+    assert "2 records of a run over 2 examples" in capsys.readouterr().err
+    assert metrics.main([str(lines(path, run, ROW, {"index": 1, "broken": "none.png"}))]) == 0
+    assert "1 of 2 examples are broken and left out" in capsys.readouterr().out
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a.png")
-    command = [sys.executable, str(Path(__file__).parents[1] / "metrics.py"), str(tmp_path), str(tmp_path)]
+    command = [sys.executable, str(REPO / "metrics.py"), str(tmp_path), str(tmp_path)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "Trace" not in done.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import REPO
 from PIL import Image
+from scipy.ndimage import binary_dilation, generate_binary_structure
 
 import metrics
 from data import Scenes, load_dataset, rle_decode
@@ -34,14 +35,14 @@ def picture(tmp_path):
 
 
 def test_the_embedded_model_segments_test_scenes(segmenter):
-    dataset, intersection, union = Scenes("test"), 0, 0
-    for i in range(24):
-        example = dataset[i]
-        (mask,) = segmenter(example.image, [example.phrase])
-        assert mask.dtype == bool and mask.shape == example.mask.shape
-        intersection += (mask & example.mask).sum()
-        union += (mask | example.mask).sum()
-    assert intersection / union > 0.6  # the full test is `python sample.py --dataset scenes`, in LOG.md
+    examples, intersection, union = [Scenes("test")[i] for i in range(64)], 0, 0
+    for some in (examples[:32], examples[32:]):
+        masks = segmenter.many([e.image for e in some], [[e.phrase] for e in some])
+        for example, (mask,) in zip(some, masks):
+            assert mask.dtype == bool and mask.shape == example.mask.shape
+            intersection += (mask & example.mask).sum()
+            union += (mask | example.mask).sum()
+    assert intersection / union > 0.8  # 0.909; of all 2,000 it is 0.900 (LOG.md)
 
 
 def test_a_circle_drawn_by_hand_is_found_in_any_picture_mode(segmenter):
@@ -57,35 +58,26 @@ def test_a_circle_drawn_by_hand_is_found_in_any_picture_mode(segmenter):
         assert (blue & square).sum() / (blue | square).sum() > 0.7
 
 
-def test_prompts_together_equal_prompts_alone(segmenter):
-    image = Scenes("test")[7].image
-    prompts = ["the leftmost object", "everything", "a sign of love"]
-    together = segmenter(image, prompts)
-    for prompt, mask in zip(prompts, together):
-        assert (segmenter(image, [prompt])[0] == mask).all()
-    assert (segmenter(image, "everything")[0] == together[1]).all()
-    assert segmenter(image, []) == []
-
-
-def test_pictures_together_equal_pictures_alone(segmenter):
+def test_prompts_and_pictures_together_equal_each_alone(segmenter):
     images, prompts = [Scenes("test")[i].image for i in (7, 30, 90)], ["the leftmost object", "everything"]
     together = segmenter.many(images, [prompts] * 3)
     for image, masks in zip(images, together):
-        assert all((one == other).all() for one, other in zip(segmenter(image, prompts), masks))
+        alone = [segmenter(image, [prompts[0]])[0], *segmenter(image, prompts[1])]  # a list, and one as it is
+        assert all(mask.any() and (mask == one).all() for mask, one in zip(masks, alone))
     assert segmenter(images[0], []) == []
 
 
 @torch.inference_mode()
-def test_drafted_masks_are_the_plain_ones_in_a_tenth_of_the_passes(segmenter):
+def test_drafted_masks_are_the_plain_ones_in_four_passes(segmenter):
     dataset, passes = Scenes("test"), []
-    for i in range(4):
+    for i in range(6):
         text_ids, pixels = segmenter.prepare(dataset[40 * i].image, [dataset[40 * i].phrase])
         plain = segmenter.model.generate(text_ids, pixels, draft="none")
         for draft in ("row", "jacobi", "hidden", "auto"):
             stats = {}
             assert torch.equal(segmenter.model.generate(text_ids, pixels, draft=draft, stats=stats), plain)
         passes += stats["mask_passes"]
-    assert np.mean(passes) < 6.4
+    assert np.mean(passes) <= 4
 
 
 def test_a_picture_is_encoded_once_however_many_prompts(segmenter, monkeypatch):
@@ -124,7 +116,7 @@ def test_no_arguments_segments_the_embedded_picture(run, tmp_path):
 def test_own_picture_with_json(sample, picture, tmp_path, tiny_checkpoint):
     out = tmp_path / "masks"
     done = sample("sample.py", "--image", picture, "--prompt", "the red circle", "--prompt", "Everything, blue!",
-               "--out", out, "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)  # fmt: skip
+               "--out", out, "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "m.json").read_text())
     assert [r["prompt"] for r in records] == ["the red circle", "Everything, blue!"]
@@ -152,10 +144,13 @@ def test_stdin_and_folders(sample, picture, tmp_path, tiny_checkpoint):
 
 
 def test_every_way_to_decode(sample, picture, tmp_path, tiny_checkpoint):
+    segmenter, image = Segmenter.load(tiny_checkpoint, "cpu"), Image.open(picture)
     for decode in ("greedy", "beam", "top-k", "top-p", "random"):
-        done = sample("sample.py", "--image", picture, "--prompt", "the star", "--decode", decode,
-                   "--out", tmp_path / decode, "--checkpoint", tiny_checkpoint)  # fmt: skip
+        done = sample("sample.py", "--image", picture, "--prompt", "the star", "--decode", decode, "--json", "-",
+                      "--out", tmp_path / decode, "--checkpoint", tiny_checkpoint)
         assert done.returncode == 0, done.stderr
+        (record,), (expected,) = json.loads(done.stdout), segmenter(image, ["the star"], decode=decode)
+        assert (rle_decode(record["rle"]) == expected).all()
 
 
 def test_confidence_and_attention_are_pictures(sample, picture, tmp_path):
@@ -174,22 +169,24 @@ def test_confidence_and_attention_are_pictures(sample, picture, tmp_path):
     assert done.returncode == 2 and b"--draft has no use with --decode beam" in done.stderr
 
 
-def test_the_bench_measures(sample, tmp_path, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("sample.matvec_bandwidth", lambda device, dtype: 1e9)  # the real one reads a gigabyte
+def test_the_bench_measures(sample, tmp_path, tiny_checkpoint):
     done = sample("sample.py", "--bench", "--checkpoint", tiny_checkpoint, "--json", tmp_path / "b.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b.json").read_text())
-    rows = {(row["batch"], row["draft"]): row for row in result["rows"]}
-    assert len(rows) == 9 and result["bandwidth"] == 1e9
-    tokens = rows[1, "none"]["passes_per_mask"]
-    for row in rows.values():
-        assert row["passes_per_mask"] <= tokens and row["masks_per_s"] > 0
-        assert row["tokens_per_pass"] == pytest.approx(tokens / row["passes_per_mask"])
+    assert result["device"] == "cpu" and result["dtype"] == "float32" and result["model"] == str(tiny_checkpoint)
+    assert [(row["batch"], row["draft"]) for row in result["rows"]] == [
+        (batch, draft) for batch in (1, 8, 32) for draft in ("none", "jacobi", "hidden")]
+    for row in result["rows"]:
+        assert row["passes_per_mask"] == 15 if row["draft"] == "none" else 1 <= row["passes_per_mask"] <= 15
+        ms = row["prefill_ms"] + row["decode_ms"] + row["vqgan_ms"]
+        assert row["masks_per_s"] == pytest.approx(1000 * row["batch"] / ms) and row["peak_gb"] > 0
+    *_, title, header, _, _, _, _, _, _, _, _, _, last = done.stdout.decode().splitlines()
+    assert "float32" in title and header.split()[:2] == ["batch", "draft"] and json.loads(last) == result
 
 
 def test_scoring_prints_all_kinds_and_writes_json(sample, tmp_path, tiny_checkpoint):
     done = sample("sample.py", "--dataset", "scenes", "--split", "novel", "--count", 40, "--json", tmp_path / "s.json",
-               "--out", tmp_path, "--checkpoint", tiny_checkpoint)  # fmt: skip
+               "--out", tmp_path, "--checkpoint", tiny_checkpoint)
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
     kinds = ("semantic", "referring", "reasoning")
@@ -235,7 +232,7 @@ def test_scores_do_not_depend_on_stops_or_ranks(sample, tmp_path, tiny_checkpoin
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / "sample.py"),
          *map(str, flags), "--out", str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    )
     assert two.returncode == 0, two.stderr[-2000:]
     assert scored(tmp_path / "two")[0] == numbers
 
@@ -303,7 +300,7 @@ def test_paths_that_are_not_utf_8_can_be_scored(sample, tmp_path, tiny_checkpoin
     with open(folder + b"/x.jsonl", "w") as file:
         file.write("\n".join(json.dumps(one) for one in (line, line | {"image": "b.png"})))
     flags = ["--dataset", "jsonl:" + os.fsdecode(folder + b"/x.jsonl"), "--checkpoint", tiny_checkpoint,
-             "--out", tmp_path / "o", "--skip-broken", "--allow-skipped"]  # fmt: skip
+             "--out", tmp_path / "o", "--skip-broken", "--allow-skipped"]
     for _ in range(2):
         assert sample("sample.py", *flags).returncode == 0
     (records,) = (tmp_path / "o").glob("*.jsonl")
@@ -321,7 +318,7 @@ def test_outputs_have_names_of_their_kind(sample, picture, tmp_path):
     (tmp_path / "instances.json").write_text("{}")
     for flags in (["--dataset", "scenes", "--json", "a.jsonl"], [*image, "--confidence", "a.jsonl"],
                   [*image, "--attention", "a.jpg"],
-                  ["--dataset", "voc20", "--root", tmp_path, "--json", tmp_path / "instances.json"]):  # fmt: skip
+                  ["--dataset", "voc20", "--root", tmp_path, "--json", tmp_path / "instances.json"]):
         assert flags[-2] in error_of(sample("sample.py", *flags), 2)
 
 
@@ -333,8 +330,10 @@ def test_image_can_be_repeated(sample, picture, tmp_path, tiny_checkpoint):
 
 def test_extreme_temperatures(sample, picture, tmp_path, tiny_checkpoint):
     flags = ["--image", picture, "--prompt", "x", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
+    likeliest = Segmenter.load(tiny_checkpoint, "cpu")(Image.open(picture), "x")[0]
     for decode in ("random", "top-k", "top-p"):
-        assert sample("sample.py", *flags, "--decode", decode, "--temperature", "0.001").returncode == 0
+        done = sample("sample.py", *flags, "--decode", decode, "--temperature", "0.001", "--json", "-")
+        assert (rle_decode(json.loads(done.stdout)[0]["rle"]) == likeliest).all()
     for value in ("1e-40", "inf", "nan"):
         assert "0.001 to 1000" in error_of(sample("sample.py", "--decode", "random", "--temperature", value), 2)
 
@@ -416,30 +415,16 @@ def test_odd_pictures_through_the_command(sample, tmp_path, tiny_checkpoint, kin
     else:
         Image.new(kind.split(".")[0], size).save(name)
     done = sample("sample.py", "--image", name, "--prompt", "the star", "--out", tmp_path / "o", "--json", "-",
-                  "--checkpoint", tiny_checkpoint)  # fmt: skip
+                  "--checkpoint", tiny_checkpoint)
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)
     assert Image.open(record["mask"]).size == Image.open(record["overlay"]).size == size
 
 
 def test_the_assets_are_small():
-    from train import ASSETS
+    from weights import ASSETS
 
     assert sum(p.stat().st_size for p in ASSETS.iterdir()) <= 25e6
-
-
-def test_overlay_changes_the_object_and_keeps_the_size():
-    image = Image.new("L", (8, 6), 100)
-    mask = np.zeros((6, 8), bool)
-    mask[1:5, 1:7] = True
-    pixels = np.asarray(overlay(image, mask))
-    assert pixels.shape == (6, 8, 3)
-    assert tuple(pixels[1, 1]) == (255, 0, 160) and len({tuple(p) for p in pixels[~mask]}) == 1
-
-
-def test_standard_input_that_is_no_picture(sample):
-    done = sample("sample.py", "--image", "-", "--prompt", "x", stdin=b"zzz")
-    assert "standard input" in error_of(done, 1)
 
 
 def test_what_was_broken_is_tried_again(sample, tmp_path, tiny_checkpoint):
@@ -500,7 +485,7 @@ def test_decoding_flags_reach_the_model(sample, picture, tmp_path, tiny_checkpoi
         ("--decode top-k --top-p 0.5", "--decode top-k"), ("--decode top-p --top-p 1.5", "1.5"),
         ("--decode random --temperature 0", "0.0"), ("--decode random --temperature nan", "nan"),
         ("--decode random --seed -1", "-1"), ("--decode top-k --top-k 33", "32"),
-    ):  # fmt: skip
+    ):
         assert word in error_of(sample("sample.py", *flags, *given.split()), 2)
     help_text = sample("sample.py", "--help").stdout.decode()
     assert "the mask is the same in float32" in " ".join(help_text.split())
@@ -546,7 +531,7 @@ def test_all_decodings_are_scored_into_one_folder(sample, tmp_path, embedded, as
         assert f"wrote {tmp_path / name}.jsonl".encode() in done.stdout
         assert json.loads((tmp_path / f"{name}.json").read_text())["decode"] == decode
     for more in (["--decode", "beam", "--beams", 2], ["--dtype", "bfloat16"], ["--checkpoint", REPO / "assets"],
-                 ["--split", "novel"], ["--count", 3]):  # fmt: skip
+                 ["--split", "novel"], ["--count", 3]):
         done = sample("sample.py", "--dataset", "scenes", "--count", 2, *more, "--out", tmp_path)
         assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*.jsonl"))) == 10 and not list(tmp_path.glob(".*"))
@@ -593,10 +578,10 @@ def test_outputs_do_not_overwrite_inputs(sample, picture, tmp_path, tiny_checkpo
         ["--image", out, picture, "--prompt", "star", *base], [*one, "--json", out],
         ["--image", link, "--prompt", "star", *base, "--json", tmp_path / "." / "x.png"],
         [*one, "--confidence", tmp_path / "c.png", "--attention", tmp_path / "c.png"], [*one, "--json", os.devnull],
-        [*one, "--json", "new.png"],
+        [*one, "--json", "new.png"], [*one, "--json", "new.txt"],
         ["--dataset", f"jsonl:{lines}", "--json", lines, *base],
         ["--bench", "--checkpoint", checkpoint, "--json", checkpoint / "mask_tokenizer.safetensors"],
-    ):  # fmt: skip
+    ):
         error_of(sample("sample.py", *flags), 2)
     assert not asked and before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     target = out / "scenes-test-count2.jsonl"
@@ -612,7 +597,7 @@ def test_a_broken_picture_is_told_and_the_others_are_segmented(sample, picture, 
     (folder / "b.png").write_bytes(picture.read_bytes()[:300])
     (folder / "d.png").symlink_to("d.png")
     done = sample("sample.py", "--image", folder, tmp_path / "none.png", "--prompt", "star", "--out", tmp_path / "o",
-                  "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)  # fmt: skip
+                  "--json", tmp_path / "m.json", "--checkpoint", tiny_checkpoint)
     assert done.returncode == 1
     lines = done.stderr.decode().splitlines()
     assert len(lines) == 3 and all(name in line for name, line in zip(("b.png", "d.png", "none.png"), lines))
@@ -638,7 +623,7 @@ def test_json_is_whole_however_the_run_ends(sample, picture, tmp_path, embedded,
         monkeypatch.setattr(S, "write_picture", write)
     target = target if target == "-" else tmp_path / target
     done = sample("sample.py", "--image", picture, "--prompt", "star", "--prompt", "ring", "--out", tmp_path / "o",
-                  "--json", target)  # fmt: skip
+                  "--json", target)
     assert done.returncode == {KeyboardInterrupt: 130, None: 0}.get(end, 1)
     records = json.loads(done.stdout if target == "-" else target.read_text())
     assert [r["prompt"] for r in records] == (["star"] if end else ["star", "ring"])
@@ -682,7 +667,7 @@ def test_termination_ends_the_json_too(picture, tmp_path, tiny_checkpoint, asked
     monkeypatch.setattr(data, "write_picture", write)
     monkeypatch.setattr(sys, "argv", [
         "sample.py", "--image", str(picture), "--prompt", "star", "--prompt", "ring", "--out", str(tmp_path / "o"),
-        "--json", str(tmp_path / "m.json"), "--checkpoint", str(tiny_checkpoint)])  # fmt: skip
+        "--json", str(tmp_path / "m.json"), "--checkpoint", str(tiny_checkpoint)])
     signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM would end Python here"))
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -706,12 +691,12 @@ def test_a_reader_that_goes_away_is_no_error(sample, picture, tmp_path, embedded
 
 
 def test_no_two_masks_share_a_file(sample, picture, tmp_path, embedded, asked):
-    from sample import find_pictures
+    from sample import mask_stems
 
     many = [f"{folder}/{i}.{kind}" for folder in "ab" for kind in ("png", "jpg") for i in range(10_000)]
-    assert len({name for name, _ in find_pictures(many)}) == 40_000  # 1.6e9 comparisons when each name is counted
-    named = dict((source, name) for name, source in find_pictures(["a/x.png", "b/x.png", "c/y.png", "c/x.png.bmp"]))
-    assert named["c/y.png"] == "y" and len(set(named.values())) == 4
+    assert len(set(mask_stems(many, ["x"]))) == 40_000  # 1.6e9 comparisons when each name is counted
+    stems = mask_stems(["a/x.png", "b/x.png", "c/y.png", "c/x.png.bmp"], ["1", "*"])
+    assert stems[4:6] == ["y-0-1", "y-1"] and len(set(stems)) == 8
     folder = tmp_path / "in"
     folder.mkdir()
     long = "n" * 250 + ".png"
@@ -730,7 +715,7 @@ def test_pictures_in_memory_together_are_bounded(sample, picture, tmp_path, tiny
 
     real, together = S.Segmenter.many, []
     monkeypatch.setattr(S.Segmenter, "many", lambda self, images, *more, **options: (
-        together.append(len(images)) or real(self, images, *more, **options)))  # fmt: skip
+        together.append(len(images)) or real(self, images, *more, **options)))
     flags = ["--prompt", "star", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
     assert sample("sample.py", "--image", *[picture] * 33, *flags).returncode == 0
     assert together == [32, 1]
@@ -761,7 +746,7 @@ def test_flags_that_a_job_does_not_read_are_refused(sample, picture):
         ("--dataset scenes --root .", "--root"), ("--dataset jsonl:x --split val", "--split"),
         ("--dataset scenes --allow-skipped", "--allow-skipped"), ("--dataset scenes --classes all", "classes"),
         ("--dataset scenes --split-by umd", "split_by"),
-    ):  # fmt: skip
+    ):
         assert flag in error_of(sample("sample.py", *flags.split()), 2)
     assert "--chat" in error_of(sample("sample.py", "--chat", " "), 2)
     for flags in (["--image", "", "--prompt", "x"], ["--prompt", ""], ["--checkpoint", ""], ["--dataset", ""],
@@ -810,7 +795,7 @@ def test_chat_answers_for_each_picture_that_opens(sample, picture, tmp_path, mon
     done = sample("sample.py", "--chat", "What?", "--image", picture, tmp_path / "none.png", picture)
     size = Image.open(picture).size
     assert done.returncode == 1 and done.stderr.count(b"none.png") == 1
-    assert done.stdout.decode() == f"x.png: What? {size}\n\\x1b[2J\nx.png-2: What? {size}\n\\x1b[2J\n"
+    assert done.stdout.decode() == f"x: What? {size}\n\\x1b[2J\nx: What? {size}\n\\x1b[2J\n"
 
 
 def test_standard_input_that_is_closed_or_empty(sample, tmp_path, tiny_checkpoint, monkeypatch):
@@ -826,15 +811,24 @@ def test_standard_input_that_is_closed_or_empty(sample, tmp_path, tiny_checkpoin
 # --- pictures that are made
 
 
-def test_overlay_in_strips_is_that_of_the_whole_picture():
-    from metrics import boundary
-
+@pytest.mark.parametrize("height, width, line", [(700, 90, 3), (6, 8, 1)])
+def test_an_overlay_fades_all_but_the_object_and_outlines_it(height, width, line):
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (700, 90, 3), dtype=np.uint8)
-    for mask in (np.zeros((700, 90), bool), np.ones((700, 90), bool), rng.random((700, 90)) < 0.9):
-        expected = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.array((255, 0, 160)), 0.75 * pixels + 0.25 * 255)
-        expected[boundary(mask)] = (255, 0, 160)
-        assert (np.asarray(overlay(Image.fromarray(pixels), mask)) == expected.round()).all()
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rows, columns = np.mgrid[:height, :width]
+    blocks = (rows // 5 + columns // 4) % 40 == 0  # they cross the strips of 256 rows
+    for mask in (np.zeros((height, width), bool), np.ones((height, width), bool), blocks):
+        bands = [mask]  # the object, and what one of its two lines more covers
+        for _ in range(2):
+            grown = bands[-1]
+            for step in range(line):  # by the 4 neighbours, then by the 8, in turn
+                grown = binary_dilation(grown, generate_binary_structure(2, 1 + step % 2))
+            bands.append(grown)
+        expected = (0.4 * pixels + 0.6 * 255).round().astype(np.uint8)
+        expected[bands[2]], expected[bands[1]], expected[mask] = 0, 255, pixels[mask]
+        assert (np.asarray(overlay(Image.fromarray(pixels), mask)) == expected).all()
+    grey = np.asarray(overlay(Image.new("L", (8, 6), 100), np.zeros((6, 8), bool)))
+    assert grey.shape == (6, 8, 3) and (grey == 193).all()
 
 
 def test_an_overlay_takes_little_memory_beside_its_picture():
@@ -856,13 +850,13 @@ def test_confidence_of_a_padded_picture_leaves_the_padding_out(sample, tmp_path,
     wide = np.asarray(confidence_picture(grid.ravel(), (80, 40), (0, 0.25, 1, 0.5)))  # in the middle two rows
     assert wide.shape == (40, 80) and (wide[:, :30] == 255).all() and (wide[:, 50:] == 128).all()
     model = SimpleNamespace(config=SimpleNamespace(siglip=SimpleNamespace(image_size=64)),
-                            confidence=lambda **inside: torch.from_numpy(grid.reshape(1, 16)))  # fmt: skip
+                            confidence=lambda **inside: torch.from_numpy(grid.reshape(1, 16)))
     segmenter = SimpleNamespace(padded=True, model=model, check=lambda prompts: None,
-                                many=lambda *_, **__: [[np.zeros((40, 80), bool)]])  # fmt: skip
+                                many=lambda *_, **__: [[np.zeros((40, 80), bool)]])
     monkeypatch.setattr("sample.load", lambda *args: segmenter)
     Image.new("RGB", (80, 40)).save(tmp_path / "x.png")
     done = sample("sample.py", "--image", tmp_path / "x.png", "--prompt", "a", "--out", tmp_path / "o",
-                  "--confidence", tmp_path / "c.png")  # fmt: skip
+                  "--confidence", tmp_path / "c.png")
     assert done.returncode == 0 and (np.asarray(Image.open(tmp_path / "c.png")) == wide).all()
     assert "Janus" in error_of(sample("sample.py", "--bench"), 2)
     tall = np.asarray(confidence_picture(grid.T.ravel(), (40, 80), (0.25, 0, 0.5, 1)))
