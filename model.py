@@ -228,8 +228,8 @@ class MaskWriter(nn.Module):
         x, c = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.config.llama
         T, *others, last = x.shape[1], *self.llama.layers
         context = self.llama.context(x, blocks=self.blocks(text_ids, T))
-        for i, layer in enumerate(others):
-            x = layer(x, i, **context)
+        for index, layer in enumerate(others):
+            x = layer(x, index, **context)
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
         k = k.repeat_interleave(c.heads // c.kv_heads, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
@@ -247,12 +247,13 @@ class MaskWriter(nn.Module):
             raise ValueError(f"{path}: fused or merged weights are not saved: load the model again")
         write_weights(self, path, self.file_format, dtype)
 
-    def load_trained_state(self, weights):
-        """Put back what `trained_state` gave; ValueError with the names that do not fit."""
+    def load_trained_state(self, weights, assign=False):
+        """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: the tensors themselves
+        become the parameters, instead of being copied into them."""
         problems = compare_weights(self.trained_state(), weights)
         if problems:
             raise ValueError(f"weights do not fit the model: {problems}")
-        self.load_state_dict(weights, strict=False)  # checked above: only what is frozen is absent
+        self.load_state_dict(weights, strict=False, assign=assign)  # checked above: only what is frozen is absent
 
 
 class LlamaSeg(MaskWriter):
@@ -366,10 +367,8 @@ class LlamaSeg(MaskWriter):
         with torch.device("meta"):  # shapes only: the weights come from the file
             model = cls(config, siglip)
         model.frozen = frozen
-        problems = compare_weights(model.trained_state(), weights)
-        if problems:
-            raise ValueError(f"{path}: weights do not fit the config: {problems}")
-        model.load_state_dict(weights, strict=siglip is None, assign=True)
+        with errors_name(path):
+            model.load_trained_state(weights, assign=True)
         return model
 
 
@@ -385,7 +384,7 @@ def phrases_per_picture(text_ids, pixels):
 # ------------------------------------------------------------------------------
 # Llama: the decoder
 
-# The block id of padding. It is above all others, so that no token but padding sees it, see Llama.forward.
+# The block id of padding, see Llama.forward. It is above all others, so only padding sees padding.
 UNSEEN = 2**62
 
 
@@ -459,6 +458,7 @@ class KVCache:
     It is allocated once for `length` tokens and written in place. `position`, the number of tokens seen, is
     a Python int: each pass adds a length that the host knows from a shape, so no `.item()`, which would make
     the host wait for the device, is ever needed. To take tokens back, lower it: they are overwritten.
+    Where rows are of unequal length (decode_drafted), `position` is that of the longest.
     """
 
     def __init__(self, config: LlamaConfig, batch, length, device=None, dtype=torch.float32):
@@ -534,13 +534,13 @@ class LlamaAttention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in qkv)
         return rotate(q, *rope), rotate(k, *rope), v
 
-    def forward(self, x, layer, rope, causal, mask, cache, slots):
-        """x (B,T,D) -> (B,T,D) in the layer of that number; the rest is what Llama.context gives."""
+    def forward(self, x, index, rope, causal, mask, cache, slots):
+        """x (B,T,D) -> (B,T,D). index: of the layer, from 0; the rest is what Llama.context gives."""
         q, k, v = self.queries_keys_values(x, rope)
         if slots is not None:
-            k, v = cache.update_slots(layer, k, v, slots)
+            k, v = cache.update_slots(index, k, v, slots)
         elif cache is not None:
-            k, v = cache.update(layer, k, v)
+            k, v = cache.update(index, k, v)
         y = attention(q.to(k.dtype), k, v, causal, mask)  # a cache may be in float32 beside weights in bfloat16
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
@@ -577,8 +577,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, layer, **context):
-        x = x + self.self_attn(self.input_layernorm(x), layer, **context)
+    def forward(self, x, index, **context):
+        x = x + self.self_attn(self.input_layernorm(x), index, **context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -600,20 +600,20 @@ class Llama(nn.Module):
     def forward(self, embeddings, cache=None, blocks=None, slots=None):
         """embeddings (B,T,D) -> hidden states (B,T,D) after the final norm.
 
-        A token sees all tokens whose block id is not above its own. blocks: int64 (B,T), or None for the positions,
-        which makes attention causal. Ids of scales would make it next-scale prediction; padding has UNSEEN.
-        With a cache the T embeddings continue the `cache.position` tokens it holds, and join them.
-        slots (B,T): in a cache with rows of unequal length, of which `cache.position` is the longest, where the
-        embeddings of each row stand; B may be less than the rows of the cache. blocks is None then.
+        A token sees all tokens whose block id is not above its own. blocks: int64 (B,T); None stands for the positions,
+        which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
+        With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them.
+        slots: int64 (B,T), where in the cache each embedding stands if rows are of unequal length. B may be less than
+        the rows of the cache; its first B are used then. blocks must be None.
         ValueError if the cache is full.
         """
         context = self.context(embeddings, cache, blocks, slots)
         x = embeddings
-        for i, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, i, use_reentrant=False, **context)
+                x = checkpoint(layer, x, index, use_reentrant=False, **context)
             else:
-                x = layer(x, i, **context)
+                x = layer(x, index, **context)
         if cache is not None:
             cache.position += embeddings.shape[1]
         return self.norm(x)
