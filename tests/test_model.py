@@ -256,7 +256,7 @@ def cut(tensors):
     ("hidden_size", "48"), ("num_hidden_layers", None), ("num_attention_heads", -4), ("num_attention_heads", 1.5),
     ("num_hidden_layers", 10**15), ("intermediate_size", True), ("rms_norm_eps", "x"), ("rope_theta", -1),
     ("rope_scaling", "linear"), ("head_dim", -2), ("num_key_value_heads", 3), ("hidden_act", "gelu"),
-])  # fmt: skip
+])
 def test_odd_values_in_a_config_end_in_one_line(tmp_path, field, value):
     with pytest.raises(ValueError, match="config.json: ") as caught:
         Llama.from_pretrained(edited(tmp_path, "hf_llama", lambda c: c.update({field: value})))
@@ -436,6 +436,29 @@ def test_cached_equals_uncached_at_every_position(kv_heads, chunks):
     got = torch.cat([llama(part, cache) for part in x.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(got, llama(x), atol=1e-5, rtol=0)
     assert cache.position == 20
+
+
+@torch.no_grad()
+def test_a_token_sees_the_blocks_up_to_its_own():
+    """Three scales of 1, 4 and 9 tokens, in one pass and scale by scale, and two tokens of padding before one row."""
+    torch.manual_seed(0)
+    llama = Llama(LlamaConfig(width=64, layers=2, heads=4, kv_heads=2, mlp=96))
+    sizes = [1, 4, 9]
+    blocks = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    x = torch.randn(2, 14, 64)
+    whole = llama(x, blocks=blocks.expand(2, -1))
+    other = x.clone()
+    other[:, 3] += 1.0  # in the second scale: its own and the next scale see it, the first does not
+    changed = (llama(other, blocks=blocks.expand(2, -1)) - whole).abs().amax((0, 2)) > 1e-4
+    assert changed.tolist() == [False] + [True] * 13
+    cache = KVCache(llama.config, batch=2, length=14)
+    parts = [llama(part, cache, ids) for part, ids in zip(x.split(sizes, 1), blocks.expand(2, -1).split(sizes, 1))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+    padded, ids = torch.cat([torch.randn(2, 2, 64), x], dim=1), torch.arange(16).repeat(2, 1)
+    ids[0, :2] = M.UNSEEN
+    torch.testing.assert_close(llama(padded, blocks=ids)[0, 2:], llama(x)[0], atol=1e-5, rtol=0)
+    assert (llama(padded, blocks=ids)[1, 2:] - llama(x)[1]).abs().max() > 0.01  # no padding there
 
 
 def test_a_full_cache_says_so():
@@ -1007,14 +1030,28 @@ def test_configs_refuse_sizes_that_do_not_divide():
 # device and dtype
 
 
-def test_device_and_dtype_say_what_they_chose():
-    assert M.pick_device("cpu") == torch.device("cpu")
-    assert M.pick_device("auto").type in ("cuda", "mps", "cpu")
-    for name in ("gpu", f"cuda:{torch.cuda.device_count()}"):
-        with pytest.raises(ValueError, match=name):
-            M.pick_device(name)
-    dtype, reason = M.compute_dtype(torch.device("cpu"))
-    assert dtype in (torch.bfloat16, torch.float32) and "cpu" in reason.lower()
-    assert M.compute_dtype(torch.device("cpu"), "float32")[0] == torch.float32
+def test_the_device_is_the_fastest_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for count, best, absent in ((2, "cuda", "cuda:2"), (0, "cpu", "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        assert M.pick_device() == torch.device(best) and M.pick_device("cpu") == torch.device("cpu")
+        for name in (absent, "gpu", "mps"):
+            with pytest.raises(ValueError, match=f"device '{name}' is not there, choose from auto, {best}"):
+                M.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert M.pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("fast, dtype, reason", [
+    (True, torch.bfloat16, "in hardware"), (False, torch.float32, "no fast bfloat16"),
+])
+def test_the_dtype_is_what_the_device_multiplies_fast(monkeypatch, fast, dtype, reason):
+    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: fast, raising=False)
+    found, why = M.compute_dtype(torch.device("cpu"))
+    assert found == dtype and reason in why
+    assert M.compute_dtype(torch.device("cpu"), "float32") == (torch.float32, "as asked")
     with pytest.raises(ValueError, match="fp16"):
         M.compute_dtype(torch.device("cpu"), "fp16")
