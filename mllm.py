@@ -65,12 +65,11 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self):
-        """A plain linear layer with the product added to the weight, which the two layers then share."""
-        change = self.scale * (self.lora_b @ self.lora_a)
-        self.weight.data = (self.weight.float() + change).to(self.weight.dtype)
+        """A plain linear layer with the product added to the weight."""
+        weight = (self.weight.float() + self.scale * (self.lora_b @ self.lora_a)).to(self.weight.dtype)
         with torch.device("meta"):  # no memory for a weight that is replaced
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        linear.weight, linear.bias = self.weight, self.bias
+            linear = nn.Linear(self.in_features, self.out_features)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return linear
 
 

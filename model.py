@@ -80,10 +80,10 @@ DRAFTS = ("auto", "none", "jacobi", "hidden")
 
 
 class MaskWriter(nn.Module):
-    """Mask tokens after a prefix, learned and written. LlamaSeg and JanusSeg (mllm.py) make the prefix each in its
-    own way; this class exists because everything after the prefix is the same for both.
+    """Mask tokens after a prefix: how they are learned (`forward`) and written (`generate_naive`, `generate`).
 
-    A subclass has config (codebook_size, mask_tokens, hide), llama, file_format, and
+    This class exists because LlamaSeg (below) and JanusSeg (mllm.py) differ in the prefix and agree in all after it.
+    A subclass has config (codebook_size, mask_grid, mask_tokens, hide), llama, file_format, and
         prefix(text_ids, pixels, text_features=None) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K): modules or methods
         trained_state() -> the part of its state dict that a checkpoint holds
@@ -91,7 +91,8 @@ class MaskWriter(nn.Module):
     """
 
     def blocks(self, text_ids, length):
-        """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: its positions."""
+        """What the tokens of a sequence that begins with the prefix see, as block ids (B,length) for Llama.forward.
+        None: each token sees itself and all before."""
         return None
 
     def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0, text_features=None):
@@ -120,8 +121,10 @@ class MaskWriter(nn.Module):
         sequence = torch.cat([prefix, inputs.to(prefix.dtype)], dim=1)
         hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))  # (B,T-1,D)
         hidden, targets = hidden[:, prefix.shape[1] - 1:].flatten(0, 1), mask_tokens.flatten()  # from <BOM> on
-        compute = self.recomputed_losses if self.llama.recompute and torch.is_grad_enabled() else self.losses
-        logits, losses = compute(hidden, targets)  # (B*M,K), (B*M,)
+        compute = self.losses
+        if self.llama.recompute and torch.is_grad_enabled():
+            compute = self.recomputed_losses
+        logits, losses = compute(hidden, targets)  # (B*M,K) or None, (B*M,)
         if background_weight != 1.0:
             losses = losses * torch.where(targets == 0, background_weight, 1.0)
         return logits if logits is None else logits.view(B, M, -1), losses.mean()
@@ -132,7 +135,7 @@ class MaskWriter(nn.Module):
         return logits, F.cross_entropy(logits.float(), targets, reduction="none")
 
     def recomputed_losses(self, hidden, targets):
-        """`losses` in parts whose logits are dropped and made again in the backward pass: None, losses (n,)."""
+        """The same, but the logits, None here, are made in parts, dropped, and made again in the backward pass."""
         parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
         return None, torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
 
@@ -226,9 +229,9 @@ class MaskWriter(nn.Module):
         """
         prefix = self.prefix(text_ids, pixels)
         x, c = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.config.llama
-        T, *others, last = x.shape[1], *self.llama.layers
+        T, last = x.shape[1], self.llama.layers[-1]
         context = self.llama.context(x, blocks=self.blocks(text_ids, T))
-        for index, layer in enumerate(others):
+        for index, layer in enumerate(self.llama.layers[:-1]):
             x = layer(x, index, **context)
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
         k = k.repeat_interleave(c.heads // c.kv_heads, dim=1)
@@ -517,13 +520,8 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
-        self.qkv_proj = None  # stands for the first three after `fuse`
+        self.qkv_proj = None  # stands for the first three after Llama.fuse
         self.widths = [layer.out_features for layer in (self.q_proj, self.k_proj, self.v_proj)]
-
-    def fuse(self):
-        self.qkv_proj = fused_linear(self.q_proj, self.k_proj, self.v_proj)
-        self.o_proj.weight.data = decoding_layout(self.o_proj.weight.data)
-        del self.q_proj, self.k_proj, self.v_proj
 
     def queries_keys_values(self, x, rope):
         """x (B,T,D) -> rotated q (B,nh,T,hd) and k (B,nkv,T,hd), and v (B,nkv,T,hd)."""
@@ -553,11 +551,7 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
-        self.gate_up_proj = None  # stands for the first two after `fuse`
-
-    def fuse(self):
-        self.gate_up_proj = fused_linear(self.gate_proj, self.up_proj)
-        del self.gate_proj, self.up_proj
+        self.gate_up_proj = None  # stands for the first two after Llama.fuse
 
     def forward(self, x):
         if self.gate_up_proj is None:
@@ -643,10 +637,14 @@ class Llama(nn.Module):
 
     def fuse(self):
         """Swap q, k and v for one linear layer, and gate and up for another, laid out for decoding, where each product
-        is a walk through memory. For good: the weights have other names then. ValueError if LoRA is not merged."""
+        is a walk through memory. There is no way back, and the weights have other names then. ValueError if one of
+        the layers has LoRA, which would be lost: merge it first."""
+        if any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in self.modules()):
+            raise ValueError("LoRA must be merged before the weights are fused")
         for layer in self.layers if not self.fused else ():
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
+            layer.self_attn.qkv_proj = fuse_linear(layer.self_attn, "q_proj", "k_proj", "v_proj")
+            layer.self_attn.o_proj.weight.data = decoding_layout(layer.self_attn.o_proj.weight.data)
+            layer.mlp.gate_up_proj = fuse_linear(layer.mlp, "gate_proj", "up_proj")
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
@@ -848,11 +846,11 @@ def decoding_layout(weight):
     return weight.t().contiguous().t() if by_columns else weight
 
 
-def fused_linear(*layers):
-    """One linear layer, laid out for decoding, whose output is that of `layers` side by side."""
-    if any(type(layer) is not nn.Linear for layer in layers):
-        raise ValueError("LoRA must be merged before the weights are fused")
-    weight = torch.cat([layer.weight.data for layer in layers])
+def fuse_linear(part, *names):
+    """Take the linear layers `names` out of a module; one that gives their outputs side by side, laid out for decoding."""
+    weight = torch.cat([getattr(part, name).weight.data for name in names])
+    for name in names:
+        delattr(part, name)
     with torch.device("meta"):  # no memory for a weight that is replaced
         fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     fused.weight = nn.Parameter(decoding_layout(weight), requires_grad=False)
