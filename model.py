@@ -847,7 +847,7 @@ def decoding_layout(weight):
 
 
 def fuse_linear(part, *names):
-    """Take the linear layers `names` out of a module; one that gives their outputs side by side, laid out for decoding."""
+    """Take the linear layers `names` out of `part`. The layer that is returned gives their outputs side by side."""
     weight = torch.cat([getattr(part, name).weight.data for name in names])
     for name in names:
         delattr(part, name)
