@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
-    Fused,
+    UNSEEN,
     Llama,
     LlamaConfig,
     MaskWriter,
@@ -24,7 +24,7 @@ from model import (
     check_indices,
     check_numbers,
     llama_config,
-    phrases_a_picture,
+    phrases_per_picture,
 )
 from weights import (
     WEIGHTS,
@@ -35,7 +35,6 @@ from weights import (
     read_config,
     read_own,
     read_weights,
-    write_weights,
 )
 
 # ----------------------------------------------------------------------------------------------------------
@@ -45,8 +44,8 @@ from weights import (
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trained product of two thin matrices (Hu et al. 2021): W x + alpha / r  B A x.
 
-    B starts at zero, so that nothing changes before training. `merge` adds the product to the weight, `unmerge` takes
-    it out again. The names of weight and bias stay, lora_a (r,in) and lora_b (out,r) join them.
+    B starts at zero, so that nothing changes before training. The names of weight and bias stay, lora_a (r,in) and
+    lora_b (out,r) join them.
     """
 
     def __init__(self, linear, rank, alpha, dropout):
@@ -57,25 +56,21 @@ class LoRALinear(nn.Linear):
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **make))
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **make))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.scale, self.dropout, self.merged = alpha / rank, dropout, False
+        self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        if self.merged:
-            return y
         x = F.dropout(x, self.dropout, self.training)
         return y + self.scale * F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b).to(y.dtype)
 
     @torch.no_grad()
-    def merge(self, sign=1):
-        if self.merged == (sign > 0):
-            return
-        change = (sign * self.scale) * (self.lora_b @ self.lora_a)
-        self.weight.data = (self.weight.float() + change).to(self.weight.dtype)
-        self.merged = sign > 0
-
-    def unmerge(self):
-        self.merge(-1)
+    def merged(self):
+        """A plain linear layer with the product added to the weight."""
+        weight = (self.weight.float() + self.scale * (self.lora_b @ self.lora_a)).to(self.weight.dtype)
+        with torch.device("meta"):  # no memory for a weight that is replaced
+            linear = nn.Linear(self.in_features, self.out_features)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return linear
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -89,13 +84,9 @@ def add_lora(llama, rank, alpha, dropout, targets):
     if not (type(rank) is int and 1 <= rank <= llama.config.width and 0 < alpha < math.inf and 0 <= dropout < 1):
         raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the model's "
                          f"width {llama.config.width}, above 0, in [0, 1)")
-    for layer in llama.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name in [name for name, _ in part.named_children() if name in targets]:
-                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
-        attention, mlp = layer.self_attn, layer.mlp
-        attention.qkv = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
-        mlp.gate_up = Fused(mlp.gate_proj, mlp.up_proj)
+    for part in [part for layer in llama.layers for part in (layer.self_attn, layer.mlp)]:
+        for name in [name for name, _ in part.named_children() if name in targets]:
+            setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -158,6 +149,8 @@ class JanusSeg(MaskWriter):
     token begins the mask is not stated; we use the `<begin_of_image>` that Janus knows. No classifier-free guidance.
     """
 
+    file_format = "janusseg"
+
     def __init__(self, config: JanusConfig):
         super().__init__()
         self.config, self.frozen = config, {}
@@ -182,15 +175,18 @@ class JanusSeg(MaskWriter):
     def head(self, hidden):
         return self.gen_head(hidden)
 
-    def padding(self, text_ids):
-        return (text_ids == self.config.pad_id).cumprod(1).sum(1)
+    def blocks(self, text_ids, length):
+        """Block ids (B,length), see Llama.forward: the position, and UNSEEN for the padding at the left."""
+        positions = torch.arange(length, device=text_ids.device).expand(len(text_ids), -1)
+        padding = (text_ids == self.config.pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
+        return positions.masked_fill(positions < padding, UNSEEN)
 
     def prefix(self, text_ids, pixels, text_features=None):
         """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture.
 
         ValueError if a row has another number of places for the picture.
         """
-        N, shared = self.config.siglip.image_tokens, phrases_a_picture(text_ids, pixels)
+        N, shared = self.config.siglip.image_tokens, phrases_per_picture(text_ids, pixels)
         places = text_ids == self.config.image_id  # (B,L)
         if text_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (places.sum(1) != N).any():
             raise ValueError(f"text_ids have {places.sum(1).tolist()} image placeholders ({self.config.image_id}), "
@@ -207,7 +203,7 @@ class JanusSeg(MaskWriter):
         that ends before one of `stop`."""
         prefix, found = self.prefix(text_ids, pixels), []
         cache = self.new_cache(prefix, length)
-        hidden = self.llama(prefix, cache, padding=self.padding(text_ids))
+        hidden = self.llama(prefix, cache, self.blocks(text_ids, prefix.shape[1]))
         while True:
             token = self.lm_head(hidden[:, -1]).float().argmax(-1).item()
             if token in stop or len(found) == length:
@@ -224,23 +220,21 @@ class JanusSeg(MaskWriter):
     def lora_layers(self):
         return [layer for layer in self.llama.modules() if isinstance(layer, LoRALinear)]
 
-    def fuse(self):
-        """Add LoRA to the weights, then lay them out for decoding."""
-        self.merge()
-        super().fuse()
-
     def merge(self):
-        """Add LoRA to the weights, for decoding at the speed of the base."""
-        for layer in self.lora_layers():
-            layer.merge()
+        """Add LoRA to the weights for good, for decoding at the speed of the base."""
+        for part in list(self.llama.modules()):
+            for name, layer in part.named_children():
+                if isinstance(layer, LoRALinear):
+                    setattr(part, name, layer.merged())
+
+    def fuse(self):
+        """Merge LoRA, then lay out the weights for decoding."""
+        self.merge()
+        self.llama.fuse()
 
     def trained_state(self):
         """The LoRA matrices: what a checkpoint holds."""
         return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
-
-    def save_pretrained(self, path, dtype=None):
-        """Write the LoRA matrices, a few MB, and in the header the config and the base's name and hash."""
-        write_weights(self, path, "janusseg", dtype)
 
     @classmethod
     def from_pretrained(cls, path, base=None, dtype=torch.float32, any_weights=False):
@@ -253,7 +247,7 @@ class JanusSeg(MaskWriter):
         path = Path(path)
         if path.is_dir() or not path.suffix:
             return cls._from_directory(path, dtype)
-        config, frozen, weights = read_own(path, "janusseg", JanusConfig, torch.float32)  # LoRA stays in float32
+        config, frozen, weights = read_own(path, cls.file_format, JanusConfig, torch.float32)  # LoRA stays in float32
         if "mllm" not in frozen:
             raise ValueError(f"{path}: its header does not name the Janus model that it belongs to")
         model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)

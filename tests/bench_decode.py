@@ -68,7 +68,7 @@ def compare_drafts(count, dtype):
 
     for batch in (1, 3, 32):
         plain, _ = generate(batch, "none")
-        for draft in ("row", "jacobi", "hidden"):
+        for draft in ("jacobi", "hidden"):
             tokens, passes = generate(batch, draft)
             other = tokens != plain
             parts = [passes, passes[order[:third]], passes[order[-third:]], passes[thin[:third]]]
@@ -140,13 +140,12 @@ def replay(model, text_ids, pixels, draft, accepted):
     for k in range(passes):
         place = P + int(k * accepted)
         embeddings = prefix.new_zeros(B, width, D)
+        cache.position = place
         if draft == "none":
-            cache.position = place
             model.next_logits(embeddings, cache).argmax(-1)
         else:
-            cache.position = place + width
-            positions = torch.arange(place, place + width, device=device).expand(B, width)
-            model.head(model.llama(embeddings, cache, positions)).float().argmax(-1).tolist()
+            slots = torch.arange(place, place + width, device=device).expand(B, width)
+            model.head(model.llama(embeddings, cache, slots=slots)).float().argmax(-1).tolist()
     return {"prefill_ms": 1000 * (prefilled - begun), "decode_ms": 1000 * (clock(device) - prefilled),
             "passes": passes, "mask_passes": passes}
 

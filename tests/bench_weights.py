@@ -41,16 +41,16 @@ def seconds(calls, rounds):
 
 @torch.inference_mode()
 def bench_siglip(rounds):
-    """The same random weights in transformers' SiglipVisionModel and in ours, 256 px, batch 1."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+    """The same random weights in transformers' SiglipModel and in ours: the vision tower, 256 px, batch 1."""
+    from transformers import SiglipConfig, SiglipModel
 
-    c = SIGLIP2["siglip2-large-patch16-256"]
-    theirs = SiglipVisionModel(SiglipVisionConfig(
-        image_size=256, patch_size=16, hidden_size=c.vision_width, num_hidden_layers=c.vision_layers,
-        num_attention_heads=c.vision_heads, intermediate_size=c.vision_mlp)).eval()  # fmt: skip
+    config = official_siglip_config("siglip2-large-patch16-256")
+    config["text_config"] |= {"vocab_size": 1000, "num_hidden_layers": 1}  # not measured
+    whole = SiglipModel(SiglipConfig(**config)).eval()
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = SigLIP.from_pretrained(folder, text=False)
+        whole.save_pretrained(folder)
+        ours = SigLIP.from_pretrained(folder)
+    theirs = whole.vision_model
     pixels = torch.rand(1, 3, 256, 256) * 2 - 1
     for dtype in (torch.float32, torch.bfloat16):
         x = pixels.to(dtype)
@@ -58,7 +58,7 @@ def bench_siglip(rounds):
         difference = (calls[0]().last_hidden_state - calls[1]()).abs().max().item()
         a, b = seconds(calls, rounds)
         print(f"{dtype}: transformers {1000 * a:.0f} ms, ours {1000 * b:.0f} ms, ratio {a / b:.2f}, "
-              f"largest difference {difference:.1e}")  # fmt: skip
+              f"largest difference {difference:.1e}")
 
 
 @torch.inference_mode()
@@ -78,17 +78,22 @@ def bench_vqgan(rounds):
         print(f"{name}: {1000 * took:.0f} ms, {flops / 1e9:.0f} GFLOP, {100 * flops / took / rate:.0f} % of that rate")
 
 
+def official_siglip_config(name):
+    """The config.json of a released model, as a dict."""
+    c = SIGLIP2[name]
+    sizes = {"hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers,
+             "num_attention_heads": c.vision_heads, "intermediate_size": c.vision_mlp}
+    return {"model_type": "siglip", "text_config": {**sizes, "vocab_size": c.vocab_size},
+            "vision_config": {**sizes, "image_size": c.image_size, "patch_size": c.patch_size}}
+
+
 def bench_llamaseg_b(folder):
-    """python sample.py on a LlamaSeg-B of random weights: seconds a mask, peak memory, the floor of the decoding."""
+    """python sample.py on a LlamaSeg-B of random weights: seconds per mask, peak memory, the floor of the decoding."""
     encoder, checkpoint = folder / "siglip2-large-patch16-256", folder / "out"
     encoder.mkdir()
     checkpoint.mkdir()
     c = PRESETS["llamaseg-b"].siglip
-    sizes = {"hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers,
-             "num_attention_heads": c.vision_heads, "intermediate_size": c.vision_mlp}  # fmt: skip
-    (encoder / "config.json").write_text(json.dumps({
-        "model_type": "siglip", "text_config": {**sizes, "vocab_size": c.vocab_size},
-        "vision_config": {**sizes, "image_size": c.image_size}}))  # fmt: skip
+    (encoder / "config.json").write_text(json.dumps(official_siglip_config(encoder.name)))
     save_file(SigLIP(c).state_dict(), encoder / "model.safetensors")
     content = json.loads((REPO / "tests" / "fixtures" / "gemma_text" / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
@@ -109,15 +114,15 @@ def bench_llamaseg_b(folder):
         subprocess.run([sys.executable, str(REPO / "sample.py"), "--checkpoint", str(checkpoint), "--encoder",
                         str(encoder), "--mask-tokenizer", str(folder / "vq_ds16_c2i.pt"), "--image",
                         str(REPO / "assets" / "example.png"), "--prompt", "the red circle", "--dtype", dtype,
-                        "--out", str(folder / "masks"), "--json", str(out)], check=True)  # fmt: skip
+                        "--out", str(folder / "masks"), "--json", str(out)], check=True)
         wall = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest child so far
         ms = json.loads(out.read_text())[0]["ms"]
         block = torch.ones(2**28, dtype=torch.float32)
         bandwidth = block.nbytes / min(seconds([block.sum], 5))
         floor = 256 * weights * size / bandwidth
-        print(f"{dtype}: {ms / 1000:.1f} s a mask, {wall:.0f} s in all, peak {peak:.1f} GiB; floor of the decoding "
-              f"{floor:.1f} s = 256 x {weights * size / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
+        print(f"{dtype}: {ms / 1000:.1f} s per mask, {wall:.0f} s in all, peak {peak:.1f} GiB; floor of the decoding "
+              f"{floor:.1f} s = 256 x {weights * size / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")
 
 
 # VmHWM, as ru_maxrss begins with that of the parent process
@@ -141,9 +146,9 @@ def bench_janus(folder):
     config = json.loads((REPO / "tests" / "fixtures" / "janus_pro" / "config.json").read_text())
     config["language_config"] = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24,
                                  "num_attention_heads": 16, "intermediate_size": 5632,
-                                 "vocab_size": 102400}  # fmt: skip
+                                 "vocab_size": 102400}
     config["vision_config"]["params"] = {"image_size": 384, "model_name": "siglip_large_patch16_384",
-                                         "select_feature": "same", "select_layer": -1}  # fmt: skip
+                                         "select_feature": "same", "select_layer": -1}
     config["aligner_config"]["params"] |= {"input_dim": 1024, "n_embed": 2048}
     config["gen_aligner_config"]["params"] |= {"n_embed": 2048}
     config["gen_head_config"]["params"] = {"image_token_embed": 2048, "image_token_size": 16384, "n_embed": 2048}
@@ -169,7 +174,7 @@ def official_weights():
         "gen_embed.weight": (16384, 8),
         "language_model.model.embed_tokens.weight": (102400, D), "language_model.lm_head.weight": (102400, D),
         "language_model.model.norm.weight": (D,),
-    }  # fmt: skip
+    }
 
     def linear(name, outside, inside):
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outside, inside), (outside,)
@@ -182,7 +187,7 @@ def official_weights():
     for i in range(24):
         block, layer = f"{tower}blocks.{i}.", f"language_model.model.layers.{i}."
         for name, outside, inside in (("attn.qkv", 3 * W, W), ("attn.proj", W, W), ("mlp.fc1", 4 * W, W),
-                                      ("mlp.fc2", W, 4 * W)):  # fmt: skip
+                                      ("mlp.fc2", W, 4 * W)):
             linear(block + name, outside, inside)
         shapes |= {f"{block}norm{k}.{part}": (W,) for k in (1, 2) for part in ("weight", "bias")}
         shapes |= {f"{layer}self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}

@@ -54,7 +54,7 @@ def test_features_embeddings_and_logits_are_the_official_ones(janus, io):
     close(loss, torch.nn.functional.cross_entropy(io["tf_logits"][0], io["tf_image_tokens"][0]), 2e-4)
 
 
-@pytest.mark.parametrize("draft", ["none", "row", "jacobi", "hidden"])
+@pytest.mark.parametrize("draft", ["none", "jacobi", "hidden"])
 def test_greedy_mask_tokens_are_the_official_ones(janus, io, draft):
     tokens = janus.generate(io["gen_input_ids"], io["pixel_values"][:1, 0], draft=draft)
     assert torch.equal(tokens, io["greedy_image_tokens"])
@@ -67,7 +67,7 @@ def test_greedy_text_is_the_official_one_with_and_without_padding(janus, io):
         ids = io["und_input_ids"][row:row + 1]
         want = io["und_generated_ids"][row].tolist()
         assert janus.answer(ids, pixels[row:row + 1], 12) == want
-        assert janus.answer(ids[:, janus.padding(ids).item():], pixels[row:row + 1], 12) == want
+        assert janus.answer(ids[:, 6 * row:], pixels[row:row + 1], 12) == want
         assert janus.answer(ids, pixels[row:row + 1], 12, stop={want[5]}) == want[:want.index(want[5])]
 
 
@@ -176,19 +176,15 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(janus, io):
         layer.lora_b.normal_(std=0.3)
     apart = janus(*ask)[0]
     assert (apart - before).abs().max() > 0.01
-    weights = [layer.weight.clone() for layer in janus.lora_layers()]
-    janus.merge()
-    janus.merge()  # a second time changes nothing
-    close(janus(*ask)[0], apart, 1e-3)
-    for layer, weight in zip(janus.lora_layers(), weights):
-        layer.unmerge()
-        close(layer.weight, weight, 1e-6)
-    close(janus(*ask)[0], apart, 1e-3)
+    for _ in range(2):  # a second time changes nothing
+        janus.merge()
+        close(janus(*ask)[0], apart, 1e-3)
+    assert not janus.lora_layers()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("targets", [[name] for name in LORA_TARGETS] + [["k_proj", "up_proj", "o_proj"], LORA_TARGETS])
-def test_fused_and_merged_in_any_order_the_outputs_are_the_same(janus, io, targets):
+def test_fused_and_merged_in_any_order_the_outputs_are_the_same(janus, io, targets, tmp_path):
     ask = io["gen_input_ids"], io["pixel_values"][:1, 0], io["tf_image_tokens"]
     before = janus(*ask)[0]
     janus.add_lora(rank=4, alpha=8.0, targets=targets)
@@ -196,20 +192,13 @@ def test_fused_and_merged_in_any_order_the_outputs_are_the_same(janus, io, targe
         layer.lora_b.normal_(std=0.3)
     apart = janus(*ask)[0]
     assert (apart - before).abs().max() > 0.1
-
-    def unmerge():
-        for layer in janus.lora_layers():
-            layer.unmerge()
-
-    for step in (janus.fuse, unmerge, janus.merge, janus.llama.fuse, unmerge, janus.fuse, janus.fuse, janus.merge):
+    with pytest.raises(ValueError, match="LoRA must be merged before the weights are fused"):
+        janus.llama.fuse()
+    for step in (janus.fuse, janus.merge, janus.fuse, janus.llama.fuse):
         step()
         close(janus(*ask)[0], apart, 1e-3)
-    for layer in janus.lora_layers():  # what LoRA becomes counts, not what the fused weights once were
-        layer.unmerge()
-        layer.lora_b.zero_()
-    close(janus(*ask)[0], before, 1e-3)
-    janus.fuse()
-    close(janus(*ask)[0], before, 1e-3)
+    with pytest.raises(ValueError, match="merged weights .* not saved"):
+        janus.save_pretrained(tmp_path / "lora.safetensors")
 
 
 def test_lora_stays_in_float32_beside_weights_in_bfloat16(janus, tmp_path):

@@ -213,49 +213,6 @@ def test_shards_give_the_weights_of_the_whole_file(tmp_path, name, cls, pickled)
         cls.from_pretrained(folder)
 
 
-@torch.no_grad()
-def test_one_tower_is_loaded_without_reading_the_other(tmp_path):
-    io = load_file(FIXTURES / "siglip/io.safetensors")
-
-    def poison(tower):  # NaN would be found by whoever reads it
-        def change(tensors):
-            tensors[f"{tower}_model.encoder.layers.0.mlp.fc1.weight"][0, 0] = math.nan
-        return change
-
-    for tower in ("vision", "text"):
-        folder = edited(tmp_path, "siglip", weights=poison(tower))
-        with pytest.raises(ValueError, match=f"not finite: {tower}_model.encoder.layers.0.mlp.fc1.weight"):
-            SigLIP.from_pretrained(folder)
-        other = SigLIP.from_pretrained(folder, vision=tower != "vision", text=tower != "text")
-        assert all(not name.startswith(tower) for name in other.state_dict())
-        with pytest.raises(ValueError, match=f"without its {tower} tower"):
-            other.encode_image(io["pixel_values"]) if tower == "vision" else other.encode_text(io["input_ids"])
-        (folder / "model.safetensors").rename(tmp_path / f"{tower}.safetensors")
-        (folder / "config.json").unlink()
-        folder.rmdir()
-
-
-@pytest.mark.parametrize("prefix", ["vision_model.", ""])  # as older and newer versions of transformers write it
-@torch.no_grad()
-def test_a_tower_saved_alone_loads(tmp_path, prefix):
-    def config(content):
-        vision = content["vision_config"]
-        content.clear()
-        content.update(vision)
-
-    def weights(tensors):
-        for name in list(tensors):
-            tensor = tensors.pop(name)
-            if name.startswith("vision_model."):
-                tensors[prefix + name.removeprefix("vision_model.")] = tensor
-
-    folder, io = edited(tmp_path, "siglip", config, weights), load_file(FIXTURES / "siglip/io.safetensors")
-    image = SigLIP.from_pretrained(folder, text=False).encode_image(io["pixel_values"])
-    torch.testing.assert_close(image, io["vision_last_hidden_state"], atol=3e-5, rtol=0)
-    with pytest.raises(ValueError, match="has no text tower"):
-        SigLIP.from_pretrained(folder)
-
-
 def test_fields_that_the_config_leaves_out_have_the_official_defaults(tmp_path):
     for name, content in (("siglip", {"model_type": "siglip"}), ("llama", {"model_type": "llama"})):
         (tmp_path / name).mkdir()
@@ -299,7 +256,7 @@ def cut(tensors):
     ("hidden_size", "48"), ("num_hidden_layers", None), ("num_attention_heads", -4), ("num_attention_heads", 1.5),
     ("num_hidden_layers", 10**15), ("intermediate_size", True), ("rms_norm_eps", "x"), ("rope_theta", -1),
     ("rope_scaling", "linear"), ("head_dim", -2), ("num_key_value_heads", 3), ("hidden_act", "gelu"),
-])  # fmt: skip
+])
 def test_odd_values_in_a_config_end_in_one_line(tmp_path, field, value):
     with pytest.raises(ValueError, match="config.json: ") as caught:
         Llama.from_pretrained(edited(tmp_path, "hf_llama", lambda c: c.update({field: value})))
@@ -481,6 +438,29 @@ def test_cached_equals_uncached_at_every_position(kv_heads, chunks):
     assert cache.position == 20
 
 
+@torch.no_grad()
+def test_a_token_sees_the_blocks_up_to_its_own():
+    """Three scales of 1, 4 and 9 tokens, in one pass and scale by scale, and two tokens of padding before one row."""
+    torch.manual_seed(0)
+    llama = Llama(LlamaConfig(width=64, layers=2, heads=4, kv_heads=2, mlp=96))
+    sizes = [1, 4, 9]
+    blocks = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    x = torch.randn(2, 14, 64)
+    whole = llama(x, blocks=blocks.expand(2, -1))
+    other = x.clone()
+    other[:, 3] += 1.0  # in the second scale: its own and the next scale see it, the first does not
+    changed = (llama(other, blocks=blocks.expand(2, -1)) - whole).abs().amax((0, 2)) > 1e-4
+    assert changed.tolist() == [False] + [True] * 13
+    cache = KVCache(llama.config, batch=2, length=14)
+    parts = [llama(part, cache, ids) for part, ids in zip(x.split(sizes, 1), blocks.expand(2, -1).split(sizes, 1))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+    padded, ids = torch.cat([torch.randn(2, 2, 64), x], dim=1), torch.arange(16).repeat(2, 1)
+    ids[0, :2] = M.UNSEEN
+    torch.testing.assert_close(llama(padded, blocks=ids)[0, 2:], llama(x)[0], atol=1e-5, rtol=0)
+    assert (llama(padded, blocks=ids)[1, 2:] - llama(x)[1]).abs().max() > 0.01  # no padding there
+
+
 def test_a_full_cache_says_so():
     llama = Llama(LlamaConfig(width=64, layers=1, heads=4, mlp=96))
     cache = KVCache(llama.config, batch=1, length=8)
@@ -500,7 +480,7 @@ def test_repeated_and_reordered_cache_continues_the_chosen_rows():
     cache = cache.repeat(3)
     llama(middle, cache)
     rows = torch.tensor([2, 0, 0, 4, 5, 4])  # within each example's three
-    cache.reorder(rows, start=5)
+    cache.copy_rows(rows, slice(None), start=5)
     whole = torch.cat([prefix.repeat_interleave(3, dim=0), middle[rows], last], dim=1)
     torch.testing.assert_close(llama(last, cache), llama(whole)[:, -1:], atol=1e-5, rtol=0)
 
@@ -699,7 +679,7 @@ def test_cached_greedy_equals_the_naive_one():
     assert stats["mask_passes"] == [15] * 4
 
 
-@pytest.mark.parametrize("draft", ["row", "jacobi", "hidden", "auto"])
+@pytest.mark.parametrize("draft", ["jacobi", "hidden", "auto"])
 @pytest.mark.parametrize("window", [2, 7, 50])
 def test_drafts_change_the_passes_and_not_the_tokens(draft, window):
     """Weights of several sizes: from masks that are one run of a code to such that no guess is right."""
@@ -718,7 +698,7 @@ def test_drafts_change_the_passes_and_not_the_tokens(draft, window):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("draft", ["row", "jacobi", "hidden"])
+@pytest.mark.parametrize("draft", ["jacobi", "hidden"])
 def test_a_mask_that_is_easy_to_guess_takes_few_passes(draft):
     model = tiny_model(replace(TINY, hide=True))
     text_ids, pixels, _ = tiny_batch()
@@ -730,22 +710,19 @@ def test_a_mask_that_is_easy_to_guess_takes_few_passes(draft):
 
 
 @torch.no_grad()
-def test_fused_weights_are_the_same_weights(tmp_path):
+def test_fused_weights_give_the_same_logits_and_are_not_saved(tmp_path):
     model = tiny_model()
-    text_ids, pixels, tokens = tiny_batch()
-    before, names = model(text_ids, pixels, tokens)[0], list(model.state_dict())
-    model.fuse()
-    torch.testing.assert_close(model(text_ids, pixels, tokens)[0], before, atol=1e-4, rtol=1e-4)
-    assert list(model.state_dict()) == names
-    model.llama.layers[0].self_attn.k_proj.weight.mul_(2.0)  # in place: seen by the fused product
-    changed = model(text_ids, pixels, tokens)[0]
-    assert (changed - before).abs().max() > 0.1
-    model.save_pretrained(tmp_path / "m.safetensors")
-    again = LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
-    torch.testing.assert_close(again(text_ids, pixels, tokens)[0], changed, atol=1e-4, rtol=1e-4)
-    model.double().float()  # other memory: asked one by one
-    model.llama.layers[0].self_attn.k_proj.weight.mul_(0.5)
-    torch.testing.assert_close(model(text_ids, pixels, tokens)[0], before, atol=1e-4, rtol=1e-4)
+    batch = tiny_batch()
+    before, weights = model(*batch)[0], sum(w.numel() for w in model.parameters())
+    for _ in range(2):  # a second time changes nothing
+        model.fuse()
+        torch.testing.assert_close(model(*batch)[0], before, atol=1e-4, rtol=1e-4)
+    assert sum(w.numel() for w in model.parameters()) == weights  # nothing is there twice
+    model.double().float()
+    torch.testing.assert_close(model(*batch)[0], before, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="m.safetensors: fused .* not saved"):
+        model.save_pretrained(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_that_are_done_leave_the_batch(monkeypatch):
@@ -782,10 +759,10 @@ def test_mask_attention_is_what_the_last_layer_mixes(monkeypatch):
     text_ids, pixels, tokens = tiny_batch(rows=2, pictures=2)
     weights = model.mask_attention(text_ids, pixels, tokens)
     assert weights.shape == (2, 15, 15) and (weights.triu(1) == 0).all() and (weights.sum(-1) < 1).all()
-    last, found = model.llama.layers[-1].self_attn, []
+    found = []
     real = M.attention
 
-    def attention(q, k, v, causal):
+    def attention(q, k, v, causal, mask=None):
         found.append((q, k))
         return real(q, k, v, causal)
 
@@ -798,28 +775,23 @@ def test_mask_attention_is_what_the_last_layer_mixes(monkeypatch):
         v[:, :, start + column] = 1.0
         mixed = real(q, k, v, True).mean((1, 3))  # over heads, and over the equal entries of a head
         torch.testing.assert_close(weights[:, :, column], mixed[:, start:], atol=1e-6, rtol=1e-5)
-    assert last.config.kv_heads == 2  # grouped heads are in it
+    assert model.config.llama.kv_heads == 2  # grouped heads are in it
 
 
 @torch.no_grad()
 def test_mask_attention_does_not_look_at_padding():
+    """Rows with padding at the left look at each other as the rows alone do."""
     model = tiny_model()
     text_ids, pixels, tokens = tiny_batch(rows=2, pictures=2)
-    prefix, pad = model.prefix(text_ids, pixels), torch.tensor([0, 4])
+    prefix, padding = model.prefix(text_ids, pixels), torch.tensor([[0], [4]])
     model.prefix = lambda *_: prefix
-    model.padding = lambda _: pad
+    model.blocks = lambda _, length: torch.where(torch.arange(length) < padding, M.UNSEEN, torch.arange(length))
     got = model.mask_attention(text_ids, pixels, tokens)
-    x = torch.cat([prefix, model.mask_embedding(tokens[:, :-1])], dim=1)
-    place, last = model.llama.place(x, padding=pad), model.llama.layers[-1]
-    for i, layer in enumerate(model.llama.layers[:-1]):
-        x = layer(x, i, place)
-    q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), place)
-    T, start = x.shape[1], prefix.shape[1]
-    for b, row in ((0, start + 3), (1, start), (1, T - 1)):
-        columns = range(pad[b], row + 1)  # what decoding looks at
-        scores = torch.tensor([[q[b, h, row] @ k[b, h // 2, column] / 4 for column in columns] for h in range(4)])
-        want = scores.softmax(-1).mean(0)[start - pad[b]:]
-        torch.testing.assert_close(got[b, row - start, :row - start + 1], want, atol=1e-5, rtol=0)
+    model.blocks = lambda _, length: None
+    for row in (0, 1):
+        model.prefix = lambda *_, row=row: prefix[row:row + 1, padding[row]:]
+        alone = model.mask_attention(text_ids[row:row + 1], pixels[row:row + 1], tokens[row:row + 1])
+        torch.testing.assert_close(got[row:row + 1], alone, atol=1e-5, rtol=0)
 
 
 def test_generate_leaves_no_gradient_and_works_under_autocast():
@@ -901,7 +873,7 @@ def test_random_draws_from_the_softmax():
 def test_top_k_and_top_p_renormalise_what_they_keep(decode, kept):
     probs = torch.tensor([0.3, 0.02, 0.08, 0.5, 0.1])  # top_p 0.7: 0.5 does not reach it, 0.5 + 0.3 does
     uniform = torch.arange(5000) / 5000  # each share of the numbers from 0 to 1 draws its token, but for rounding
-    drawn = M.choose(probs.log().expand(5000, -1), decode, top_k=3, top_p=0.7, temperature=1.0, uniform=uniform)
+    drawn = M.draw(probs.log().expand(5000, -1), decode, top_k=3, top_p=0.7, temperature=1.0, uniform=uniform)
     frequency = torch.bincount(drawn, minlength=5) / 5000
     want = torch.zeros(5)
     want[kept] = probs[kept] / probs[kept].sum()
@@ -915,20 +887,20 @@ def test_no_draw_leaves_what_may_be_drawn(decode):
     logits = torch.randn(64, 4096) * 5
     logits[:, ::3] = -math.inf
     for number in (0.0, 1 - 2**-24):
-        drawn = M.choose(logits, decode, 7, 0.9, 1.0, torch.full((64,), number))
+        drawn = M.draw(logits, decode, 7, 0.9, 1.0, torch.full((64,), number))
         probs = logits.softmax(-1).gather(1, drawn[:, None])[:, 0]
         assert (probs > 0).all()
         better = (logits > logits.gather(1, drawn[:, None])).sum(-1)
         assert decode != "top-k" or (better == (0 if number == 0 else 6)).all()
     want = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.6999, 0.7001, 0.9999])
-    assert M.choose(want.log().expand(6, -1), "random", 3, 0.9, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3]
+    assert M.draw(want.log().expand(6, -1), "random", 3, 0.9, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("options, message", [
     ({"decode": "topk"}, "unknown decode 'topk', choose from greedy, beam, top-k, top-p, random"),
-    ({"draft": "rows"}, "unknown draft 'rows', choose from auto, none, row"), ({"window": 0}, "window 0"),
-    ({"decode": "beam", "draft": "row"}, "draft 'row' is for greedy decoding, not for 'beam'"),
+    ({"draft": "rows"}, "unknown draft 'rows', choose from auto, none, jacobi"), ({"window": 0}, "window 0"),
+    ({"decode": "beam", "draft": "hidden"}, "draft 'hidden' is for greedy decoding, not for 'beam'"),
     ({"beams": 25}, "beams 25 .* 24"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5"),
     ({"temperature": 0.0}, "temperature 0.0"), ({"draft": "none", "window": 8}, "window 8 has no use .* draft 'none'"),
     ({"decode": "beam", "window": 8}, "window 8 has no use with decode 'beam'"), ({"seed": -1}, "seed is -1, want"),
@@ -1058,14 +1030,28 @@ def test_configs_refuse_sizes_that_do_not_divide():
 # device and dtype
 
 
-def test_device_and_dtype_say_what_they_chose():
-    assert M.pick_device("cpu") == torch.device("cpu")
-    assert M.pick_device("auto").type in ("cuda", "mps", "cpu")
-    for name in ("gpu", f"cuda:{torch.cuda.device_count()}"):
-        with pytest.raises(ValueError, match=name):
-            M.pick_device(name)
-    dtype, reason = M.compute_dtype(torch.device("cpu"))
-    assert dtype in (torch.bfloat16, torch.float32) and "cpu" in reason.lower()
-    assert M.compute_dtype(torch.device("cpu"), "float32")[0] == torch.float32
+def test_the_device_is_the_fastest_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for count, best, absent in ((2, "cuda", "cuda:2"), (0, "cpu", "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        assert M.pick_device() == torch.device(best) and M.pick_device("cpu") == torch.device("cpu")
+        for name in (absent, "gpu", "mps"):
+            with pytest.raises(ValueError, match=f"device '{name}' is not there, choose from auto, {best}"):
+                M.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert M.pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("fast, dtype, reason", [
+    (True, torch.bfloat16, "in hardware"), (False, torch.float32, "no fast bfloat16"),
+])
+def test_the_dtype_is_what_the_device_multiplies_fast(monkeypatch, fast, dtype, reason):
+    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: fast, raising=False)
+    found, why = M.compute_dtype(torch.device("cpu"))
+    assert found == dtype and reason in why
+    assert M.compute_dtype(torch.device("cpu"), "float32") == (torch.float32, "as asked")
     with pytest.raises(ValueError, match="fp16"):
         M.compute_dtype(torch.device("cpu"), "fp16")

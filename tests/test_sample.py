@@ -73,7 +73,7 @@ def test_drafted_masks_are_the_plain_ones_in_four_passes(segmenter):
     for i in range(6):
         text_ids, pixels = segmenter.prepare(dataset[40 * i].image, [dataset[40 * i].phrase])
         plain = segmenter.model.generate(text_ids, pixels, draft="none")
-        for draft in ("row", "jacobi", "hidden", "auto"):
+        for draft in ("jacobi", "hidden", "auto"):
             stats = {}
             assert torch.equal(segmenter.model.generate(text_ids, pixels, draft=draft, stats=stats), plain)
         passes += stats["mask_passes"]
@@ -165,7 +165,7 @@ def test_confidence_and_attention_are_pictures(sample, picture, tmp_path):
     assert looks[5 * side, 50 * side] == 0 and looks[50 * side, : 40 * side].max() > 40
     done = sample("sample.py", "--image", picture, "--prompt", "a", "--prompt", "b", *flags)
     assert done.returncode == 2 and b"one --prompt" in done.stderr
-    done = sample("sample.py", "--image", picture, "--prompt", "a", "--decode", "beam", "--draft", "row")
+    done = sample("sample.py", "--image", picture, "--prompt", "a", "--decode", "beam", "--draft", "jacobi")
     assert done.returncode == 2 and b"--draft has no use with --decode beam" in done.stderr
 
 
@@ -471,7 +471,7 @@ def embedded(monkeypatch, tiny_checkpoint):
 def test_decoding_flags_reach_the_model(sample, picture, tmp_path, tiny_checkpoint, asked):
     flags = ["--image", picture, "--prompt", "the star", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
     for given, expected in (
-        ("--draft row", {"decode": "greedy", "draft": "row"}),
+        ("--draft jacobi", {"decode": "greedy", "draft": "jacobi"}),
         ("--decode beam --beams 5", {"decode": "beam", "beams": 5}),
         ("--decode top-k --top-k 7 --seed 9", {"decode": "top-k", "top_k": 7, "temperature": 1.0, "seed": 9}),
         ("--decode top-p --top-p 0.5", {"decode": "top-p", "top_p": 0.5, "temperature": 1.0, "seed": 0}),
