@@ -75,8 +75,7 @@ class Stop(Exception):
     """The run cannot go on; the message is one line. What is not finished is done by the next run."""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# prompts. paper: their words are not printed; these are ours
+# ---- prompts. paper: their words are not printed; these are ours ----------------------------------------------------
 
 PROMPTS = {
     "labels": """\
@@ -123,8 +122,7 @@ for _name, (_key, _schema, _) in ANSWERS.items():
     PROMPTS[_name] += f'\nAnswer with JSON only: {{"{_key}": {_FORMS[_schema["type"]]}}}'
 
 
-# ----------------------------------------------------------------------------------------------------------
-# words. Each rule is one that the prompts state; no word is ever changed into another one
+# ---- words. Each rule is one that the prompts state; no word is ever changed into another one -----------------------
 
 MAX_LABELS = 10  # paper, section 4
 NO_OBJECTS = ("scene", "background", "shadow")
@@ -226,8 +224,7 @@ def judge_expressions(written):
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json
+# ---- the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json ----------------------------
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -366,8 +363,7 @@ def read_annotations(picture, size):
     return ids, np.array(boxes, np.float64).reshape(-1, 4), segmentations
 
 
-# ----------------------------------------------------------------------------------------------------------
-# pictures for the servers
+# ---- pictures for the servers ---------------------------------------------------------------------------------------
 
 DILATE = 20  # pixels, paper, section 4
 GREEN, ORANGE = (0, 255, 0), (255, 128, 0)
@@ -439,8 +435,7 @@ def mark(image, line, color, max_side):
     return encode(Image.fromarray(pixels), max_side)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# servers
+# ---- servers --------------------------------------------------------------------------------------------------------
 
 ATTEMPTS = 8  # tries of one request
 WAIT = 1.0  # seconds before the third try, doubled before each further one; the second try comes at once
@@ -600,8 +595,7 @@ def fits_schema(value, schema):
     return isinstance(value, str) and schema.get("minLength", 0) <= len(value.strip()) <= schema["maxLength"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# matching (paper, section 4)
+# ---- matching (paper, section 4) ------------------------------------------------------------------------------------
 
 MATCH_RULES = "match-2"  # in the settings of a run: change it with the rules of `match`
 MAX_BOXES = 4  # a label with more boxes is dropped
@@ -840,8 +834,7 @@ STAGES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# journals: OUT/journals/PART/STAGE.jsonl
+# ---- journals: OUT/journals/PART/STAGE.jsonl ------------------------------------------------------------------------
 
 
 class Journal:
@@ -938,8 +931,7 @@ def record_settings(args, stages):
         write_json(args.out / "settings.json", settings)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# running
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 def in_parallel(job, units, concurrency):
@@ -1041,8 +1033,7 @@ def annotate(args, stages):
     return problems
 
 
-# ----------------------------------------------------------------------------------------------------------
-# export and stats
+# ---- export and stats -----------------------------------------------------------------------------------------------
 
 
 def parts_done(out, stage):
@@ -1142,8 +1133,7 @@ def stats(args):
     write_json(args.out / "stats.json", {**numbers, "labels_of_masks": dict(labels.most_common())})
 
 
-# ----------------------------------------------------------------------------------------------------------
-# python annotate.py STAGE
+# ---- python annotate.py STAGE ---------------------------------------------------------------------------------------
 
 EPILOG = """\
 Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from metrics import BadUsage, Parser, nobody_reads, parse_json, printable, read_mask, regular, values_in, whole
+from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
 from scenes import WORLDS, draw_scene, measure, pick_phrases
 from weights import sha256_of
 
@@ -1119,18 +1119,7 @@ def main(argv=None):
     reads = {"root": args.name not in WORLDS, "split": not args.name.startswith("jsonl:"),
              "split_by": args.name in Refer.SPLITTERS, "count": not every}
     args.parser.check_read(args, f"{args.command} {args.name}{every}", [f for f in vars(args) if reads.get(f, True)])
-    try:
-        return args.job(args)
-    except BadUsage as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        return nobody_reads()
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return parser.run(args.job, args)
 
 
 if __name__ == "__main__":

@@ -331,6 +331,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (all flags: {self.prog} --help)\n")
 
+    def run(self, job, *args, stopped="stopped"):
+        """Run the job of a command. Returns the exit code: the job's or 0, 1 for bad data, 130 after Ctrl-C."""
+        try:
+            code = job(*args) or 0
+            print(end="", flush=True)
+            return code
+        except BadUsage as error:
+            self.error(str(error))
+        except BrokenPipeError:
+            return nobody_reads()
+        except (ValueError, OSError) as error:
+            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+            return 1
+        except KeyboardInterrupt:
+            print(stopped, file=sys.stderr)
+            return 130
+
     def check_read(self, args, job, names):
         """Error for a flag that was given although `job` does not read it; names: of the flags that it reads."""
         for action in self._actions:
@@ -467,6 +484,16 @@ def _table(numbers):
     return "\n".join(rows)
 
 
+def compare(pred, gt, json_file):
+    """Print the numbers of two folders of masks or, without `gt`, of a .jsonl; write them to a file if one is given."""
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise ValueError(f"{json_file}: cannot write here, it is a folder or its folder does not exist")
+    numbers = _compare_folders(pred, gt) if gt else _add_up_file(pred)
+    if json_file:
+        write_json(json_file, numbers)
+    print(_table(numbers))
+
+
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
     parser = Parser(description=__doc__)
@@ -478,22 +505,7 @@ def main(argv=None) -> int:
         parser.error(f"--json {args.json}: a name as masks and records have it, which this could overwrite")
     if args.gt_dir is None and args.pred_dir.suffix != ".jsonl":
         parser.error("GT_DIR is missing: give two folders, or one .jsonl that sample.py --dataset wrote")
-    try:
-        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-            raise ValueError(f"{args.json}: cannot write here, it is a folder or its folder does not exist")
-        numbers = _compare_folders(args.pred_dir, args.gt_dir) if args.gt_dir else _add_up_file(args.pred_dir)
-        if args.json:
-            write_json(args.json, numbers)
-        print(_table(numbers), flush=True)
-    except BrokenPipeError:
-        return nobody_reads()
-    except (OSError, ValueError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return parser.run(compare, args.pred_dir, args.gt_dir, args.json)
 
 
 if __name__ == "__main__":

@@ -15,30 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
-    UNSEEN,
-    Llama,
-    LlamaConfig,
-    MaskWriter,
-    SigLIP,
-    SigLIPConfig,
-    check_indices,
-    check_numbers,
-    llama_config,
+    UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_indices, check_numbers, llama_config,
     phrases_per_picture,
 )
-from weights import (
-    WEIGHTS,
-    build_from,
-    check_config,
-    check_source,
-    fingerprint,
-    read_config,
-    read_own,
-    read_weights,
-)
+from weights import WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights
 
-# ----------------------------------------------------------------------------------------------------------
-# LoRA
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
@@ -89,8 +71,7 @@ def add_lora(llama, rank, alpha, dropout, targets):
             setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Janus-Pro
+# ---- Janus-Pro ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -346,8 +327,7 @@ def janus_config(directory):
         raise ValueError(f"{path}: {reason(error).removeprefix(f'{path}: ')}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# text
+# ---- text -----------------------------------------------------------------------------------------------------------
 
 # A vocabulary writes a byte as its Latin-1 character if that is printable, else as a character from U+0100 on (GPT-2).
 UNPRINTED = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]

@@ -29,20 +29,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from weights import (
-    WEIGHTS,
-    build_from,
-    check_config,
-    check_source,
-    compare_weights,
-    fingerprint,
-    read_config,
-    read_own,
-    read_weights,
-    write_weights,
+    WEIGHTS, build_from, check_config, check_source, compare_weights, fingerprint, read_config, read_own,
+    read_weights, write_weights,
 )
 
-# ------------------------------------------------------------------------------
-# LlamaSeg
+# ---- LlamaSeg -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -384,8 +375,7 @@ def phrases_per_picture(text_ids, pixels):
     return B // b
 
 
-# ------------------------------------------------------------------------------
-# Llama: the decoder
+# ---- Llama: the decoder ---------------------------------------------------------------------------------------------
 
 # The block id of padding, see Llama.forward. It is above all others, so only padding sees padding.
 UNSEEN = 2**62
@@ -664,8 +654,7 @@ class Llama(nn.Module):
         return build_from(lambda: cls(config), weights, directory, dtype)
 
 
-# ------------------------------------------------------------------------------
-# ways to decode: each starts from the logits (B,K) of mask token 0 and a cache that holds the prefix
+# ---- ways to decode: each starts from the logits (B,K) of mask token 0 and a cache that holds the prefix ------------
 
 
 def decode_plain(model, logits, cache, pick=lambda logits, t: logits.argmax(-1)):
@@ -821,8 +810,7 @@ def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seed, draft, 
         raise ValueError(f"seed is {seed!r:.100}, want an int from 0 to 2^63 - 1, or {B} of them")
 
 
-# ------------------------------------------------------------------------------
-# What each device does fastest, as measured (LOG.md). Nothing here changes a result beyond rounding.
+# ---- What each device does fastest, as measured (LOG.md). Nothing here changes a result beyond rounding. ------------
 
 
 def written_out_is_faster(q, k):
@@ -868,8 +856,7 @@ def draft_window(draft, batch, device):
     return most if device.type == "cuda" else min(most, max(8, 96 // batch))
 
 
-# ------------------------------------------------------------------------------
-# SigLIP: the picture encoder and the phrase encoder
+# ---- SigLIP: the picture encoder and the phrase encoder -------------------------------------------------------------
 
 
 @dataclass
@@ -1041,8 +1028,7 @@ class SigLIP(nn.Module):
         return model
 
 
-# ------------------------------------------------------------------------------
-# official configs
+# ---- official configs -----------------------------------------------------------------------------------------------
 
 
 def siglip_config(directory):
@@ -1113,8 +1099,7 @@ def check_numbers(config):
             raise ValueError(f"{f.name} is {value}, expected at most 1000")
 
 
-# ------------------------------------------------------------------------------
-# presets
+# ---- presets --------------------------------------------------------------------------------------------------------
 
 
 # The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. Both towers have
@@ -1160,8 +1145,7 @@ PRESETS = {  # by name; mllm.py has its own
 }
 
 
-# ------------------------------------------------------------------------------
-# helpers: indices, clock, device, dtype
+# ---- helpers: indices, clock, device, dtype -------------------------------------------------------------------------
 
 
 def check_indices(name, ids, size):

@@ -36,28 +36,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import (
-    JSONLines,
-    contact_sheet,
-    load_dataset,
-    open_picture,
-    pad_picture,
-    padded_box,
-    resize_picture,
-    rle_decode,
-    rle_encode,
-    to_pixels,
-    write_picture,
+    JSONLines, contact_sheet, load_dataset, open_picture, pad_picture, padded_box, resize_picture, rle_decode,
+    rle_encode, to_pixels, write_picture,
 )
 from metrics import (
-    BadUsage,
-    Parser,
-    SegmentationMetrics,
-    add_up,
-    nobody_reads,
-    printable,
-    read_records,
-    whole,
-    write_json,
+    BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json,
 )
 from mllm import JanusPrompt, JanusSeg
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
@@ -828,22 +811,12 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     job = check_flags(parser, args)
-    try:
-        code = {"--bench": bench, "--chat": chat, "--dataset": score, "pictures": segment}[job](args)
-        print(end="", flush=True)
-    except BadUsage as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        return nobody_reads()
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(1)  # the other ranks would wait for this one: torchrun ends them
-        return 1
-    except KeyboardInterrupt:
-        print("stopped" + (": type the same command to go on" if args.dataset else ""), file=sys.stderr)
-        return 130
-    return code or 0
+    stopped = "stopped: type the same command to go on" if args.dataset else "stopped"
+    job = {"--bench": bench, "--chat": chat, "--dataset": score, "pictures": segment}[job]
+    code = parser.run(job, args, stopped=stopped)
+    if code == 1 and dist.is_initialized():
+        os._exit(1)  # the other ranks would wait for this one: torchrun ends them
+    return code
 
 
 if __name__ == "__main__":

@@ -27,12 +27,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, printable, whole, write_json
+from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, whole, write_json
 from scenes import COLOR_RIDDLES, SHAPE_RIDDLES, WORLDS
 from weights import ASSETS, build_from, fingerprint, read_header, read_weights, weight_files, write_tensors
 
-# ----------------------------------------------------------------------------------------------------------
-# masks and pictures
+# ---- masks and pictures ---------------------------------------------------------------------------------------------
 
 
 def mask_to_image(masks):
@@ -399,8 +398,7 @@ def decode_masks(mask_tokenizer, tokens, sizes, boxes=None):
             for m, size in zip(soft, sizes)]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# text tokenizer
+# ---- text tokenizer -------------------------------------------------------------------------------------------------
 
 
 class TextTokenizer:
@@ -511,8 +509,7 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
         raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# python tokenizer.py train | eval | encode | text
+# ---- python tokenizer.py train | eval | encode | text ---------------------------------------------------------------
 
 # The default's mask tokenizer: 128 px, 64 mask tokens. LOG.md has what it cost and reached.
 SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), decoder_mult=(1, 1, 2, 6, 6), res_blocks=1,
@@ -885,7 +882,7 @@ def parse_args(argv=None):
     add("--vocab-size", type=int, default=768, help="pieces (default: 768)")
     args = parser.parse_args(argv)
     check_args(commands.choices[args.command], args)
-    return args
+    return parser, args
 
 
 def check_args(parser, args):
@@ -925,23 +922,17 @@ def check_args(parser, args):
 
 def main(argv=None):
     """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage, 130 after Ctrl-C."""
-    args = parse_args(argv)
+    parser, args = parse_args(argv)
 
     def terminate(*_):
         raise SystemExit(143)  # so that temporary files go and `train` saves
 
     before = signal.signal(signal.SIGTERM, terminate)
+    stopped = "stopped" if args.command == "train" else "stopped: nothing was written"
     try:
-        args.job(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2 if isinstance(error, BadUsage) else 1
-    except KeyboardInterrupt:
-        print("stopped" if args.command == "train" else "stopped: nothing was written", file=sys.stderr)
-        return 130
+        return parser.run(args.job, args, stopped=stopped)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from metrics import Parser, nobody_reads, parse_json, printable, whole
+from metrics import Parser, parse_json, whole
 
 WEIGHTS = Path(__file__).parent / "weights"  # where `python weights.py download NAME` puts the official weights
 ASSETS = Path(__file__).parent / "assets"
@@ -45,8 +45,7 @@ def download_hint(path):
     return f": python weights.py download {path.name}" if path.parent == WEIGHTS or path.name in DOWNLOADS else ""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# files of our own
+# ---- files of our own -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -120,8 +119,7 @@ def check_source(path, part, frozen, source):
                          "give that one, or --any-weights to take this one")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# official files
+# ---- official files -------------------------------------------------------------------------------------------------
 
 
 def read_config(directory):
@@ -265,8 +263,7 @@ def fingerprint(weights):
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# downloads
+# ---- downloads ------------------------------------------------------------------------------------------------------
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
           "special_tokens_map.json")
@@ -416,17 +413,7 @@ def main(argv=None):
     parser.add_argument("--root", type=Path, default=WEIGHTS,
                         help="default: weights/ beside this file, where train.py and sample.py look")
     args = parser.parse_args(argv)
-    try:
-        download(args.name, args.root)
-    except BrokenPipeError:
-        return nobody_reads()
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: run this again to go on", file=sys.stderr)
-        return 130
-    return 0
+    return parser.run(download, args.name, args.root, stopped="stopped: run this again to go on")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from scenes import WORLDS, draw_scene, scene_phrases
 
 FIXTURE = Path(__file__).parent / "fixtures" / "sa1b"
 
-# ----------------------------------------------------------------------------------------------------------
-# a world that the stubs know: pictures, masks, labels, expressions
+# ---- a world that the stubs know: pictures, masks, labels, expressions ----------------------------------------------
 
 
 class Thing:
@@ -160,8 +159,7 @@ def fixture_world():
     return world
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the stubs
+# ---- the stubs ------------------------------------------------------------------------------------------------------
 
 
 class Stub(ThreadingHTTPServer):
@@ -397,8 +395,7 @@ def journal(out, stage):
     return {r["id"]: r for path in (Path(out) / "journals").rglob(f"{stage}.jsonl") for r in lines(path)}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# matching
+# ---- matching -------------------------------------------------------------------------------------------------------
 
 
 def slow_iou(a, b):
@@ -512,8 +509,7 @@ def test_a_detector_that_repeats_itself_does_not_cost_the_label():
     assert match([detection("a", square), detection("a", [0, 0, 100, 50])], [square]) == ([], [["a", "low_iou"]])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# words
+# ---- words ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text,label", [
@@ -583,8 +579,7 @@ def test_an_expression_said_twice_is_dropped_for_both():
         "rejected": [["The red dog", "duplicate"], ["the  red-dog", "duplicate"], ["a cat", "fits_another"]]}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# answers
+# ---- answers --------------------------------------------------------------------------------------------------------
 
 
 GOOD, LONG = '{"labels": ["a", "b"]}', json.dumps({"labels": ["x" * 81]})
@@ -656,8 +651,7 @@ def test_the_pauses_of_a_busy_server_grow(stubs, small, tmp_path, monkeypatch, h
     assert journal(tmp_path / "out", "labels")["sa_0"]["status"] == "ok" and stub.asked["labels", "sa_0"] == 6
 
 
-# ----------------------------------------------------------------------------------------------------------
-# lines on pictures
+# ---- lines on pictures ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -687,8 +681,7 @@ def test_draw_outline_changes_the_line_and_nothing_else():
     assert not outline(np.zeros((5, 5), bool)).any()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# input
+# ---- input ----------------------------------------------------------------------------------------------------------
 
 
 def all_pictures(source, out="nowhere"):
@@ -832,8 +825,7 @@ def test_pictures_are_sent_as_they_are_unless_they_cannot_be(tmp_path):
     assert annotate.encode(large)[1] == "image/jpeg" and annotate.encode(large, 300)[1] == "image/png"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# whole runs
+# ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
 def expected_records(world):
@@ -1404,8 +1396,7 @@ def test_help_and_the_command_line(run, stubs, tmp_path, capsys):
     assert images == {"sa_000000/sa_1.jpg", "sa_000000/sa_37.jpg"}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# noise: servers that miss, invent and mistake
+# ---- noise: servers that miss, invent and mistake -------------------------------------------------------------------
 
 
 class Noisy(Stub):

@@ -10,14 +10,7 @@ from safetensors.torch import load_file
 
 import data
 from data import (
-    Batches,
-    Scenes,
-    open_picture,
-    polygons_to_mask,
-    resize_mask,
-    rle_decode,
-    rle_encode,
-    segmentation_to_mask,
+    Batches, Scenes, open_picture, polygons_to_mask, resize_mask, rle_decode, rle_encode, segmentation_to_mask,
 )
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -55,8 +55,7 @@ def score(model, text_ids, pixels, tokens):
     return logits.log_softmax(-1).gather(2, tokens[:, :, None]).sum(dim=(1, 2))
 
 
-# ------------------------------------------------------------------------------
-# layers against plain arithmetic
+# ---- layers against plain arithmetic --------------------------------------------------------------------------------
 
 
 def test_rms_norm_is_x_over_its_root_mean_square():
@@ -107,8 +106,7 @@ def test_grouped_kv_heads_equal_full_heads_with_repeated_weights():
     torch.testing.assert_close(grouped(x), full(x), atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------
-# official names and reference outputs
+# ---- official names and reference outputs ---------------------------------------------------------------------------
 
 
 def test_siglip_has_the_official_parameter_names():
@@ -166,8 +164,7 @@ def test_a_rest_that_fills_no_patch_is_left_out():
     torch.testing.assert_close(siglip.encode_image(pixels), siglip.vision_model.post_layernorm(want))
 
 
-# ------------------------------------------------------------------------------
-# official directories, whole and broken
+# ---- official directories, whole and broken -------------------------------------------------------------------------
 
 
 def edited(tmp_path, name, config=None, weights=None):
@@ -343,8 +340,7 @@ def test_a_damaged_or_missing_file_ends_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------
-# presets and frozen parts
+# ---- presets and frozen parts ---------------------------------------------------------------------------------------
 
 
 def test_the_papers_models_have_the_papers_sizes():
@@ -420,8 +416,7 @@ def test_weights_in_bfloat16_give_nearly_the_same_logits(tmp_path):
     assert half.generate(text_ids, pixels).shape == mask_tokens.shape
 
 
-# ------------------------------------------------------------------------------
-# KV cache
+# ---- KV cache -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -485,8 +480,7 @@ def test_repeated_and_reordered_cache_continues_the_chosen_rows():
     torch.testing.assert_close(llama(last, cache), llama(whole)[:, -1:], atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------
-# forward
+# ---- forward --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -639,8 +633,7 @@ def test_forward_compiles_to_one_graph_under_autocast(freeze_encoders):
     torch.testing.assert_close(loss, want)
 
 
-# ------------------------------------------------------------------------------
-# decoding
+# ---- decoding -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -913,8 +906,7 @@ def test_generate_refuses_what_it_cannot_do(options, message):
         tiny_model().generate(text_ids, pixels, **options)
 
 
-# ------------------------------------------------------------------------------
-# checkpoints
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -1026,8 +1018,7 @@ def test_configs_refuse_sizes_that_do_not_divide():
         LlamaConfig(width=64, heads=4, kv_heads=3)
 
 
-# ------------------------------------------------------------------------------
-# device and dtype
+# ---- device and dtype -----------------------------------------------------------------------------------------------
 
 
 def test_the_device_is_the_fastest_that_is_there(monkeypatch):

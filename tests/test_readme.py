@@ -15,7 +15,7 @@ from PIL import Image
 README = (REPO / "README.md").read_text()
 # What each script does with its flags, by the names of its functions; these would need hours, weights or data.
 JOBS = {"sample": ("segment", "score", "bench", "chat"), "train": ("train", "merge"), "weights": ("download",),
-        "tokenizer": ("train", "encode"), "annotate": ()}
+        "tokenizer": ("train", "encode"), "annotate": ("annotate", "export")}
 RUN = ("python sample.py --image", "cat x.png", "python sample.py --checkpoint out --image", "python data.py", "--plot",
        "--print-config", "python metrics.py")
 
