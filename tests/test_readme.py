@@ -49,6 +49,8 @@ def folder(tmp_path, monkeypatch):
     for name in ("model.safetensors", "mask_tokenizer.safetensors", "text.model"):
         (tmp_path / "out" / name).symlink_to(REPO / "assets" / name)
     (tmp_path / "out" / "log.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0, "cIoU": 0.1}\n')
+    (tmp_path / "sa1b").mkdir()
+    (tmp_path / "ovrs").mkdir()
     for name in ("predicted_masks", "true_masks"):
         (tmp_path / name).mkdir()
         Image.fromarray(np.eye(9, dtype=np.uint8) * 255).save(tmp_path / name / "1.png")
@@ -66,5 +68,5 @@ def test_command(line, script, words, folder, monkeypatch, capsys):
         return
     done = []
     for job in JOBS[script]:
-        monkeypatch.setattr(module, job, lambda *args, **more: done.append(args) or 0)
+        monkeypatch.setattr(module, job, lambda *args, **more: done.append(args) or [])
     assert module.main(words) == 0 and len(done) == 1
