@@ -39,10 +39,12 @@ import re
 import sys
 import tarfile
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import dropwhile, groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -55,8 +57,8 @@ from tqdm import tqdm
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
-from data import BadUsage, open_picture, rle_decode, rle_encode, to_rgb
-from metrics import Parser, nobody_reads, printable, write_json
+from data import open_picture, pack_counts, rle_decode, to_rgb, unpack_counts
+from metrics import BadUsage, Parser, nobody_reads, printable, whole, write_json
 
 
 class Failure(Exception):
@@ -75,8 +77,7 @@ class Stop(Exception):
     """The run cannot go on; the message is one line. What is not finished is done by the next run."""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# prompts. paper: their words are not printed; these are ours
+# ---- prompts. paper: their words are not printed; these are ours -------------------------------------------
 
 PROMPTS = {
     "labels": """\
@@ -123,13 +124,13 @@ for _name, (_key, _schema, _) in ANSWERS.items():
     PROMPTS[_name] += f'\nAnswer with JSON only: {{"{_key}": {_FORMS[_schema["type"]]}}}'
 
 
-# ----------------------------------------------------------------------------------------------------------
-# words. Each rule is one that the prompts state; no word is ever changed into another one
+# ---- words. Each rule is one that the prompts state; no word is ever changed into another one --------------
 
 MAX_LABELS = 10  # paper, section 4
 NO_OBJECTS = ("scene", "background", "shadow")
 IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "foot": "feet",
              "tooth": "teeth", "mouse": "mice", "leaf": "leaves", "knife": "knives", "shelf": "shelves"}
+ARTICLES = ("a", "an", "the")
 SMALL_WORDS = frozenset("a an the of with in on for and or to at by".split())
 # An expression about our line instead of the object.
 _MARKING = re.compile(r"\b(outlined?|highlighted|bounding box|(green|orange) (line|outline))\b")
@@ -145,35 +146,28 @@ def same_noun(a, b):
 
 
 def normal_label(text):
-    """A label as we keep it: lower case, without accents, punctuation or an article before it; may be "".
-
-    Dots must go, because a dot ends a label in GroundingDINO's text.
-    """
+    """A label as we keep it: lower case, without accents, punctuation or an article before it; may be ""."""
     text = unicodedata.normalize("NFKD", text).lower().replace("\u2019", "'")
     text = "".join(c for c in text if not unicodedata.combining(c))  # "cafe" for its accented form
-    words = re.sub(r"[^\w\-' ]|_", " ", text).split()
-    while words and words[0] in ("a", "an", "the"):
-        words = words[1:]
-    return " ".join(words)
+    words = re.sub(r"[^\w\-' ]|_", " ", text).split()  # a dot would end the label in GroundingDINO's text
+    return " ".join(dropwhile(lambda word: word in ARTICLES, words))
 
 
 def clean_labels(named):
     """What the VLM named -> (labels to go on with, [[label, rule it fell by], ...])."""
     kept, rejected = [], []
     for text in named:
-        label, rule = normal_label(text), None
+        label = normal_label(text)
         if not label or not label.isascii():
-            rule = "no_english_word"  # GroundingDINO knows no others
+            rejected.append([text, "no_english_word"])  # GroundingDINO knows no others
         elif label in NO_OBJECTS:
-            rule = "no_object"
+            rejected.append([text, "no_object"])
         elif len(label.split()) > 4:
-            rule = "too_long"
+            rejected.append([text, "too_long"])
         elif any(same_noun(label, other) for other in kept):
-            rule = "duplicate"  # so that of a noun and its plural the first one stays
+            rejected.append([text, "duplicate"])  # so that of a noun and its plural the first one stays
         elif len(kept) == MAX_LABELS:
-            rule = "too_many"
-        if rule:
-            rejected.append([text, rule])
+            rejected.append([text, "too_many"])
         else:
             kept.append(label)
     return kept, rejected
@@ -201,14 +195,9 @@ def expression_fault(expression, label):
         return "too_long"
     if marking and set(words_of(marking[0])).isdisjoint(words_of(label)):
         return "mentions_marking"
-    if [word for word in words if word not in ("the", "a", "an")] == words_of(label):
+    if [word for word in words if word not in ARTICLES] == words_of(label):
         return "only_the_label"  # the semantic record says as much, and of a missed second object it would be wrong
     return None
-
-
-def tidy(expression):
-    """An expression on one line without the full stop at its end."""
-    return " ".join(expression.split()).strip(". \"'")
 
 
 def judge_expressions(written):
@@ -226,8 +215,7 @@ def judge_expressions(written):
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json
+# ---- the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json -------------------
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -258,9 +246,9 @@ class Picture:
 
 
 def pictures_of(name, path):
-    """A part (see `find_parts`) -> (its Pictures, sorted by name; [what is wrong with it]). Nothing is unpacked.
+    """A part (see `find_parts`) -> (its Pictures, sorted by name; [what is wrong with it]). Memory: its names.
 
-    Half a pair is a Picture, too, if it is a picture or is named sa_N.json. Memory: the names of the part.
+    Half a pair is a Picture, too, if it is a picture or is named sa_N.json.
     """
     if path.is_file():
         places, problems = read_archive(path)
@@ -282,16 +270,14 @@ def find_parts(source, out):
     """The parts of an archive, or of a folder with all archives and folders below it: {name: path}, sorted.
 
     A part is one archive, or one folder without those below it. Its name is its path below `source` without .tar, ""
-    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. A folder
-    beside its archive (sa_000000/ and sa_000000.tar) is left out, for it holds the same pictures. So are hidden files
-    and `out`.
+    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. Left out are
+    hidden files, `out`, and a folder beside its archive (sa_000000/ and sa_000000.tar), which holds the same pictures.
     """
-    if source.is_file():
-        return {source.stem: source}
-
     def unreadable(error):
         raise error
 
+    if source.is_file():
+        return {source.stem: source}
     found, seen = {}, {os.path.realpath(out)}
     for folder, folders, files in os.walk(source, followlinks=True, onerror=unreadable):
         if os.path.realpath(folder) in seen:
@@ -310,9 +296,9 @@ def find_parts(source, out):
 
 
 def read_archive(path):
-    """A .tar -> ({path of a member: place}, [what is wrong with it]); of a cut archive, what is whole is found.
+    """A .tar, not unpacked -> ({path of a member: place}, [what is wrong]); of a cut one, what is whole is found.
 
-    Hidden members are left out, such as the ._x.jpg of macOS. Members are read where they lie, without unpacking.
+    Hidden members are left out, such as the ._x.jpg of macOS.
     """
     places, problems = {}, set()
     try:
@@ -355,8 +341,7 @@ def read_annotations(picture, size):
                 x, y, w, h = (float(v) for v in annotation["bbox"])
                 boxes.append((x, y, x + w + 1, y + h + 1))
             else:
-                rows, columns = (np.flatnonzero(rle_decode(rle).any(axis)) for axis in (1, 0))
-                boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0))
+                boxes.append(Image.fromarray(rle_decode(rle)).getbbox() or (0, 0, 0, 0))
             ids.append(annotation.get("id", number))
             segmentations.append({"size": rle["size"], "counts": rle["counts"]})
         if len(set(ids)) < len(ids) or not all(isinstance(i, int | str) for i in ids):
@@ -366,8 +351,7 @@ def read_annotations(picture, size):
     return ids, np.array(boxes, np.float64).reshape(-1, 4), segmentations
 
 
-# ----------------------------------------------------------------------------------------------------------
-# pictures for the servers
+# ---- pictures for the servers ------------------------------------------------------------------------------
 
 DILATE = 20  # pixels, paper, section 4
 GREEN, ORANGE = (0, 255, 0), (255, 128, 0)
@@ -405,12 +389,11 @@ def decode(content):
 
 
 def encode(image, max_side=0):
-    """PIL RGB -> (bytes, media type), no side above `max_side` (0: any): PNG if small, as JPEG smears thin lines."""
-    if max_side and max(image.size) > max_side:
-        image = image.copy()
+    """PIL RGB, made smaller in place if a side is above `max_side` (0: any) -> (bytes, media type)."""
+    if max_side:
         image.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
-    if image.width * image.height <= 512 * 512:
+    if image.width * image.height <= 512 * 512:  # JPEG smears thin lines
         image.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue(), "image/png"
     image.save(buffer, "JPEG", quality=95, subsampling=0)
@@ -418,15 +401,13 @@ def encode(image, max_side=0):
 
 
 def outline(mask, width=1):
-    """bool (H, W) -> bool (H, W): the inner rim, `width` px thick, of the mask dilated by 20 px.
+    """bool (H, W) -> bool (H, W): the inner rim, `width` px thick, of the mask dilated by 20 px, closed at the border.
 
-    Dilated so that the object's own edge stays visible. Paper: the shape is not stated; we use a disk, every pixel at
-    most 20 px from the mask. Outside the picture counts as outside, so the line is closed at the picture's border.
+    It is dilated so that the object's own edge stays visible. paper: the shape is not stated; we use a disk.
     """
     line = np.zeros(mask.shape, bool)
-    if mask.any():  # only the rectangle that the dilated mask lies in, one pixel to spare
-        used = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        box = tuple(slice(max(u[0] - DILATE - 1, 0), u[-1] + DILATE + 2) for u in used)
+    for sides in ndimage.find_objects(mask.view(np.uint8)):  # the rectangle of the mask; none if it is empty
+        box = tuple(slice(max(side.start - DILATE - 1, 0), side.stop + DILATE + 1) for side in sides)
         grown = ndimage.distance_transform_edt(~mask[box]) <= DILATE
         line[box] = grown & ~ndimage.binary_erosion(grown, iterations=width)
     return line
@@ -434,16 +415,16 @@ def outline(mask, width=1):
 
 def mark(image, line, color, max_side):
     """PIL RGB and a line from `outline` -> the encoded picture (bytes, media type) with the line in `color`."""
-    pixels = np.array(image)
-    pixels[line] = color
-    return encode(Image.fromarray(pixels), max_side)
+    marked = image.copy()
+    marked.paste(color, mask=Image.fromarray(line))
+    return encode(marked, max_side)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# servers
+# ---- servers -----------------------------------------------------------------------------------------------
 
 ATTEMPTS = 8  # tries of one request
 WAIT = 1.0  # seconds before the third try, doubled before each further one; the second try comes at once
+LONGEST_PAUSE = 300  # seconds that a server may ask for with Retry-After
 TIMEOUT = 120  # seconds for one request
 STOP_AFTER = 100  # pictures in a row without one useful answer: the run stops
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # other errors would come again, too
@@ -458,28 +439,27 @@ class Server:
         self.key = os.environ.get(variable)
         self.session = requests.Session()
         self.session.auth = lambda request: request  # so that no .netrc puts in another key
-        self.session.headers["Content-Type"] = "application/json"
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
-    def try_again(self, attempts):
-        """Set how often a request is tried; before the first call it is once."""
-        retries = Retry(attempts - 1, read=min(attempts - 1, 2), status_forcelist=_TRY_AGAIN, allowed_methods=None,
-                        backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, raise_on_status=False)
+    def try_again(self):
+        """From now on, try a request again where that may help."""
+        retries = Retry(ATTEMPTS - 1, read=2, status_forcelist=_TRY_AGAIN, allowed_methods=None, raise_on_status=False,
+                        backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, retry_after_max=LONGEST_PAUSE)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=retries))
 
     def post(self, body):
-        """POST a JSON body -> the answer's JSON.
-
-        Raises Failure with the reason if there is no answer to this request; Stop if there would be none to any
-        other: nobody listens there, the key is refused, the address or the model does not exist.
+        """POST a JSON body -> the answer's JSON. Raises Failure if there is no answer to this request, and Stop if
+        there would be none to any: nobody listens, the key is refused, the address or the model does not exist.
         """
         try:
-            response = self.session.post(self.url, data=json.dumps(body).encode(), timeout=(10, TIMEOUT),
-                                         allow_redirects=False)
+            response = self.session.post(self.url, json=body, timeout=(10, TIMEOUT), allow_redirects=False)
+            status = response.status_code
+            if status == 200:
+                return json.loads(response.content)
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
-                requests.exceptions.InvalidHeader) as error:
+                ValueError, RecursionError) as error:
             raise BadAnswer("cut_response", error) from None
         except requests.RequestException as error:
             cause = error.args[0] if error.args else error
@@ -487,19 +467,12 @@ class Server:
             if isinstance(cause, ReadTimeoutError | ProtocolError):  # it was there, and took the request
                 raise Failure("timeout" if isinstance(cause, ReadTimeoutError) else "connection", cause) from None
             raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it first") from None
-        status = response.status_code
-        if status == 200:
-            try:
-                return json.loads(response.content)
-            except (ValueError, RecursionError):
-                raise BadAnswer("cut_response", "the body is not whole JSON") from None
         text = " ".join(response.text.split()).replace(self.key or "\n", "***")[:300]
         if status in (401, 403):
             raise Stop(f"{self.name}: refuses the key ({status} {text}): put the right one into {self.variable}")
         if status == 404 or 300 <= status < 400:
             raise Stop(f"{self.name}: {status} {text}: check the address, and the model's name")
-        long = status == 400 and re.search("context.length|max_tokens must be at least", text)
-        raise Failure("context_overflow" if long else f"http_{status}", text)
+        raise Failure(f"http_{status}", text)
 
 
 def probe(args, stages):
@@ -508,8 +481,7 @@ def probe(args, stages):
     if any(STAGES[stage][2] for stage in stages):
         first.append((args.vlm, chat_body(args, "labels", white), dict, "a chat completion"))
     if "detect" in stages:
-        body = {"inputs": base64.b64encode(white[0]).decode(), "parameters": {"candidate_labels": ["cup"]}}
-        first.append((args.detector, body, list, "a list of boxes"))
+        first.append((args.detector, detect_body(white[0], ["cup"]), list, "a list of boxes"))
     for server, body, kind, expected in first:
         try:
             answer = server.post(body)
@@ -517,7 +489,13 @@ def probe(args, stages):
             raise Stop(f"{server.name}: the first request failed: {failure.reason} {failure.detail}") from None
         if not isinstance(answer, kind) or kind is dict and "choices" not in answer:
             raise Stop(f"{server.name}: answers {json.dumps(answer)[:80]}: expected {expected}")
-        server.try_again(ATTEMPTS)
+        server.try_again()
+
+
+def detect_body(content, labels):
+    """The body that asks the detector for the boxes of labels in an encoded image (bytes)."""
+    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
+    return {"inputs": base64.b64encode(content).decode(), "parameters": parameters}
 
 
 def chat_body(args, name, image, turn=0, **words):
@@ -533,27 +511,23 @@ def chat_body(args, name, image, turn=0, **words):
     }
 
 
-def ask(args, log, name, image, **words):
-    """Ask the VLM prompt `name` about an encoded image (bytes, media type) -> the checked value of its answer.
-
-    An answer that does not fit the schema is asked for once more, a little warmer; a prompt that is too long once
-    with half the picture's sides. Raises Failure.
-    """
-    turn, halved = 0, False
-    while True:
+def ask_twice(server, log, body, read):
+    """POST body(0) -> what `read` makes of the answer. If that is of no use, once more with body(1); raises Failure."""
+    for turn in (0, 1):
         log["requests"] += 1
         try:
-            value = read_answer(args.vlm.post(chat_body(args, name, image, turn, **words)), name, log)
+            value = read(server.post(body(turn)))
             log["answers"] += 1
             return value
-        except Failure as failure:
-            if failure.reason == "context_overflow" and not halved:
-                halved, smaller = True, decode(image[0])
-                image = encode(smaller, max(smaller.size) // 2)
-            elif isinstance(failure, BadAnswer) and turn == 0:
-                turn = 1
-            else:
+        except BadAnswer:
+            if turn == 1:
                 raise
+
+
+def ask(args, log, name, image, **words):
+    """Ask the VLM prompt `name` about an encoded image (bytes, media type) -> the checked value of its answer."""
+    return ask_twice(args.vlm, log, lambda turn: chat_body(args, name, image, turn, **words),
+                     lambda answer: read_answer(answer, name, log))
 
 
 def read_answer(answer, name, log):
@@ -576,9 +550,11 @@ def read_answer(answer, name, log):
         raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content)
     if set(value) != {key} or not fits_schema(value[key], schema):
         raise BadAnswer("wrong_schema", content)
-    if isinstance(value[key], str) and _REFUSAL.match(value[key]):
+    if not isinstance(value[key], str):
+        return value[key]
+    if _REFUSAL.match(value[key]):
         raise BadAnswer("refused", value[key])
-    return value[key]
+    return " ".join(value[key].split()).strip(". \"'")  # one line, without the full stop at its end
 
 
 def first_object(text):
@@ -600,8 +576,7 @@ def fits_schema(value, schema):
     return isinstance(value, str) and schema.get("minLength", 0) <= len(value.strip()) <= schema["maxLength"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# matching (paper, section 4)
+# ---- matching (paper, section 4) ---------------------------------------------------------------------------
 
 MATCH_RULES = "match-2"  # in the settings of a run: change it with the rules of `match`
 MAX_BOXES = 4  # a label with more boxes is dropped
@@ -613,23 +588,29 @@ ASK_SCORE = 0.25  # of the detector; paper: not stated; a weak box tells of an i
 SAME_BOX_IOU = 0.5
 
 
+def box_areas(boxes):
+    """Boxes (M, 4), x0 y0 x1 y1 -> areas (M,); 0 if x1 <= x0 or y1 <= y0."""
+    return (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
+
+
 def box_iou(a, b):
     """Boxes (D, 4) and (M, 4), x0 y0 x1 y1 -> IoU (D, M) float64; 0 where both are empty."""
-    a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (a, b))
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inter = np.prod(np.maximum(high - low, 0), axis=2)
-    areas = [np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1) for boxes in (a, b)]
-    union = areas[0][:, None] + areas[1][None, :] - inter
+    x0, y0, x1, y1 = a.T[:, :, None]
+    inter = ((np.minimum(x1, b[:, 2]) - np.maximum(x0, b[:, 0])).clip(0)
+             * (np.minimum(y1, b[:, 3]) - np.maximum(y0, b[:, 1])).clip(0))
+    union = box_areas(a)[:, None] + box_areas(b) - inter
     return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
 
 
 def suppress(detections):
     """Non-maximum suppression: detections of one label -> those that no better one covers, the best first."""
-    kept = []
-    for detection in sorted(detections, key=lambda d: (-d["score"], d["box"])):
-        if not (box_iou([detection["box"]], [other["box"] for other in kept]) > SAME_BOX_IOU).any():
-            kept.append(detection)
-    return kept
+    order, kept = sorted(detections, key=lambda d: (-d["score"], d["box"])), []
+    boxes = np.array([detection["box"] for detection in order], np.float64)
+    same = box_iou(boxes, boxes) > SAME_BOX_IOU
+    for i in range(len(order)):
+        if not same[i, kept].any():
+            kept.append(i)
+    return [order[i] for i in kept]
 
 
 def match(detections, mask_boxes):
@@ -677,10 +658,9 @@ def masks_of_label(boxes, mask_boxes):
         return {}, "too_many_boxes"
     if not all(box["score"] > MIN_SCORE for box in boxes):
         return {}, "low_score"
-    sizes = np.prod(np.maximum(mask_boxes[:, 2:] - mask_boxes[:, :2], 0), axis=1)
-    iou = box_iou([box["box"] for box in boxes], mask_boxes)  # (D, M)
+    iou = box_iou(np.array([box["box"] for box in boxes], np.float64), mask_boxes)  # (D, M)
     near = np.flatnonzero((iou > floor).any(0))
-    order = near[np.argsort(-sizes[near], kind="stable")]  # large to small
+    order = near[np.argsort(-box_areas(mask_boxes[near]), kind="stable")]  # large to small
     nested = np.triu(box_iou(mask_boxes[order], mask_boxes[order]) > NESTED_IOU, 1).any(0)
     left = np.sort(order[~nested])
     best = left[iou[:, left].argmax(1)] if len(left) else []
@@ -690,8 +670,34 @@ def masks_of_label(boxes, mask_boxes):
     return {int(m): (float(boxes[i]["score"]), float(iou[i, m])) for i, m in enumerate(best)}, None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the stages: (picture, results of the stages before, args, log) -> {"kept": [...], "rejected": [[what, rule], ...]}
+def object_runs(rle):
+    """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
+
+    `match_masks` works on runs, because to decode the masks of a large picture takes fifty times as long. Raises
+    ValueError for counts that do not fill the size, and for a mask without a pixel.
+    """
+    counts, pixels = rle["counts"], math.prod(rle["size"])
+    counts = unpack_counts(counts) if isinstance(counts, str) else np.asarray(counts)
+    if counts.ndim != 1 or counts.dtype.kind != "i" or counts.min(initial=0) < 0 or counts.sum() != pixels:
+        raise ValueError(f"run-length counts that do not add up to {rle['size']}")
+    ends = counts.cumsum()
+    runs = np.stack([ends - counts, ends], 1)[1::2][counts[1::2] > 0]
+    if not len(runs):
+        raise ValueError("a mask without a pixel")
+    return runs
+
+
+def merge_runs(runs, size):
+    """Runs (n, 2) of one or several masks and their size [H, W] -> the COCO run-length mask of their union."""
+    runs = runs[np.argsort(runs[:, 0])]
+    reach = np.maximum.accumulate(runs[:, 1])
+    gap = runs[1:, 0] > reach[:-1]  # between a run and all the runs before it
+    edges = np.stack([runs[np.append(True, gap), 0], reach[np.append(gap, True)]], 1)
+    counts = np.diff(edges.ravel(), prepend=0, append=math.prod(size))
+    return {"size": size, "counts": pack_counts(counts if counts[-1] else counts[:-1])}
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
 
 
 def name_labels(picture, past, args, log):
@@ -706,27 +712,20 @@ def detect(picture, past, args, log):
     """Stage 2: kept is [{"label", "score", "box"}]; "size" is the picture's (width, height)."""
     content, _, size = original(picture)  # at full size: the detector makes it small itself
     labels, kept, rejected = past["labels"]["kept"], [], []
-    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
-    for turn in range(2 if labels else 0):
-        log["requests"] += 1
-        try:
-            answer = args.detector.post({"inputs": base64.b64encode(content).decode(), "parameters": parameters})
-            log["raw"].append(answer)
-            kept, rejected = read_boxes(answer, labels, size)
-            log["answers"] += 1
-            break
-        except BadAnswer:
-            if turn:
-                raise
+    if labels:
+        body = detect_body(content, labels)
+        kept, rejected = ask_twice(args.detector, log, lambda turn: body,
+                                   lambda answer: read_boxes(answer, labels, size, log))
     return {"kept": kept, "rejected": rejected, "size": size}
 
 
-def read_boxes(answer, labels, size):
+def read_boxes(answer, labels, size, log):
     """The detector's answer -> (detections, [[label, rule it fell by], ...]); BadAnswer if it is no list of boxes.
 
     Boxes are cut at the picture's border; labels that were not asked for and empty boxes go.
     """
     kept, rejected = [], []
+    log["raw"].append(answer)
     try:
         for item in answer if isinstance(answer, list) else [answer]:
             box = [float(item["box"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
@@ -753,18 +752,17 @@ def match_masks(picture, past, args, log):
     size = past["detect"]["size"]
     ids, boxes, segmentations = read_annotations(picture, size)
     matches, rejected = match(past["detect"]["kept"], boxes)
-    kept, masks = [], {}
+    kept, runs = [], defaultdict(list)
     for label, m, score, iou in matches:
+        rle = segmentations[m]
         try:
-            mask = rle_decode(segmentations[m])
-            if not mask.any():
-                raise ValueError("a mask without a pixel")
+            found = object_runs(rle)
         except ValueError as error:
             raise Failure("broken_masks", f"annotation {ids[m]}: {error}") from None
-        masks.setdefault(label, []).append(mask)
+        runs[label].append(found)
         kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou,
-                     "segmentation": rle_encode(mask)})
-    merged = {label: rle_encode(np.logical_or.reduce(parts)) for label, parts in masks.items() if len(parts) > 1}
+                     "segmentation": rle if isinstance(rle["counts"], str) else merge_runs(found, rle["size"])})
+    merged = {label: merge_runs(np.concatenate(parts), size[::-1]) for label, parts in runs.items() if len(parts) > 1}
     return {"kept": kept, "rejected": rejected, "size": size, "merged": merged}
 
 
@@ -799,13 +797,12 @@ def refer(picture, past, args, log):
         for i, target in enumerate(objects):
             try:
                 marked = mark(image, lines[i], GREEN, args.max_side)
-                expression = tidy(ask(args, log, "expression", marked, label=label))
+                expression = ask(args, log, "expression", marked, label=label)
                 fault = expression_fault(expression, label)
-                for line in lines[:i] + lines[i + 1:] if not fault else ():
-                    marked = mark(image, line, ORANGE, args.max_side)
-                    if ask(args, log, "verify", marked, label=label, expression=expression):
-                        fault = "fits_another"
-                        break
+                others = (mark(image, line, ORANGE, args.max_side) for line in lines[:i] + lines[i + 1:])
+                if not fault and any(ask(args, log, "verify", other, label=label, expression=expression)
+                                     for other in others):
+                    fault = "fits_another"
             except BadAnswer as answer:  # the picture's other objects need not suffer
                 expression, fault = answer.detail, answer.reason
             written.append((label, target["annotation_id"], expression, fault))
@@ -821,7 +818,7 @@ def reason(picture, past, args, log):
     image = original(picture, args.max_side)[:2] if once else None
     for label, target in once:
         try:
-            expression = tidy(ask(args, log, "reasoning", image, label=label))
+            expression = ask(args, log, "reasoning", image, label=label)
             fault = "names_object" if names_object(expression, label) else expression_fault(expression, label)
         except BadAnswer as answer:
             expression, fault = answer.detail, answer.reason
@@ -840,8 +837,7 @@ STAGES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# journals: OUT/journals/PART/STAGE.jsonl
+# ---- journals: OUT/journals/PART/STAGE.jsonl ---------------------------------------------------------------
 
 
 class Journal:
@@ -852,11 +848,11 @@ class Journal:
     """
 
     def __init__(self, out, part, stage, write=False):
-        self.path = path = out / "journals" / part / f"{stage}.jsonl"
+        path = out / "journals" / part / f"{stage}.jsonl"
         self.places, self.failed, self.end = {}, set(), 0  # places: {picture: (offset, bytes)}
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+" if write else "rb", buffering=0) if write or path.exists() else None
+        self.file = open(path if write or path.exists() else os.devnull, "ab+" if write else "rb")
         try:
             if write:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -864,21 +860,16 @@ class Journal:
             self.file.close()
             raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
                              "--shard of the same --num-shards") from None
-        if self.file:
-            self._index()
+        self.file.seek(0)
+        for number, line in enumerate(self.file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self._note(json.loads(line), len(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: line {number} is damaged ({error!r}): delete it") from None
         if write:
             self.file.truncate(self.end)
-
-    def _index(self):
-        """Find the last line of each picture, and the end of the last whole line."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    self._note(json.loads(line), len(line))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}: line {number} is damaged ({error!r}): delete it") from None
 
     def _note(self, record, length):
         self.places[record["id"]] = (self.end, length)
@@ -888,9 +879,8 @@ class Journal:
     def append(self, record):
         """Add a line; it is on its way to the disk when this returns."""
         line = json.dumps(record).encode() + b"\n"
-        written = 0
-        while written < len(line):
-            written += self.file.write(line[written:])
+        self.file.write(line)
+        self.file.flush()
         self._note(record, len(line))
 
     def read(self, key):
@@ -904,16 +894,16 @@ class Journal:
 
     def close(self):
         """Let go of the file and of the lock."""
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
 def read_settings(out):
     """OUT/settings.json, {stage: settings}; empty if no stage has begun."""
     path = out / "settings.json"
     try:
-        settings = json.loads(path.read_bytes()) if path.exists() else {}
-        return {stage: dict(settings[stage]) for stage in settings.keys() & STAGES}
+        return {stage: dict(values) for stage, values in json.loads(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error}): take another --out") from None
 
@@ -938,8 +928,7 @@ def record_settings(args, stages):
         write_json(args.out / "settings.json", settings)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# running
+# ---- running -----------------------------------------------------------------------------------------------
 
 
 def in_parallel(job, units, concurrency):
@@ -973,28 +962,6 @@ def do_picture(stage, picture, before, args):
             "reason": failure and failure.reason, "detail": failure and failure.detail, **log, "result": result}
 
 
-def hold_back(records, stage, tally):
-    """The records to write. One without a useful answer waits until another shows that the server is well.
-
-    So a server that has broken down costs no picture. Stop after STOP_AFTER such records in a row.
-    """
-    held = []
-    for record in records:
-        if record["requests"] and not record["answers"]:
-            held.append(record)
-            tally["useless"] += 1
-            if tally["useless"] >= STOP_AFTER:
-                why = f"{record['reason']} {record['detail']}" if record["reason"] else f"{record['raw'][-1:]}"[:300]
-                raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
-                           f"{why}: look at the server, then run this again")
-            continue
-        if record["answers"]:
-            yield from held
-            held, tally["useless"] = [], 0
-        yield record
-    yield from held
-
-
 def run_stage(stage, part, pictures, journals, args, tally):
     """Do what is left of a stage in one part; the stages before it must have done theirs."""
     journal, before = journals[stage], {name: journals[name] for name in STAGES[stage][1]}
@@ -1004,14 +971,23 @@ def run_stage(stage, part, pictures, journals, args, tally):
     if ready and args.to_probe:
         probe(args, args.to_probe)
         args.to_probe = ()
-    with tqdm(desc=f"{part} {stage}", unit=" pictures", total=len(ready), leave=False) as bar:
-        # match has no server to wait for, and threads would only take turns
-        records = in_parallel(lambda picture: do_picture(stage, picture, before, args), ready,
-                              1 if stage == "match" else args.concurrency)
-        for record in hold_back(records, stage, tally):
-            journal.append(record)
-            tally[record["reason"]] += 1
-            bar.update()
+    useful_end = journal.end  # of the last line with a useful answer
+    threads = 1 if stage == "match" else args.concurrency  # match waits for no server, threads would only take turns
+    try:
+        with closing(in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)) as records:
+            for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
+                journal.append(record)
+                tally[record["reason"]] += 1
+                tally["useless"] += record["requests"] > 0
+                if record["answers"]:
+                    tally["useless"], useful_end = 0, journal.end
+                if tally["useless"] >= STOP_AFTER:
+                    why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
+                    raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
+                               f"{why}: look at the server, then run this again")
+    except (Stop, KeyboardInterrupt):
+        journal.file.truncate(useful_end)  # so that a server that breaks down costs no picture
+        raise
     tally.update(ok=len(journal.places) - len(journal.failed), failed=len(journal.failed),
                  waiting=len(todo) - len(ready))
 
@@ -1041,8 +1017,7 @@ def annotate(args, stages):
     return problems
 
 
-# ----------------------------------------------------------------------------------------------------------
-# export and stats
+# ---- export and stats --------------------------------------------------------------------------------------
 
 
 def parts_done(out, stage):
@@ -1059,10 +1034,7 @@ def records_of(match, others, settings):
     are the masks with their labels before merging.
     """
     width, height = match["result"]["size"]
-    by_label, by_mask = {}, {}
-    for found in match["result"]["kept"]:
-        by_label.setdefault(found["label"], []).append(found)
-        by_mask[found["label"], found["annotation_id"]] = found
+    by_mask = {(found["label"], found["annotation_id"]): found for found in match["result"]["kept"]}
 
     def record(task, name, phrase, found, segmentation, *stages):
         return {"id": f"{match['id']}:{task}:{name}", "image": match["image"], "width": width, "height": height,
@@ -1071,7 +1043,8 @@ def records_of(match, others, settings):
                 "score": min(one["score"] for one in found),
                 "provenance": {stage: settings.get(stage) for stage in ("labels", "detect", "match", *stages)}}
 
-    for label, found in sorted(by_label.items()):
+    for label, group in groupby(match["result"]["kept"], key=itemgetter("label")):  # they are sorted
+        found = list(group)
         merged = match["result"]["merged"].get(label, found[0]["segmentation"])
         yield record("semantic", label, label, found, merged)
         for one in found:
@@ -1088,14 +1061,15 @@ def export(args):
 
     All lines of a picture are in one split. Nothing in them depends on the order in which answers came.
     """
-    parts, count = parts_done(args.out, "match"), Counter()
-    paths = {name: args.out / f"{name}.jsonl" for name in ("train", "val", "instances-train", "instances-val")}
-    settings, files = read_settings(args.out), {}
+    parts, count, files = parts_done(args.out, "match"), Counter(), {}
+    settings = read_settings(args.out)
     with open(args.out / "lock", "w") as lock, ExitStack() as stack:
         fcntl.flock(lock, fcntl.LOCK_EX)  # for two exports at the same time
-        for name, path in paths.items():
-            files[name] = stack.enter_context(open(f"{path}.tmp", "w", encoding="utf-8"))
-            stack.callback(Path(f"{path}.tmp").unlink, missing_ok=True)
+        for name in ("train", "val", "instances-train", "instances-val"):
+            for left in args.out.glob(f".{name}.jsonl.*.tmp"):  # by an export that was killed
+                left.unlink()
+            temporary = stack.enter_context(whole(args.out / f"{name}.jsonl"))
+            files[name] = stack.enter_context(open(temporary, "w"))
         for part in tqdm(parts, desc="export", unit=" parts"):
             match, refer, reason = (Journal(args.out, part, stage) for stage in ("match", "refer", "reason"))
             for key in sorted(filter(match.good, match.places)):
@@ -1109,12 +1083,10 @@ def export(args):
                     count[f"{split} {record['task']}"] += 1
             for journal in (match, refer, reason):
                 journal.close()
-        for name, path in paths.items():
-            files[name].flush()
-            os.fsync(files[name].fileno())
-            os.replace(f"{path}.tmp", path)
+        for file in files.values():
+            file.flush()  # all of them before the first is renamed: the disk may be full
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items())) or "no records"
-    print(f"export: wrote {', '.join(f'{name}.jsonl' for name in paths)} in {args.out}: {told}")
+    print(f"export: wrote {', '.join(f'{name}.jsonl' for name in files)} in {args.out}: {told}")
 
 
 def stats(args):
@@ -1142,8 +1114,7 @@ def stats(args):
     write_json(args.out / "stats.json", {**numbers, "labels_of_masks": dict(labels.most_common())})
 
 
-# ----------------------------------------------------------------------------------------------------------
-# python annotate.py STAGE
+# ---- python annotate.py STAGE ------------------------------------------------------------------------------
 
 EPILOG = """\
 Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.
