@@ -24,6 +24,12 @@ picture in one stage. It ends as one line of OUT/journals/PART/STAGE.jsonl, eith
 is one archive or one folder of the input. OUT/settings.json records the models, the prompts and --max-side. To go on
 with others is refused, because it would mix two data sets. Memory: the names of one part.
 
+Sharding: --shard i --num-shards n takes every n-th part. All shards share OUT, and the next run may have another
+number of them. Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.
+
+Exit code: 0 the stage ran to its end (failed pictures are recorded, --retry-failed tries them again); 1 damaged input,
+a server that is away or gives no useful answers, or every picture failed; 2 wrong usage.
+
 Legend: D detected boxes, M masks, H W a picture's height and width. Boxes are x0 y0 x1 y1 in pixels of the upright
 picture, x1 and y1 just outside the object.
 """
@@ -43,8 +49,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import dropwhile, groupby
-from operator import itemgetter
+from itertools import dropwhile
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -206,13 +211,13 @@ def judge_expressions(written):
     paper: not stated; an expression said of two objects of a picture is dropped for both, case and spaces aside.
     """
     count = Counter(tuple(words_of(expression)) for _, _, expression, fault in written if not fault)
-    result = {"kept": [], "rejected": []}
+    kept, rejected = [], []
     for label, id, expression, fault in written:
         if fault or count[tuple(words_of(expression))] > 1:
-            result["rejected"].append([expression, fault or "duplicate"])
+            rejected.append([expression, fault or "duplicate"])
         else:
-            result["kept"].append({"label": label, "annotation_id": id, "expression": expression})
-    return result
+            kept.append({"label": label, "annotation_id": id, "expression": expression})
+    return {"kept": kept, "rejected": rejected}
 
 
 # ---- the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json -------------------
@@ -255,13 +260,12 @@ def pictures_of(name, path):
     else:
         places, problems = {e.name: (e.path, 0, -1) for e in os.scandir(path) if e.name[0] != "."}, []
     images = {}
-    for file in sorted(file for file in places if file.lower().endswith(PICTURES)):
-        stem = os.path.splitext(file)[0]
-        if images.setdefault(stem, file) != file:
+    for file in sorted(places):
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in PICTURES and images.setdefault(stem, file) != file:
             problems.append(f"{path}: {file} and {images[stem]} share a name: the first is left out")
-    for file in places:
-        if re.search(r"(^|/)sa_[^/]*\.json$", file):
-            images.setdefault(file[:-5], f"{file[:-5]}.jpg")
+    for stem in (file[:-5] for file in places if re.search(r"(^|/)sa_[^/]*\.json$", file)):
+        images.setdefault(stem, f"{stem}.jpg")
     return [Picture(os.path.join(name, stem), os.path.join(name, image), places.get(image), places.get(f"{stem}.json"))
             for stem, image in sorted(images.items())], problems
 
@@ -545,9 +549,11 @@ def read_answer(answer, name, log):
         raise BadAnswer(re.sub(r"[^a-z_]+", "_", f"finish_{finish}")[:30], f"{content}"[-200:])
     if not isinstance(content, str):
         raise BadAnswer("wrong_response", "no content")
-    value = first_object(content)
-    if value is None:
-        raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content)
+    found = re.search(r'\{\s*"[^{}]*\}', content)  # it may stand in a fence or in prose
+    try:
+        value = json.loads(found[0] if found else "")
+    except (ValueError, RecursionError):
+        raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content) from None
     if set(value) != {key} or not fits_schema(value[key], schema):
         raise BadAnswer("wrong_schema", content)
     if not isinstance(value[key], str):
@@ -555,16 +561,6 @@ def read_answer(answer, name, log):
     if _REFUSAL.match(value[key]):
         raise BadAnswer("refused", value[key])
     return " ".join(value[key].split()).strip(". \"'")  # one line, without the full stop at its end
-
-
-def first_object(text):
-    """The first JSON object within a text, in a fence or in prose; None if there is none."""
-    for start in re.finditer(r"\{", text[:20000]):
-        try:
-            return json.JSONDecoder().raw_decode(text, start.start())[0]
-        except (ValueError, RecursionError):
-            continue
-    return None
 
 
 def fits_schema(value, schema):
@@ -627,9 +623,9 @@ def match(detections, mask_boxes):
 
     paper: not stated which boxes (b) compares and when; we use the boxes of the masks that come into question for the
     label, before (c), so that a box cannot choose the part instead of the whole. "Every" is taken at its word: one bad
-    box drops its label, for the rest would be half of a semantic mask. paper: not stated; one
-    mask never serves two labels: labels come in the order of their mean score (then mean IoU, then name), and one that
-    needs a mask that is already taken is dropped whole.
+    box drops its label, for the rest would be half of a semantic mask. paper: not stated; one mask never serves two
+    labels: they come in the order of their mean score (then mean IoU, then name), and one that needs a mask that is
+    already taken is dropped whole.
     """
     mask_boxes = np.asarray(mask_boxes, np.float64).reshape(-1, 4)
     found, rejected = [], []
@@ -756,12 +752,12 @@ def match_masks(picture, past, args, log):
     for label, m, score, iou in matches:
         rle = segmentations[m]
         try:
-            found = object_runs(rle)
+            runs[label].append(object_runs(rle))
         except ValueError as error:
             raise Failure("broken_masks", f"annotation {ids[m]}: {error}") from None
-        runs[label].append(found)
-        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou,
-                     "segmentation": rle if isinstance(rle["counts"], str) else merge_runs(found, rle["size"])})
+        if not isinstance(rle["counts"], str):
+            rle = merge_runs(runs[label][-1], rle["size"])
+        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou, "segmentation": rle})
     merged = {label: merge_runs(np.concatenate(parts), size[::-1]) for label, parts in runs.items() if len(parts) > 1}
     return {"kept": kept, "rejected": rejected, "size": size, "merged": merged}
 
@@ -952,14 +948,14 @@ def in_parallel(job, units, concurrency):
 
 def do_picture(stage, picture, before, args):
     """Do a picture in a stage -> its record. before: {stage: Journal} of the stages that it needs."""
-    log, result, failure = {"requests": 0, "answers": 0, "raw": []}, None, None
+    record = {"id": picture.key, "image": picture.image, "status": "ok", "reason": None, "detail": None,
+              "requests": 0, "answers": 0, "raw": [], "result": None}
     past = {name: journal.read(picture.key)["result"] for name, journal in before.items()}
     try:
-        result = STAGES[stage][0](picture, past, args, log)
-    except Failure as caught:
-        failure = caught
-    return {"id": picture.key, "status": "failed" if failure else "ok", "image": picture.image,
-            "reason": failure and failure.reason, "detail": failure and failure.detail, **log, "result": result}
+        record["result"] = STAGES[stage][0](picture, past, args, record)
+    except Failure as failure:
+        record |= {"status": "failed", "reason": failure.reason, "detail": failure.detail}
+    return record
 
 
 def run_stage(stage, part, pictures, journals, args, tally):
@@ -971,16 +967,15 @@ def run_stage(stage, part, pictures, journals, args, tally):
     if ready and args.to_probe:
         probe(args, args.to_probe)
         args.to_probe = ()
-    useful_end = journal.end  # of the last line with a useful answer
+    useful_end = journal.end  # of the lines before the useless ones
     threads = 1 if stage == "match" else args.concurrency  # match waits for no server, threads would only take turns
     try:
         with closing(in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)) as records:
             for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
                 journal.append(record)
                 tally[record["reason"]] += 1
-                tally["useless"] += record["requests"] > 0
-                if record["answers"]:
-                    tally["useless"], useful_end = 0, journal.end
+                tally["useless"] = 0 if record["answers"] else tally["useless"] + (record["requests"] > 0)
+                useful_end = useful_end if tally["useless"] else journal.end
                 if tally["useless"] >= STOP_AFTER:
                     why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
                     raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
@@ -1043,8 +1038,8 @@ def records_of(match, others, settings):
                 "score": min(one["score"] for one in found),
                 "provenance": {stage: settings.get(stage) for stage in ("labels", "detect", "match", *stages)}}
 
-    for label, group in groupby(match["result"]["kept"], key=itemgetter("label")):  # they are sorted
-        found = list(group)
+    for label in sorted({found["label"] for found in match["result"]["kept"]}):
+        found = [one for one in match["result"]["kept"] if one["label"] == label]
         merged = match["result"]["merged"].get(label, found[0]["segmentation"])
         yield record("semantic", label, label, found, merged)
         for one in found:
@@ -1095,17 +1090,17 @@ def stats(args):
     for stage in STAGES:
         count, reasons, rules = Counter(pictures=0, kept=0, requests=0), Counter(), Counter()
         for part in tqdm(parts_done(args.out, stage), desc=f"stats {stage}", unit=" parts", leave=False):
-            journal = Journal(args.out, part, stage)
-            for record in map(journal.read, journal.places):
-                result = record["result"] or {"kept": [], "rejected": []}
-                kept = result["kept"]
-                if stage == "match":
-                    labels.update(found["label"] for found in kept)
-                    kept = {found["label"] for found in kept}  # as its rules are on labels
-                reasons.update([record["reason"]] if record["reason"] else [])
-                rules.update(rule for _, rule in result["rejected"])
-                count.update(pictures=1, kept=len(kept), requests=record["requests"])
-            journal.close()
+            with closing(Journal(args.out, part, stage)) as journal:
+                for record in map(journal.read, journal.places):
+                    if record["status"] == "failed":
+                        reasons[record["reason"]] += 1
+                    result = record["result"] or {"kept": [], "rejected": []}
+                    kept = result["kept"]
+                    if stage == "match":
+                        labels.update(found["label"] for found in kept)
+                        kept = {found["label"] for found in kept}  # as its rules are on labels
+                    rules.update(rule for _, rule in result["rejected"])
+                    count.update(pictures=1, kept=len(kept), requests=record["requests"])
         judged = count["kept"] + rules.total()
         rejected = {rule: {"count": n, "rate": n / judged} for rule, n in rules.most_common()}
         numbers[stage] = {**count, "failed": dict(reasons.most_common()), "rejected": rejected}
@@ -1116,15 +1111,6 @@ def stats(args):
 
 # ---- python annotate.py STAGE ------------------------------------------------------------------------------
 
-EPILOG = """\
-Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.
-
-Sharding: --shard i --num-shards n takes every n-th archive or folder of the input. All shards share OUT, and the next
-run may have another number of them. Only one process may work on an archive. `export` puts together what is there.
-
-Exit code: 0 the stage ran to its end (failed pictures are recorded, --retry-failed tries them again); 1 damaged input,
-a server that is away or gives no useful answers, or every picture failed; 2 wrong usage.
-"""
 _WALK = {"input", "shard", "num_shards", "retry_failed"}
 _VLM = _WALK | {"vlm_url", "vlm_model", "max_side", "concurrency"}
 _DETECT = _WALK | {"detector_url", "detector_model", "concurrency"}
@@ -1135,7 +1121,7 @@ READS = {"labels": _VLM, "detect": _DETECT, "match": _WALK, "entities": _VLM, "r
 
 def make_parser():
     """The command line."""
-    parser = Parser(description=__doc__, epilog=EPILOG)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("stage", choices=READS, help="what to run, as above")
     add("--input", type=Path, metavar="PATH", help="an SA-1B .tar, or a folder of such archives or of pictures, each "
@@ -1163,11 +1149,9 @@ def check_arguments(args):
                if name in READS[args.stage] and getattr(args, name) is None]
     if missing:
         raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
-    for name in ("vlm_url", "detector_url"):
-        url = getattr(args, name)
+    for name, url in (("--vlm-url", args.vlm_url), ("--detector-url", args.detector_url)):
         if url is not None and (not re.match("https?://[^/]", url) or "@" in urlsplit(url).netloc):
-            raise BadUsage(f"--{name.replace('_', '-')} {url.split('@')[-1]}: expected http://HOST:PORT/... "
-                           "(a key goes into the environment)")
+            raise BadUsage(f"{name} {url.split('@')[-1]}: expected http://HOST:PORT/... (keys go into the environment)")
     for name in ("VLM_API_KEY", "DETECTOR_API_KEY"):
         if not (os.environ.get(name, "").isascii() and os.environ.get(name, "").isprintable()):
             raise BadUsage(f"{name} holds characters that no key has: set it again")
