@@ -669,7 +669,7 @@ def masks_of_label(boxes, mask_boxes):
 def object_runs(rle):
     """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
 
-    `match_masks` works on runs, because to decode the masks of a large picture takes fifty times as long. Raises
+    `match_masks` works on runs, because decoding the masks of a large picture takes fifty times as long. Raises
     ValueError for counts that do not fill the size, and for a mask without a pixel.
     """
     counts, pixels = rle["counts"], math.prod(rle["size"])
@@ -912,10 +912,8 @@ def record_settings(args, stages):
         for stage in stages:
             hashes = {name: hashlib.sha256(PROMPTS[name].encode()).hexdigest()[:8] for name in STAGES[stage][2]}
             now = {"model": args.vlm_model, "max_side": args.max_side, "prompts": hashes}
-            if stage == "detect":
-                now = {"model": args.detector_model, "threshold": ASK_SCORE}
-            elif stage == "match":
-                now = {"rules": MATCH_RULES}
+            now = {"detect": {"model": args.detector_model, "threshold": ASK_SCORE},
+                   "match": {"rules": MATCH_RULES}}.get(stage, now)
             before = settings.setdefault(stage, now)
             for name in now:
                 if before.get(name) != now[name]:
@@ -1130,8 +1128,7 @@ def make_parser():
     add("--vlm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     add("--vlm-model", metavar="NAME", help="model to ask for there; recorded in the provenance")
     add("--detector-url", metavar="URL", help="zero-shot-object-detection endpoint, the whole address")
-    add("--detector-model", metavar="NAME", default="grounding-dino", help="its name in the provenance "
-        "(default: grounding-dino)")
+    add("--detector-model", metavar="NAME", default="grounding-dino", help="name to record (default: grounding-dino)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests under way (default: 64)")
     add("--max-side", type=int, default=0, metavar="PX", help="longest side of pictures for the VLM; larger ones are "
         "made small (default: 0, files are sent as they are)")

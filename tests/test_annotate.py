@@ -15,6 +15,7 @@ import threading
 import time
 import types
 from collections import Counter, defaultdict
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -40,19 +41,15 @@ class Thing:
     def __init__(self, label, mask, id, expression=None, fits=()):
         self.label, self.mask, self.id, self.expression = label, mask, id, expression
         self.fits = set(fits) | {expression}
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        self.box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-        self._line = None
+        self.box = Image.fromarray(mask).getbbox()
 
-    @property
+    @cached_property
     def line(self):
-        """The outline by brute force: every disk offset, then every pixel's four neighbours."""
-        if self._line is None:
-            self._line = slow_outline(self.mask)
-        return self._line
+        return slow_outline(self.mask)
 
 
 def slow_outline(mask):
+    """The outline by brute force: every disk offset, then every pixel's four neighbours."""
     height, width = mask.shape
     grown = np.zeros((height + 80, width + 80), bool)
     for dy in range(-20, 21):
@@ -99,8 +96,8 @@ def sa1b_json(key, size, masks):
     """SA-1B's own format; masks: {id: bool (H, W)}."""
     annotations = []
     for id, mask in masks.items():
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]), int(rows[-1] - rows[0])]
+        x0, y0, x1, y1 = Image.fromarray(mask).getbbox()
+        box = [x0, y0, x1 - x0 - 1, y1 - y0 - 1]
         annotations.append({"id": id, "segmentation": rle_encode(mask), "bbox": box, "area": int(mask.sum())})
     image = {"image_id": 1, "width": size[0], "height": size[1], "file_name": f"{key}.jpg"}
     return json.dumps({"image": image, "annotations": annotations})
