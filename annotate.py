@@ -24,6 +24,12 @@ picture in one stage. It ends as one line of OUT/journals/PART/STAGE.jsonl, eith
 is one archive or one folder of the input. OUT/settings.json records the models, the prompts and --max-side. To go on
 with others is refused, because it would mix two data sets. Memory: the names of one part.
 
+Sharding: --shard i --num-shards n takes every n-th part. All shards share OUT, and the next run may have another
+number of them. Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.
+
+Exit code: 0 the stage ran to its end (failed pictures are recorded, --retry-failed tries them again); 1 damaged input,
+a server that is away or gives no useful answers, or every picture failed; 2 wrong usage.
+
 Legend: D detected boxes, M masks, H W a picture's height and width. Boxes are x0 y0 x1 y1 in pixels of the upright
 picture, x1 and y1 just outside the object.
 """
@@ -39,10 +45,11 @@ import re
 import sys
 import tarfile
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -55,8 +62,8 @@ from tqdm import tqdm
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
-from data import BadUsage, open_picture, rle_decode, rle_encode, to_rgb
-from metrics import Parser, nobody_reads, printable, write_json
+from data import open_picture, pack_counts, rle_decode, to_rgb, unpack_counts
+from metrics import BadUsage, Parser, printable, whole, write_json
 
 
 class Failure(Exception):
@@ -71,11 +78,11 @@ class BadAnswer(Failure):
     """An answer that is of no use; it is asked for once more."""
 
 
-class Stop(Exception):
+class Stop(OSError):
     """The run cannot go on; the message is one line. What is not finished is done by the next run."""
 
 
-# ---- prompts. paper: their words are not printed; these are ours ----------------------------------------------------
+# ---- prompts. paper: their words are not printed; these are ours -------------------------------------------
 
 PROMPTS = {
     "labels": """\
@@ -122,12 +129,13 @@ for _name, (_key, _schema, _) in ANSWERS.items():
     PROMPTS[_name] += f'\nAnswer with JSON only: {{"{_key}": {_FORMS[_schema["type"]]}}}'
 
 
-# ---- words. Each rule is one that the prompts state; no word is ever changed into another one -----------------------
+# ---- words. Each rule is one that the prompts state; no word is ever changed into another one --------------
 
 MAX_LABELS = 10  # paper, section 4
 NO_OBJECTS = ("scene", "background", "shadow")
 IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "foot": "feet",
              "tooth": "teeth", "mouse": "mice", "leaf": "leaves", "knife": "knives", "shelf": "shelves"}
+ARTICLES = ("a", "an", "the")
 SMALL_WORDS = frozenset("a an the of with in on for and or to at by".split())
 # An expression about our line instead of the object.
 _MARKING = re.compile(r"\b(outlined?|highlighted|bounding box|(green|orange) (line|outline))\b")
@@ -143,35 +151,28 @@ def same_noun(a, b):
 
 
 def normal_label(text):
-    """A label as we keep it: lower case, without accents, punctuation or an article before it; may be "".
-
-    Dots must go, because a dot ends a label in GroundingDINO's text.
-    """
+    """A label as we keep it: lower case, without accents, punctuation or an article before it; may be ""."""
     text = unicodedata.normalize("NFKD", text).lower().replace("\u2019", "'")
     text = "".join(c for c in text if not unicodedata.combining(c))  # "cafe" for its accented form
-    words = re.sub(r"[^\w\-' ]|_", " ", text).split()
-    while words and words[0] in ("a", "an", "the"):
-        words = words[1:]
-    return " ".join(words)
+    words = re.sub(r"[^\w\-' ]|_", " ", text).split()  # a dot would end the label in GroundingDINO's text
+    return " ".join(dropwhile(lambda word: word in ARTICLES, words))
 
 
 def clean_labels(named):
     """What the VLM named -> (labels to go on with, [[label, rule it fell by], ...])."""
     kept, rejected = [], []
     for text in named:
-        label, rule = normal_label(text), None
+        label = normal_label(text)
         if not label or not label.isascii():
-            rule = "no_english_word"  # GroundingDINO knows no others
+            rejected.append([text, "no_english_word"])  # GroundingDINO knows no others
         elif label in NO_OBJECTS:
-            rule = "no_object"
+            rejected.append([text, "no_object"])
         elif len(label.split()) > 4:
-            rule = "too_long"
+            rejected.append([text, "too_long"])
         elif any(same_noun(label, other) for other in kept):
-            rule = "duplicate"  # so that of a noun and its plural the first one stays
+            rejected.append([text, "duplicate"])  # so that of a noun and its plural the first one stays
         elif len(kept) == MAX_LABELS:
-            rule = "too_many"
-        if rule:
-            rejected.append([text, rule])
+            rejected.append([text, "too_many"])
         else:
             kept.append(label)
     return kept, rejected
@@ -199,14 +200,9 @@ def expression_fault(expression, label):
         return "too_long"
     if marking and set(words_of(marking[0])).isdisjoint(words_of(label)):
         return "mentions_marking"
-    if [word for word in words if word not in ("the", "a", "an")] == words_of(label):
+    if [word for word in words if word not in ARTICLES] == words_of(label):
         return "only_the_label"  # the semantic record says as much, and of a missed second object it would be wrong
     return None
-
-
-def tidy(expression):
-    """An expression on one line without the full stop at its end."""
-    return " ".join(expression.split()).strip(". \"'")
 
 
 def judge_expressions(written):
@@ -215,16 +211,16 @@ def judge_expressions(written):
     paper: not stated; an expression said of two objects of a picture is dropped for both, case and spaces aside.
     """
     count = Counter(tuple(words_of(expression)) for _, _, expression, fault in written if not fault)
-    result = {"kept": [], "rejected": []}
+    kept, rejected = [], []
     for label, id, expression, fault in written:
         if fault or count[tuple(words_of(expression))] > 1:
-            result["rejected"].append([expression, fault or "duplicate"])
+            rejected.append([expression, fault or "duplicate"])
         else:
-            result["kept"].append({"label": label, "annotation_id": id, "expression": expression})
-    return result
+            kept.append({"label": label, "annotation_id": id, "expression": expression})
+    return {"kept": kept, "rejected": rejected}
 
 
-# ---- the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json ----------------------------
+# ---- the input: SA-1B archives, read where they lie, or folders: sa_N.jpg with sa_N.json -------------------
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -255,22 +251,21 @@ class Picture:
 
 
 def pictures_of(name, path):
-    """A part (see `find_parts`) -> (its Pictures, sorted by name; [what is wrong with it]). Nothing is unpacked.
+    """A part (see `find_parts`) -> (its Pictures, sorted by name; [what is wrong with it]). Memory: its names.
 
-    Half a pair is a Picture, too, if it is a picture or is named sa_N.json. Memory: the names of the part.
+    Half a pair is a Picture, too, if it is a picture or is named sa_N.json.
     """
     if path.is_file():
         places, problems = read_archive(path)
     else:
         places, problems = {e.name: (e.path, 0, -1) for e in os.scandir(path) if e.name[0] != "."}, []
     images = {}
-    for file in sorted(file for file in places if file.lower().endswith(PICTURES)):
-        stem = os.path.splitext(file)[0]
-        if images.setdefault(stem, file) != file:
+    for file in sorted(places):
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in PICTURES and images.setdefault(stem, file) != file:
             problems.append(f"{path}: {file} and {images[stem]} share a name: the first is left out")
-    for file in places:
-        if re.search(r"(^|/)sa_[^/]*\.json$", file):
-            images.setdefault(file[:-5], f"{file[:-5]}.jpg")
+    for stem in (file[:-5] for file in places if re.search(r"(^|/)sa_[^/]*\.json$", file)):
+        images.setdefault(stem, f"{stem}.jpg")
     return [Picture(os.path.join(name, stem), os.path.join(name, image), places.get(image), places.get(f"{stem}.json"))
             for stem, image in sorted(images.items())], problems
 
@@ -279,16 +274,14 @@ def find_parts(source, out):
     """The parts of an archive, or of a folder with all archives and folders below it: {name: path}, sorted.
 
     A part is one archive, or one folder without those below it. Its name is its path below `source` without .tar, ""
-    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. A folder
-    beside its archive (sa_000000/ and sa_000000.tar) is left out, for it holds the same pictures. So are hidden files
-    and `out`.
+    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. Left out are
+    hidden files, `out`, and a folder beside its archive (sa_000000/ and sa_000000.tar), which holds the same pictures.
     """
-    if source.is_file():
-        return {source.stem: source}
-
     def unreadable(error):
         raise error
 
+    if source.is_file():
+        return {source.stem: source}
     found, seen = {}, {os.path.realpath(out)}
     for folder, folders, files in os.walk(source, followlinks=True, onerror=unreadable):
         if os.path.realpath(folder) in seen:
@@ -307,9 +300,9 @@ def find_parts(source, out):
 
 
 def read_archive(path):
-    """A .tar -> ({path of a member: place}, [what is wrong with it]); of a cut archive, what is whole is found.
+    """A .tar, not unpacked -> ({path of a member: place}, [what is wrong]); of a cut one, what is whole is found.
 
-    Hidden members are left out, such as the ._x.jpg of macOS. Members are read where they lie, without unpacking.
+    Hidden members are left out, such as the ._x.jpg of macOS.
     """
     places, problems = {}, set()
     try:
@@ -352,8 +345,7 @@ def read_annotations(picture, size):
                 x, y, w, h = (float(v) for v in annotation["bbox"])
                 boxes.append((x, y, x + w + 1, y + h + 1))
             else:
-                rows, columns = (np.flatnonzero(rle_decode(rle).any(axis)) for axis in (1, 0))
-                boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0))
+                boxes.append(Image.fromarray(rle_decode(rle)).getbbox() or (0, 0, 0, 0))
             ids.append(annotation.get("id", number))
             segmentations.append({"size": rle["size"], "counts": rle["counts"]})
         if len(set(ids)) < len(ids) or not all(isinstance(i, int | str) for i in ids):
@@ -363,7 +355,7 @@ def read_annotations(picture, size):
     return ids, np.array(boxes, np.float64).reshape(-1, 4), segmentations
 
 
-# ---- pictures for the servers ---------------------------------------------------------------------------------------
+# ---- pictures for the servers ------------------------------------------------------------------------------
 
 DILATE = 20  # pixels, paper, section 4
 GREEN, ORANGE = (0, 255, 0), (255, 128, 0)
@@ -401,12 +393,11 @@ def decode(content):
 
 
 def encode(image, max_side=0):
-    """PIL RGB -> (bytes, media type), no side above `max_side` (0: any): PNG if small, as JPEG smears thin lines."""
-    if max_side and max(image.size) > max_side:
-        image = image.copy()
+    """PIL RGB, made smaller in place if a side is above `max_side` (0: any) -> (bytes, media type)."""
+    if max_side:
         image.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
-    if image.width * image.height <= 512 * 512:
+    if image.width * image.height <= 512 * 512:  # JPEG smears thin lines
         image.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue(), "image/png"
     image.save(buffer, "JPEG", quality=95, subsampling=0)
@@ -414,15 +405,13 @@ def encode(image, max_side=0):
 
 
 def outline(mask, width=1):
-    """bool (H, W) -> bool (H, W): the inner rim, `width` px thick, of the mask dilated by 20 px.
+    """bool (H, W) -> bool (H, W): the inner rim, `width` px thick, of the mask dilated by 20 px, closed at the border.
 
-    Dilated so that the object's own edge stays visible. Paper: the shape is not stated; we use a disk, every pixel at
-    most 20 px from the mask. Outside the picture counts as outside, so the line is closed at the picture's border.
+    It is dilated so that the object's own edge stays visible. paper: the shape is not stated; we use a disk.
     """
     line = np.zeros(mask.shape, bool)
-    if mask.any():  # only the rectangle that the dilated mask lies in, one pixel to spare
-        used = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        box = tuple(slice(max(u[0] - DILATE - 1, 0), u[-1] + DILATE + 2) for u in used)
+    for sides in ndimage.find_objects(mask.view(np.uint8)):  # the rectangle of the mask; none if it is empty
+        box = tuple(slice(max(side.start - DILATE - 1, 0), side.stop + DILATE + 1) for side in sides)
         grown = ndimage.distance_transform_edt(~mask[box]) <= DILATE
         line[box] = grown & ~ndimage.binary_erosion(grown, iterations=width)
     return line
@@ -430,15 +419,16 @@ def outline(mask, width=1):
 
 def mark(image, line, color, max_side):
     """PIL RGB and a line from `outline` -> the encoded picture (bytes, media type) with the line in `color`."""
-    pixels = np.array(image)
-    pixels[line] = color
-    return encode(Image.fromarray(pixels), max_side)
+    marked = image.copy()
+    marked.paste(color, mask=Image.fromarray(line))
+    return encode(marked, max_side)
 
 
-# ---- servers --------------------------------------------------------------------------------------------------------
+# ---- servers -----------------------------------------------------------------------------------------------
 
 ATTEMPTS = 8  # tries of one request
 WAIT = 1.0  # seconds before the third try, doubled before each further one; the second try comes at once
+LONGEST_PAUSE = 300  # seconds that a server may ask for with Retry-After
 TIMEOUT = 120  # seconds for one request
 STOP_AFTER = 100  # pictures in a row without one useful answer: the run stops
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # other errors would come again, too
@@ -453,28 +443,27 @@ class Server:
         self.key = os.environ.get(variable)
         self.session = requests.Session()
         self.session.auth = lambda request: request  # so that no .netrc puts in another key
-        self.session.headers["Content-Type"] = "application/json"
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
-    def try_again(self, attempts):
-        """Set how often a request is tried; before the first call it is once."""
-        retries = Retry(attempts - 1, read=min(attempts - 1, 2), status_forcelist=_TRY_AGAIN, allowed_methods=None,
-                        backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, raise_on_status=False)
+    def try_again(self):
+        """From now on, try a request again where that may help."""
+        retries = Retry(ATTEMPTS - 1, read=2, status_forcelist=_TRY_AGAIN, allowed_methods=None, raise_on_status=False,
+                        backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, retry_after_max=LONGEST_PAUSE)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=retries))
 
     def post(self, body):
-        """POST a JSON body -> the answer's JSON.
-
-        Raises Failure with the reason if there is no answer to this request; Stop if there would be none to any
-        other: nobody listens there, the key is refused, the address or the model does not exist.
+        """POST a JSON body -> the answer's JSON. Raises Failure if there is no answer to this request, and Stop if
+        there would be none to any: nobody listens, the key is refused, the address or the model does not exist.
         """
         try:
-            response = self.session.post(self.url, data=json.dumps(body).encode(), timeout=(10, TIMEOUT),
-                                         allow_redirects=False)
+            response = self.session.post(self.url, json=body, timeout=(10, TIMEOUT), allow_redirects=False)
+            status = response.status_code
+            if status == 200:
+                return json.loads(response.content)
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
-                requests.exceptions.InvalidHeader) as error:
+                ValueError, RecursionError) as error:
             raise BadAnswer("cut_response", error) from None
         except requests.RequestException as error:
             cause = error.args[0] if error.args else error
@@ -482,19 +471,12 @@ class Server:
             if isinstance(cause, ReadTimeoutError | ProtocolError):  # it was there, and took the request
                 raise Failure("timeout" if isinstance(cause, ReadTimeoutError) else "connection", cause) from None
             raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it first") from None
-        status = response.status_code
-        if status == 200:
-            try:
-                return json.loads(response.content)
-            except (ValueError, RecursionError):
-                raise BadAnswer("cut_response", "the body is not whole JSON") from None
         text = " ".join(response.text.split()).replace(self.key or "\n", "***")[:300]
         if status in (401, 403):
             raise Stop(f"{self.name}: refuses the key ({status} {text}): put the right one into {self.variable}")
         if status == 404 or 300 <= status < 400:
             raise Stop(f"{self.name}: {status} {text}: check the address, and the model's name")
-        long = status == 400 and re.search("context.length|max_tokens must be at least", text)
-        raise Failure("context_overflow" if long else f"http_{status}", text)
+        raise Failure(f"http_{status}", text)
 
 
 def probe(args, stages):
@@ -503,8 +485,7 @@ def probe(args, stages):
     if any(STAGES[stage][2] for stage in stages):
         first.append((args.vlm, chat_body(args, "labels", white), dict, "a chat completion"))
     if "detect" in stages:
-        body = {"inputs": base64.b64encode(white[0]).decode(), "parameters": {"candidate_labels": ["cup"]}}
-        first.append((args.detector, body, list, "a list of boxes"))
+        first.append((args.detector, detect_body(white[0], ["cup"]), list, "a list of boxes"))
     for server, body, kind, expected in first:
         try:
             answer = server.post(body)
@@ -512,7 +493,13 @@ def probe(args, stages):
             raise Stop(f"{server.name}: the first request failed: {failure.reason} {failure.detail}") from None
         if not isinstance(answer, kind) or kind is dict and "choices" not in answer:
             raise Stop(f"{server.name}: answers {json.dumps(answer)[:80]}: expected {expected}")
-        server.try_again(ATTEMPTS)
+        server.try_again()
+
+
+def detect_body(content, labels):
+    """The body that asks the detector for the boxes of labels in an encoded image (bytes)."""
+    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
+    return {"inputs": base64.b64encode(content).decode(), "parameters": parameters}
 
 
 def chat_body(args, name, image, turn=0, **words):
@@ -528,27 +515,23 @@ def chat_body(args, name, image, turn=0, **words):
     }
 
 
-def ask(args, log, name, image, **words):
-    """Ask the VLM prompt `name` about an encoded image (bytes, media type) -> the checked value of its answer.
-
-    An answer that does not fit the schema is asked for once more, a little warmer; a prompt that is too long once
-    with half the picture's sides. Raises Failure.
-    """
-    turn, halved = 0, False
-    while True:
+def ask_twice(server, log, body, read):
+    """POST body(0) -> what `read` makes of the answer. If that is of no use, once more with body(1); raises Failure."""
+    for turn in (0, 1):
         log["requests"] += 1
         try:
-            value = read_answer(args.vlm.post(chat_body(args, name, image, turn, **words)), name, log)
+            value = read(server.post(body(turn)))
             log["answers"] += 1
             return value
-        except Failure as failure:
-            if failure.reason == "context_overflow" and not halved:
-                halved, smaller = True, decode(image[0])
-                image = encode(smaller, max(smaller.size) // 2)
-            elif isinstance(failure, BadAnswer) and turn == 0:
-                turn = 1
-            else:
+        except BadAnswer:
+            if turn == 1:
                 raise
+
+
+def ask(args, log, name, image, **words):
+    """Ask the VLM prompt `name` about an encoded image (bytes, media type) -> the checked value of its answer."""
+    return ask_twice(args.vlm, log, lambda turn: chat_body(args, name, image, turn, **words),
+                     lambda answer: read_answer(answer, name, log))
 
 
 def read_answer(answer, name, log):
@@ -566,24 +549,18 @@ def read_answer(answer, name, log):
         raise BadAnswer(re.sub(r"[^a-z_]+", "_", f"finish_{finish}")[:30], f"{content}"[-200:])
     if not isinstance(content, str):
         raise BadAnswer("wrong_response", "no content")
-    value = first_object(content)
-    if value is None:
-        raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content)
+    found = re.search(r'\{\s*"[^{}]*\}', content)  # it may stand in a fence or in prose
+    try:
+        value = json.loads(found[0] if found else "")
+    except (ValueError, RecursionError):
+        raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content) from None
     if set(value) != {key} or not fits_schema(value[key], schema):
         raise BadAnswer("wrong_schema", content)
-    if isinstance(value[key], str) and _REFUSAL.match(value[key]):
+    if not isinstance(value[key], str):
+        return value[key]
+    if _REFUSAL.match(value[key]):
         raise BadAnswer("refused", value[key])
-    return value[key]
-
-
-def first_object(text):
-    """The first JSON object within a text, in a fence or in prose; None if there is none."""
-    for start in re.finditer(r"\{", text[:20000]):
-        try:
-            return json.JSONDecoder().raw_decode(text, start.start())[0]
-        except (ValueError, RecursionError):
-            continue
-    return None
+    return " ".join(value[key].split()).strip(". \"'")  # one line, without the full stop at its end
 
 
 def fits_schema(value, schema):
@@ -595,7 +572,7 @@ def fits_schema(value, schema):
     return isinstance(value, str) and schema.get("minLength", 0) <= len(value.strip()) <= schema["maxLength"]
 
 
-# ---- matching (paper, section 4) ------------------------------------------------------------------------------------
+# ---- matching (paper, section 4) ---------------------------------------------------------------------------
 
 MATCH_RULES = "match-2"  # in the settings of a run: change it with the rules of `match`
 MAX_BOXES = 4  # a label with more boxes is dropped
@@ -607,23 +584,29 @@ ASK_SCORE = 0.25  # of the detector; paper: not stated; a weak box tells of an i
 SAME_BOX_IOU = 0.5
 
 
+def box_areas(boxes):
+    """Boxes (M, 4), x0 y0 x1 y1 -> areas (M,); 0 if x1 <= x0 or y1 <= y0."""
+    return (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
+
+
 def box_iou(a, b):
     """Boxes (D, 4) and (M, 4), x0 y0 x1 y1 -> IoU (D, M) float64; 0 where both are empty."""
-    a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (a, b))
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inter = np.prod(np.maximum(high - low, 0), axis=2)
-    areas = [np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1) for boxes in (a, b)]
-    union = areas[0][:, None] + areas[1][None, :] - inter
+    x0, y0, x1, y1 = a.T[:, :, None]
+    inter = ((np.minimum(x1, b[:, 2]) - np.maximum(x0, b[:, 0])).clip(0)
+             * (np.minimum(y1, b[:, 3]) - np.maximum(y0, b[:, 1])).clip(0))
+    union = box_areas(a)[:, None] + box_areas(b) - inter
     return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
 
 
 def suppress(detections):
     """Non-maximum suppression: detections of one label -> those that no better one covers, the best first."""
-    kept = []
-    for detection in sorted(detections, key=lambda d: (-d["score"], d["box"])):
-        if not (box_iou([detection["box"]], [other["box"] for other in kept]) > SAME_BOX_IOU).any():
-            kept.append(detection)
-    return kept
+    order, kept = sorted(detections, key=lambda d: (-d["score"], d["box"])), []
+    boxes = np.array([detection["box"] for detection in order], np.float64)
+    same = box_iou(boxes, boxes) > SAME_BOX_IOU
+    for i in range(len(order)):
+        if not same[i, kept].any():
+            kept.append(i)
+    return [order[i] for i in kept]
 
 
 def match(detections, mask_boxes):
@@ -640,9 +623,9 @@ def match(detections, mask_boxes):
 
     paper: not stated which boxes (b) compares and when; we use the boxes of the masks that come into question for the
     label, before (c), so that a box cannot choose the part instead of the whole. "Every" is taken at its word: one bad
-    box drops its label, for the rest would be half of a semantic mask. paper: not stated; one
-    mask never serves two labels: labels come in the order of their mean score (then mean IoU, then name), and one that
-    needs a mask that is already taken is dropped whole.
+    box drops its label, for the rest would be half of a semantic mask. paper: not stated; one mask never serves two
+    labels: they come in the order of their mean score (then mean IoU, then name), and one that needs a mask that is
+    already taken is dropped whole.
     """
     mask_boxes = np.asarray(mask_boxes, np.float64).reshape(-1, 4)
     found, rejected = [], []
@@ -671,10 +654,9 @@ def masks_of_label(boxes, mask_boxes):
         return {}, "too_many_boxes"
     if not all(box["score"] > MIN_SCORE for box in boxes):
         return {}, "low_score"
-    sizes = np.prod(np.maximum(mask_boxes[:, 2:] - mask_boxes[:, :2], 0), axis=1)
-    iou = box_iou([box["box"] for box in boxes], mask_boxes)  # (D, M)
+    iou = box_iou(np.array([box["box"] for box in boxes], np.float64), mask_boxes)  # (D, M)
     near = np.flatnonzero((iou > floor).any(0))
-    order = near[np.argsort(-sizes[near], kind="stable")]  # large to small
+    order = near[np.argsort(-box_areas(mask_boxes[near]), kind="stable")]  # large to small
     nested = np.triu(box_iou(mask_boxes[order], mask_boxes[order]) > NESTED_IOU, 1).any(0)
     left = np.sort(order[~nested])
     best = left[iou[:, left].argmax(1)] if len(left) else []
@@ -684,8 +666,34 @@ def masks_of_label(boxes, mask_boxes):
     return {int(m): (float(boxes[i]["score"]), float(iou[i, m])) for i, m in enumerate(best)}, None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the stages: (picture, results of the stages before, args, log) -> {"kept": [...], "rejected": [[what, rule], ...]}
+def object_runs(rle):
+    """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
+
+    `match_masks` works on runs, because decoding the masks of a large picture takes fifty times as long. Raises
+    ValueError for counts that do not fill the size, and for a mask without a pixel.
+    """
+    counts, pixels = rle["counts"], math.prod(rle["size"])
+    counts = unpack_counts(counts) if isinstance(counts, str) else np.asarray(counts)
+    if counts.ndim != 1 or counts.dtype.kind != "i" or counts.min(initial=0) < 0 or counts.sum() != pixels:
+        raise ValueError(f"run-length counts that do not add up to {rle['size']}")
+    ends = counts.cumsum()
+    runs = np.stack([ends - counts, ends], 1)[1::2][counts[1::2] > 0]
+    if not len(runs):
+        raise ValueError("a mask without a pixel")
+    return runs
+
+
+def merge_runs(runs, size):
+    """Runs (n, 2) of one or several masks and their size [H, W] -> the COCO run-length mask of their union."""
+    runs = runs[np.argsort(runs[:, 0])]
+    reach = np.maximum.accumulate(runs[:, 1])
+    gap = runs[1:, 0] > reach[:-1]  # between a run and all the runs before it
+    edges = np.stack([runs[np.append(True, gap), 0], reach[np.append(gap, True)]], 1)
+    counts = np.diff(edges.ravel(), prepend=0, append=math.prod(size))
+    return {"size": size, "counts": pack_counts(counts if counts[-1] else counts[:-1])}
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
 
 
 def name_labels(picture, past, args, log):
@@ -700,27 +708,20 @@ def detect(picture, past, args, log):
     """Stage 2: kept is [{"label", "score", "box"}]; "size" is the picture's (width, height)."""
     content, _, size = original(picture)  # at full size: the detector makes it small itself
     labels, kept, rejected = past["labels"]["kept"], [], []
-    parameters = {"candidate_labels": labels, "threshold": ASK_SCORE}
-    for turn in range(2 if labels else 0):
-        log["requests"] += 1
-        try:
-            answer = args.detector.post({"inputs": base64.b64encode(content).decode(), "parameters": parameters})
-            log["raw"].append(answer)
-            kept, rejected = read_boxes(answer, labels, size)
-            log["answers"] += 1
-            break
-        except BadAnswer:
-            if turn:
-                raise
+    if labels:
+        body = detect_body(content, labels)
+        kept, rejected = ask_twice(args.detector, log, lambda turn: body,
+                                   lambda answer: read_boxes(answer, labels, size, log))
     return {"kept": kept, "rejected": rejected, "size": size}
 
 
-def read_boxes(answer, labels, size):
+def read_boxes(answer, labels, size, log):
     """The detector's answer -> (detections, [[label, rule it fell by], ...]); BadAnswer if it is no list of boxes.
 
     Boxes are cut at the picture's border; labels that were not asked for and empty boxes go.
     """
     kept, rejected = [], []
+    log["raw"].append(answer)
     try:
         for item in answer if isinstance(answer, list) else [answer]:
             box = [float(item["box"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
@@ -747,18 +748,17 @@ def match_masks(picture, past, args, log):
     size = past["detect"]["size"]
     ids, boxes, segmentations = read_annotations(picture, size)
     matches, rejected = match(past["detect"]["kept"], boxes)
-    kept, masks = [], {}
+    kept, runs = [], defaultdict(list)
     for label, m, score, iou in matches:
+        rle = segmentations[m]
         try:
-            mask = rle_decode(segmentations[m])
-            if not mask.any():
-                raise ValueError("a mask without a pixel")
+            runs[label].append(object_runs(rle))
         except ValueError as error:
             raise Failure("broken_masks", f"annotation {ids[m]}: {error}") from None
-        masks.setdefault(label, []).append(mask)
-        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou,
-                     "segmentation": rle_encode(mask)})
-    merged = {label: rle_encode(np.logical_or.reduce(parts)) for label, parts in masks.items() if len(parts) > 1}
+        if not isinstance(rle["counts"], str):
+            rle = merge_runs(runs[label][-1], rle["size"])
+        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou, "segmentation": rle})
+    merged = {label: merge_runs(np.concatenate(parts), size[::-1]) for label, parts in runs.items() if len(parts) > 1}
     return {"kept": kept, "rejected": rejected, "size": size, "merged": merged}
 
 
@@ -793,13 +793,12 @@ def refer(picture, past, args, log):
         for i, target in enumerate(objects):
             try:
                 marked = mark(image, lines[i], GREEN, args.max_side)
-                expression = tidy(ask(args, log, "expression", marked, label=label))
+                expression = ask(args, log, "expression", marked, label=label)
                 fault = expression_fault(expression, label)
-                for line in lines[:i] + lines[i + 1:] if not fault else ():
-                    marked = mark(image, line, ORANGE, args.max_side)
-                    if ask(args, log, "verify", marked, label=label, expression=expression):
-                        fault = "fits_another"
-                        break
+                others = (mark(image, line, ORANGE, args.max_side) for line in lines[:i] + lines[i + 1:])
+                if not fault and any(ask(args, log, "verify", other, label=label, expression=expression)
+                                     for other in others):
+                    fault = "fits_another"
             except BadAnswer as answer:  # the picture's other objects need not suffer
                 expression, fault = answer.detail, answer.reason
             written.append((label, target["annotation_id"], expression, fault))
@@ -815,7 +814,7 @@ def reason(picture, past, args, log):
     image = original(picture, args.max_side)[:2] if once else None
     for label, target in once:
         try:
-            expression = tidy(ask(args, log, "reasoning", image, label=label))
+            expression = ask(args, log, "reasoning", image, label=label)
             fault = "names_object" if names_object(expression, label) else expression_fault(expression, label)
         except BadAnswer as answer:
             expression, fault = answer.detail, answer.reason
@@ -834,7 +833,7 @@ STAGES = {
 }
 
 
-# ---- journals: OUT/journals/PART/STAGE.jsonl ------------------------------------------------------------------------
+# ---- journals: OUT/journals/PART/STAGE.jsonl ---------------------------------------------------------------
 
 
 class Journal:
@@ -845,11 +844,11 @@ class Journal:
     """
 
     def __init__(self, out, part, stage, write=False):
-        self.path = path = out / "journals" / part / f"{stage}.jsonl"
+        path = out / "journals" / part / f"{stage}.jsonl"
         self.places, self.failed, self.end = {}, set(), 0  # places: {picture: (offset, bytes)}
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+" if write else "rb", buffering=0) if write or path.exists() else None
+        self.file = open(path if write or path.exists() else os.devnull, "ab+" if write else "rb")
         try:
             if write:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -857,21 +856,16 @@ class Journal:
             self.file.close()
             raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
                              "--shard of the same --num-shards") from None
-        if self.file:
-            self._index()
+        self.file.seek(0)
+        for number, line in enumerate(self.file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self._note(json.loads(line), len(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: line {number} is damaged ({error!r}): delete it") from None
         if write:
             self.file.truncate(self.end)
-
-    def _index(self):
-        """Find the last line of each picture, and the end of the last whole line."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    self._note(json.loads(line), len(line))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}: line {number} is damaged ({error!r}): delete it") from None
 
     def _note(self, record, length):
         self.places[record["id"]] = (self.end, length)
@@ -881,9 +875,8 @@ class Journal:
     def append(self, record):
         """Add a line; it is on its way to the disk when this returns."""
         line = json.dumps(record).encode() + b"\n"
-        written = 0
-        while written < len(line):
-            written += self.file.write(line[written:])
+        self.file.write(line)
+        self.file.flush()
         self._note(record, len(line))
 
     def read(self, key):
@@ -897,16 +890,16 @@ class Journal:
 
     def close(self):
         """Let go of the file and of the lock."""
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
 def read_settings(out):
     """OUT/settings.json, {stage: settings}; empty if no stage has begun."""
     path = out / "settings.json"
     try:
-        settings = json.loads(path.read_bytes()) if path.exists() else {}
-        return {stage: dict(settings[stage]) for stage in settings.keys() & STAGES}
+        return {stage: dict(values) for stage, values in json.loads(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error}): take another --out") from None
 
@@ -919,10 +912,8 @@ def record_settings(args, stages):
         for stage in stages:
             hashes = {name: hashlib.sha256(PROMPTS[name].encode()).hexdigest()[:8] for name in STAGES[stage][2]}
             now = {"model": args.vlm_model, "max_side": args.max_side, "prompts": hashes}
-            if stage == "detect":
-                now = {"model": args.detector_model, "threshold": ASK_SCORE}
-            elif stage == "match":
-                now = {"rules": MATCH_RULES}
+            now = {"detect": {"model": args.detector_model, "threshold": ASK_SCORE},
+                   "match": {"rules": MATCH_RULES}}.get(stage, now)
             before = settings.setdefault(stage, now)
             for name in now:
                 if before.get(name) != now[name]:
@@ -931,7 +922,7 @@ def record_settings(args, stages):
         write_json(args.out / "settings.json", settings)
 
 
-# ---- running --------------------------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------------------
 
 
 def in_parallel(job, units, concurrency):
@@ -955,36 +946,14 @@ def in_parallel(job, units, concurrency):
 
 def do_picture(stage, picture, before, args):
     """Do a picture in a stage -> its record. before: {stage: Journal} of the stages that it needs."""
-    log, result, failure = {"requests": 0, "answers": 0, "raw": []}, None, None
+    record = {"id": picture.key, "image": picture.image, "status": "ok", "reason": None, "detail": None,
+              "requests": 0, "answers": 0, "raw": [], "result": None}
     past = {name: journal.read(picture.key)["result"] for name, journal in before.items()}
     try:
-        result = STAGES[stage][0](picture, past, args, log)
-    except Failure as caught:
-        failure = caught
-    return {"id": picture.key, "status": "failed" if failure else "ok", "image": picture.image,
-            "reason": failure and failure.reason, "detail": failure and failure.detail, **log, "result": result}
-
-
-def hold_back(records, stage, tally):
-    """The records to write. One without a useful answer waits until another shows that the server is well.
-
-    So a server that has broken down costs no picture. Stop after STOP_AFTER such records in a row.
-    """
-    held = []
-    for record in records:
-        if record["requests"] and not record["answers"]:
-            held.append(record)
-            tally["useless"] += 1
-            if tally["useless"] >= STOP_AFTER:
-                why = f"{record['reason']} {record['detail']}" if record["reason"] else f"{record['raw'][-1:]}"[:300]
-                raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
-                           f"{why}: look at the server, then run this again")
-            continue
-        if record["answers"]:
-            yield from held
-            held, tally["useless"] = [], 0
-        yield record
-    yield from held
+        record["result"] = STAGES[stage][0](picture, past, args, record)
+    except Failure as failure:
+        record |= {"status": "failed", "reason": failure.reason, "detail": failure.detail}
+    return record
 
 
 def run_stage(stage, part, pictures, journals, args, tally):
@@ -996,14 +965,22 @@ def run_stage(stage, part, pictures, journals, args, tally):
     if ready and args.to_probe:
         probe(args, args.to_probe)
         args.to_probe = ()
-    with tqdm(desc=f"{part} {stage}", unit=" pictures", total=len(ready), leave=False) as bar:
-        # match has no server to wait for, and threads would only take turns
-        records = in_parallel(lambda picture: do_picture(stage, picture, before, args), ready,
-                              1 if stage == "match" else args.concurrency)
-        for record in hold_back(records, stage, tally):
-            journal.append(record)
-            tally[record["reason"]] += 1
-            bar.update()
+    useful_end = journal.end  # of the lines before the useless ones
+    threads = 1 if stage == "match" else args.concurrency  # match waits for no server, threads would only take turns
+    try:
+        with closing(in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)) as records:
+            for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
+                journal.append(record)
+                tally[record["reason"]] += 1
+                tally["useless"] = 0 if record["answers"] else tally["useless"] + (record["requests"] > 0)
+                useful_end = useful_end if tally["useless"] else journal.end
+                if tally["useless"] >= STOP_AFTER:
+                    why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
+                    raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
+                               f"{why}: look at the server, then run this again")
+    except (Stop, KeyboardInterrupt):
+        journal.file.truncate(useful_end)  # so that a server that breaks down costs no picture
+        raise
     tally.update(ok=len(journal.places) - len(journal.failed), failed=len(journal.failed),
                  waiting=len(todo) - len(ready))
 
@@ -1033,7 +1010,7 @@ def annotate(args, stages):
     return problems
 
 
-# ---- export and stats -----------------------------------------------------------------------------------------------
+# ---- export and stats --------------------------------------------------------------------------------------
 
 
 def parts_done(out, stage):
@@ -1050,10 +1027,7 @@ def records_of(match, others, settings):
     are the masks with their labels before merging.
     """
     width, height = match["result"]["size"]
-    by_label, by_mask = {}, {}
-    for found in match["result"]["kept"]:
-        by_label.setdefault(found["label"], []).append(found)
-        by_mask[found["label"], found["annotation_id"]] = found
+    by_mask = {(found["label"], found["annotation_id"]): found for found in match["result"]["kept"]}
 
     def record(task, name, phrase, found, segmentation, *stages):
         return {"id": f"{match['id']}:{task}:{name}", "image": match["image"], "width": width, "height": height,
@@ -1062,7 +1036,8 @@ def records_of(match, others, settings):
                 "score": min(one["score"] for one in found),
                 "provenance": {stage: settings.get(stage) for stage in ("labels", "detect", "match", *stages)}}
 
-    for label, found in sorted(by_label.items()):
+    for label in sorted({found["label"] for found in match["result"]["kept"]}):
+        found = [one for one in match["result"]["kept"] if one["label"] == label]
         merged = match["result"]["merged"].get(label, found[0]["segmentation"])
         yield record("semantic", label, label, found, merged)
         for one in found:
@@ -1079,14 +1054,15 @@ def export(args):
 
     All lines of a picture are in one split. Nothing in them depends on the order in which answers came.
     """
-    parts, count = parts_done(args.out, "match"), Counter()
-    paths = {name: args.out / f"{name}.jsonl" for name in ("train", "val", "instances-train", "instances-val")}
-    settings, files = read_settings(args.out), {}
+    parts, count, files = parts_done(args.out, "match"), Counter(), {}
+    settings = read_settings(args.out)
     with open(args.out / "lock", "w") as lock, ExitStack() as stack:
         fcntl.flock(lock, fcntl.LOCK_EX)  # for two exports at the same time
-        for name, path in paths.items():
-            files[name] = stack.enter_context(open(f"{path}.tmp", "w", encoding="utf-8"))
-            stack.callback(Path(f"{path}.tmp").unlink, missing_ok=True)
+        for name in ("train", "val", "instances-train", "instances-val"):
+            for left in args.out.glob(f".{name}.jsonl.*.tmp"):  # by an export that was killed
+                left.unlink()
+            temporary = stack.enter_context(whole(args.out / f"{name}.jsonl"))
+            files[name] = stack.enter_context(open(temporary, "w"))
         for part in tqdm(parts, desc="export", unit=" parts"):
             match, refer, reason = (Journal(args.out, part, stage) for stage in ("match", "refer", "reason"))
             for key in sorted(filter(match.good, match.places)):
@@ -1100,12 +1076,10 @@ def export(args):
                     count[f"{split} {record['task']}"] += 1
             for journal in (match, refer, reason):
                 journal.close()
-        for name, path in paths.items():
-            files[name].flush()
-            os.fsync(files[name].fileno())
-            os.replace(f"{path}.tmp", path)
+        for file in files.values():
+            file.flush()  # all of them before the first is renamed: the disk may be full
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items())) or "no records"
-    print(f"export: wrote {', '.join(f'{name}.jsonl' for name in paths)} in {args.out}: {told}")
+    print(f"export: wrote {', '.join(f'{name}.jsonl' for name in files)} in {args.out}: {told}")
 
 
 def stats(args):
@@ -1114,17 +1088,17 @@ def stats(args):
     for stage in STAGES:
         count, reasons, rules = Counter(pictures=0, kept=0, requests=0), Counter(), Counter()
         for part in tqdm(parts_done(args.out, stage), desc=f"stats {stage}", unit=" parts", leave=False):
-            journal = Journal(args.out, part, stage)
-            for record in map(journal.read, journal.places):
-                result = record["result"] or {"kept": [], "rejected": []}
-                kept = result["kept"]
-                if stage == "match":
-                    labels.update(found["label"] for found in kept)
-                    kept = {found["label"] for found in kept}  # as its rules are on labels
-                reasons.update([record["reason"]] if record["reason"] else [])
-                rules.update(rule for _, rule in result["rejected"])
-                count.update(pictures=1, kept=len(kept), requests=record["requests"])
-            journal.close()
+            with closing(Journal(args.out, part, stage)) as journal:
+                for record in map(journal.read, journal.places):
+                    if record["status"] == "failed":
+                        reasons[record["reason"]] += 1
+                    result = record["result"] or {"kept": [], "rejected": []}
+                    kept = result["kept"]
+                    if stage == "match":
+                        labels.update(found["label"] for found in kept)
+                        kept = {found["label"] for found in kept}  # as its rules are on labels
+                    rules.update(rule for _, rule in result["rejected"])
+                    count.update(pictures=1, kept=len(kept), requests=record["requests"])
         judged = count["kept"] + rules.total()
         rejected = {rule: {"count": n, "rate": n / judged} for rule, n in rules.most_common()}
         numbers[stage] = {**count, "failed": dict(reasons.most_common()), "rejected": rejected}
@@ -1133,17 +1107,8 @@ def stats(args):
     write_json(args.out / "stats.json", {**numbers, "labels_of_masks": dict(labels.most_common())})
 
 
-# ---- python annotate.py STAGE ---------------------------------------------------------------------------------------
+# ---- python annotate.py STAGE ------------------------------------------------------------------------------
 
-EPILOG = """\
-Keys come from the environment, VLM_API_KEY and DETECTOR_API_KEY, and are never written anywhere.
-
-Sharding: --shard i --num-shards n takes every n-th archive or folder of the input. All shards share OUT, and the next
-run may have another number of them. Only one process may work on an archive. `export` puts together what is there.
-
-Exit code: 0 the stage ran to its end (failed pictures are recorded, --retry-failed tries them again); 1 damaged input,
-a server that is away or gives no useful answers, or every picture failed; 2 wrong usage.
-"""
 _WALK = {"input", "shard", "num_shards", "retry_failed"}
 _VLM = _WALK | {"vlm_url", "vlm_model", "max_side", "concurrency"}
 _DETECT = _WALK | {"detector_url", "detector_model", "concurrency"}
@@ -1154,7 +1119,7 @@ READS = {"labels": _VLM, "detect": _DETECT, "match": _WALK, "entities": _VLM, "r
 
 def make_parser():
     """The command line."""
-    parser = Parser(description=__doc__, epilog=EPILOG)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("stage", choices=READS, help="what to run, as above")
     add("--input", type=Path, metavar="PATH", help="an SA-1B .tar, or a folder of such archives or of pictures, each "
@@ -1163,8 +1128,7 @@ def make_parser():
     add("--vlm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     add("--vlm-model", metavar="NAME", help="model to ask for there; recorded in the provenance")
     add("--detector-url", metavar="URL", help="zero-shot-object-detection endpoint, the whole address")
-    add("--detector-model", metavar="NAME", default="grounding-dino", help="its name in the provenance "
-        "(default: grounding-dino)")
+    add("--detector-model", metavar="NAME", default="grounding-dino", help="name to record (default: grounding-dino)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests under way (default: 64)")
     add("--max-side", type=int, default=0, metavar="PX", help="longest side of pictures for the VLM; larger ones are "
         "made small (default: 0, files are sent as they are)")
@@ -1182,11 +1146,9 @@ def check_arguments(args):
                if name in READS[args.stage] and getattr(args, name) is None]
     if missing:
         raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
-    for name in ("vlm_url", "detector_url"):
-        url = getattr(args, name)
+    for name, url in (("--vlm-url", args.vlm_url), ("--detector-url", args.detector_url)):
         if url is not None and (not re.match("https?://[^/]", url) or "@" in urlsplit(url).netloc):
-            raise BadUsage(f"--{name.replace('_', '-')} {url.split('@')[-1]}: expected http://HOST:PORT/... "
-                           "(a key goes into the environment)")
+            raise BadUsage(f"{name} {url.split('@')[-1]}: expected http://HOST:PORT/... (keys go into the environment)")
     for name in ("VLM_API_KEY", "DETECTOR_API_KEY"):
         if not (os.environ.get(name, "").isascii() and os.environ.get(name, "").isprintable()):
             raise BadUsage(f"{name} holds characters that no key has: set it again")
@@ -1201,37 +1163,31 @@ def check_arguments(args):
         raise FileNotFoundError(f"{needed}: no such folder or archive")
 
 
+def work(args):
+    """Run what the command line asks for; returns the exit code."""
+    check_arguments(args)
+    if args.stage in ("export", "stats"):
+        return (export if args.stage == "export" else stats)(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.vlm_url is not None:
+        address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
+    if args.detector_url is not None:
+        args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
+    stages = tuple(STAGES) if args.stage == "all" else (args.stage,)
+    record_settings(args, stages)
+    problems = annotate(args, stages)
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data or a server that is away, 2 for bad usage."""
     parser = make_parser()
     args = parser.parse_args(argv)
     parser.check_read(args, args.stage, {"stage", "out", "help", *READS[args.stage]})
-    problems, stages = [], tuple(STAGES) if args.stage == "all" else (args.stage,)
-    try:
-        check_arguments(args)
-        if args.stage in ("export", "stats"):
-            (export if args.stage == "export" else stats)(args)
-        else:
-            args.out.mkdir(parents=True, exist_ok=True)
-            if args.vlm_url is not None:
-                address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-                args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
-            if args.detector_url is not None:
-                args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
-            record_settings(args, stages)
-            problems = annotate(args, stages)
-    except BadUsage as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        return nobody_reads()
-    except (ValueError, OSError, Stop) as error:
-        problems = [error]
-    except KeyboardInterrupt:
-        print("stopped: run this again to go on", file=sys.stderr)
-        return 130
-    for problem in problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
-    return 1 if problems else 0
+    return parser.run(work, args, stopped="stopped: run this again to go on")
 
 
 if __name__ == "__main__":

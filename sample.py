@@ -39,9 +39,7 @@ from data import (
     JSONLines, contact_sheet, load_dataset, open_picture, pad_picture, padded_box, resize_picture, rle_decode,
     rle_encode, to_pixels, write_picture,
 )
-from metrics import (
-    BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json,
-)
+from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
 from mllm import JanusPrompt, JanusSeg
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks
