@@ -267,9 +267,7 @@ class VQGAN(nn.Module):
 
     def decode(self, tokens, grid=None):
         """Code indices (B, h*w) -> (B, 3, H, W), not clamped; grid=(h, w) where the picture is not square."""
-        if grid is None:
-            side = round(tokens.shape[1] ** 0.5)
-            grid = (side, side)
+        grid = grid or (round(tokens.shape[1] ** 0.5),) * 2
         if grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]}: pass grid=(h, w)")
         return self.decode_latents(self.quantize.lookup(tokens, grid))
@@ -538,12 +536,12 @@ def evaluate(model, dataset, size, count):
     Returns (metrics at that size, metrics at the pictures' own sizes, codes used, cells of a contact sheet: up to 24
     of phrase, picture, mask and reconstruction at the picture's own size).
     """
-    square, own, cells = SegmentationMetrics(), SegmentationMetrics(), []
+    square, own, cells, device = SegmentationMetrics(), SegmentationMetrics(), [], next(model.parameters()).device
     used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
     for indices in torch.arange(min(count, len(dataset))).split(32):
         examples = [dataset[i] for i in indices.tolist()]
         masks = mask_batch(examples, size, 0, len(examples))
-        tokens = model.encode(mask_to_image(masks.to(model.quantize.embedding.weight.device)))
+        tokens = model.encode(mask_to_image(masks.to(device)))
         used[tokens.unique().cpu()] = True
         small = decode_masks(model, tokens, [(size, size)] * len(examples))
         large = decode_masks(model, tokens, [e.mask.shape for e in examples])
@@ -587,8 +585,7 @@ def train(args):
             for phase in (phase for phase in phases if phases[phase]):
                 if encoder_moved:
                     learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
-                    codebook = fit_codebook(model, dataset, args, learned)
-                    model.quantize.embedding.weight.data.copy_(codebook)
+                    model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args, learned))
                 encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
                 train_phase(model, dataset, val_set, phase, phases[phase], args, bar)
                 args.start += phases[phase] * args.batch_size * 2  # the next phase sees new masks
@@ -711,8 +708,7 @@ def encode(args):
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = len(dataset), (args.size // model.config.downsample) ** 2
     with whole(args.out) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
-        header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (count, length)})
         for start in tqdm(range(0, count, args.batch_size), desc="encode"):
             masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
             tokens = model.encode(mask_to_image(masks.to(args.device)))
@@ -726,8 +722,7 @@ def encode(args):
 def read_tokens(path, shape, source, **expected):
     """The memory-mapped array (examples, tokens) of `encode`; ValueError unless it is of what is expected.
 
-    shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded, as `encode`
-    wrote them.
+    shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded of the JSON.
     """
     expected |= {"dtype": np.uint16, "shape": shape, "mask tokenizer": source["sha256"]}
     try:
@@ -758,7 +753,6 @@ def parse_args(argv=None):
 
     add = commands.choices["train"].add_argument
     add("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
-    add("--data", default="scenes", help="masks to learn: scenes, scenes-rich or jsonl:PATH (default: scenes)")
     add("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     add("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
     add("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
@@ -771,13 +765,11 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=400, help="steps between saves and evaluations (default: 400)")
 
     add = commands.choices["eval"].add_argument
-    add("--data", default="scenes", help="scenes, scenes-rich or jsonl:PATH (default: scenes)")
     add("--split", default="test", help="default: test")
     add("--count", type=int, default=2000, help="masks (default: 2000)")
     add("--out", type=Path, default=Path("mask_tokenizer_eval.png"), help="picture to write")
 
     add = commands.choices["encode"].add_argument
-    add("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
     add("--root", type=Path, help="folder in which the official archives were unpacked")
     add("--padded", action="store_true", help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
     add("--batch-size", type=int, default=32, help="default: 32")
@@ -785,6 +777,8 @@ def parse_args(argv=None):
 
     for name in ("train", "eval", "encode"):
         add = commands.choices[name].add_argument
+        add("--data", default="scenes",
+            help="scenes, scenes-rich or jsonl:PATH; encode: data sets as for train.py (default: scenes)")
         add("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
         if name != "eval":
             add("--device", type=pick_device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -817,8 +811,6 @@ def check_args(parser, args):
     if args.command == "train":
         if args.out.exists() and not (args.init_from and args.init_from.exists() and args.out.samefile(args.init_from)):
             parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
-        if not args.free_steps + args.steps + args.decoder_steps:
-            parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
     if args.command == "eval" and args.data.startswith("jsonl:"):
         parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
     if args.command == "encode" and args.out.with_suffix(".json").exists() and not args.out.exists():

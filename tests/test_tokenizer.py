@@ -461,7 +461,6 @@ def test_cached_mask_tokens_are_of_the_very_masks_that_are_trained(tmp_path, tin
     ("train --save-every 0", "--save-every 0 must be at least 1"),
     ("eval --count 0", "--count 0"),
     ("text --out no/such/folder/x", "there is no folder no/such/folder"),
-    ("train --steps 0 --free-steps 0 --decoder-steps 0", "there is nothing to train"),
     ("train --steps -1", "--steps -1 must be at least 0"),
     ("train --start -1", "--start -1"),
     (f"train --start {2**63}", "--start"),
