@@ -33,6 +33,7 @@ import re
 import stat
 import sys
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,20 +55,18 @@ def _masks(**named):
 
     The public functions call this once; those whose names begin with _ take what it returns.
     """
-    checked = []
     for name, mask in named.items():
-        mask = np.asarray(mask)
+        named[name] = mask = np.asarray(mask)
         if mask.ndim != 2 or mask.size == 0:
             raise ValueError(f"{name} must be a mask (H, W) with at least one pixel, got shape {mask.shape}")
-        if mask.dtype.kind not in "biu":
-            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got dtype {mask.dtype}")
-        if mask.dtype.kind != "b" and (mask.min() < 0 or mask.max() > 1):
-            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {_some_values(np.unique(mask))}")
-        checked.append(mask.astype(bool, copy=False))
-    if len({mask.shape for mask in checked}) > 1:
-        shapes = ", ".join(f"{name} {mask.shape}" for name, mask in zip(named, checked))
+        kind = mask.dtype.kind
+        if kind not in "biu" or kind != "b" and (mask.min() < 0 or mask.max() > 1):
+            found = _some_values(np.unique(mask)) if kind in "iu" else f"dtype {mask.dtype}"
+            raise ValueError(f"{name} must be bool or integers in {{0, 1}}, got {found}")
+    if len({mask.shape for mask in named.values()}) > 1:
+        shapes = ", ".join(f"{name} {mask.shape}" for name, mask in named.items())
         raise ValueError(f"masks must have one shape, got {shapes}")
-    return checked
+    return [mask.astype(bool, copy=False) for mask in named.values()]
 
 
 def _some_values(values):
@@ -216,8 +215,7 @@ class SegmentationMetrics:
         a sampler that pads its last batch with repeated examples."""
         twice = sorted(self._seen & other._seen, key=str)
         if twice:
-            id, label = twice[0]
-            raise ValueError(f"examples counted twice: {len(twice)}, first id {id!r}, label {label!r}")
+            raise ValueError(f"examples counted twice: {len(twice)}, first id {twice[0][0]!r}, label {twice[0][1]!r}")
         self.rows += other.rows
         self._seen |= other._seen
 
@@ -254,7 +252,7 @@ def _mean(values):
     return math.fsum(values) / len(values) if values else None
 
 
-# ---- what all commands share ------------------------------------------------------------------------
+# ---- what all commands share ----------------------------------------------------------------------------------------
 
 
 class BadUsage(ValueError):
@@ -290,7 +288,7 @@ def printable(text) -> str:
 
 def parse_json(content):
     """JSON (UTF-8 bytes or str) -> value; ValueError with one line for everything that is wrong with it."""
-    text = content.decode().removeprefix("\ufeff") if isinstance(content, bytes) else content
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
         value = json.loads(text)
         if re.search(r"\\u[dD][89abcdefABCDEF]", text):
@@ -355,7 +353,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{action.option_strings[0]} has no use with {job}")
 
 
-# ---- command ---------------------------------------------------------------------------------------
+# ---- command --------------------------------------------------------------------------------------------------------
+
 
 def values_in(labels):
     """The sorted values in an integer array. Small ones are counted: np.unique sorts all pixels, which is slow."""
@@ -384,34 +383,25 @@ def read_mask(path):
 
 
 def _png_files(folder):
-    """Files by stem. ValueError if folder is none, holds no PNG or one stem twice (a.png, a.PNG)."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder")
-    files = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png"):
-        if path.stem in files:
-            raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} would be the same mask")
-        files[path.stem] = path
-    if not files:
-        raise ValueError(f"{folder}: no PNG files")
-    return files
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() == ".png"), key=lambda path: path.stem)
 
 
 def _compare_folders(pred_dir, gt_dir):
-    preds, gts = _png_files(pred_dir), _png_files(gt_dir)
-    for files, others, other in ((preds, gts, gt_dir), (gts, preds, pred_dir)):
-        alone = [path for stem, path in files.items() if stem not in others]
-        if alone:
-            raise ValueError(f"{alone[0]}: no counterpart in {other} (files without one: {len(alone)})")
+    files = _png_files(pred_dir), _png_files(gt_dir)
+    preds, gts = (Counter(path.stem for path in paths) for paths in files)
+    odd = sorted(stem for stem in preds | gts if not preds[stem] == gts[stem] == 1)
+    if odd or not preds:
+        name = odd[0] if odd else "*"
+        raise ValueError(f"each mask must be one PNG in both folders: {name}.png is {preds[name]} times in {pred_dir}, "
+                         f"{gts[name]} times in {gt_dir} ({len(odd)} such names)")
     metrics = SegmentationMetrics()
     # disable=None: no bar when stderr is a file; `with` ends the bar's line before an error is printed.
-    with tqdm(preds, unit="pair", disable=None) as stems:
-        for stem in stems:
-            pred, gt = read_mask(preds[stem]), read_mask(gts[stem])
+    with tqdm(zip(*files), total=len(preds), unit="pair", disable=None) as pairs:
+        for paths in pairs:
+            pred, gt = map(read_mask, paths)
             if pred.shape != gt.shape:
-                sizes = " and ".join(f"{mask.shape[1]} x {mask.shape[0]}" for mask in (pred, gt))
-                raise ValueError(f"{preds[stem]}, {gts[stem]}: different sizes, {sizes} pixels")
-            metrics.update(pred, gt, id=stem)
+                raise ValueError(f"{paths[0]}, {paths[1]}: different sizes, {pred.shape} and {gt.shape}")
+            metrics.update(pred, gt)
     return metrics.compute()
 
 
@@ -429,27 +419,23 @@ def read_records(path):
                 record = parse_json(line)
                 read.append(record["run"] if number == 1 else _check_record(record))
             except (ValueError, TypeError, KeyError) as error:
-                why = f"no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"{path}: line {number} is not what sample.py writes: {why}") from None
+                raise ValueError(f"{path}: line {number} is not what sample.py writes: {error!r:.200}") from None
     if not read:
         raise ValueError(f"{path}: empty, expected what sample.py --dataset writes")
     return read[0], read[1:]
 
 
 def _check_record(record):
-    """The record; KeyError or ValueError if parts of it are missing, or no example can have its numbers."""
-    if type(record["index"]) is not int:
-        raise ValueError(f"index {record['index']!r}: expected a whole number")
-    if "broken" in record:  # an example that could not be opened has no numbers
-        return record
-    intersection, union, ahd = record["intersection"], record["union"], record["ahd"]
-    if not (type(intersection) is type(union) is int and 0 <= intersection <= union):
-        raise ValueError(f"intersection {intersection!r} and union {union!r}: expected pixels, union the larger")
-    if ahd is not None and not (type(ahd) in (int, float) and 0 <= ahd <= 2 * AHD_SIDE):
-        raise ValueError(f"ahd {ahd!r}: expected pixels of a picture of {AHD_SIDE} x {AHD_SIDE}, or null")
-    for name in ("id", "task", "label"):
-        if not isinstance(record[name], str) and not (name == "label" and record[name] is None):
-            raise ValueError(f"{name} {record[name]!r}: expected a string")
+    """The record; KeyError, TypeError or ValueError unless it is broken or an example can have its numbers."""
+    fits = type(record["index"]) is int
+    if "broken" not in record:  # an example that could not be opened has no numbers
+        i, u, ahd = record["intersection"], record["union"], record["ahd"]
+        fits = fits and type(i) is type(u) is int and 0 <= i <= u
+        fits = fits and (ahd is None or type(ahd) in (int, float) and 0 <= ahd <= 2 * AHD_SIDE)
+        fits = fits and all(isinstance(text, str) for text in (record["id"], record["task"]))
+        fits = fits and isinstance(record["label"], str | None)
+    if not fits:
+        raise ValueError("a number or a text that no example has")
     return record
 
 
@@ -474,24 +460,16 @@ def _add_up_file(path):
     return numbers
 
 
-def _table(numbers):
-    rows = ["metric       value   pairs"]
-    for key in ["cIoU", "gIoU", "mIoU", *(f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS)]:
-        value = numbers[key]
-        pairs = numbers["count" + key[4:]] if key.startswith("mAHD") else numbers["count"]
-        pairs = 0 if key == "mIoU" and value is None else pairs
-        rows.append(f"{key:<8} {'-' if value is None else f'{value:.4f}':>9} {pairs:>7}")
-    return "\n".join(rows)
-
-
 def compare(pred, gt, json_file):
     """Print the numbers of two folders of masks or, without `gt`, of a .jsonl; write them to a file if one is given."""
-    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise ValueError(f"{json_file}: cannot write here, it is a folder or its folder does not exist")
     numbers = _compare_folders(pred, gt) if gt else _add_up_file(pred)
+    print("metric       value   pairs")
+    for key in ("cIoU", "gIoU", "mIoU", *(f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS)):
+        value, pairs = numbers[key], numbers[f"count{key[4:]}" if key.startswith("mAHD") else "count"]
+        pairs = 0 if key == "mIoU" and value is None else pairs
+        print(f"{key:<8} {'-' if value is None else f'{value:.4f}':>9} {pairs:>7}")
     if json_file:
         write_json(json_file, numbers)
-    print(_table(numbers))
 
 
 def main(argv=None) -> int:

@@ -9,15 +9,16 @@ Legend: B batch, H W picture height and width, h w token grid (H/16, W/16), C ch
 K rows of the codebook.
 """
 
-import argparse
 import hashlib
 import json
 import re
 import signal
 import struct
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, whole, write_json
+from metrics import Parser, SegmentationMetrics, parse_json, whole, write_json
 from scenes import COLOR_RIDDLES, SHAPE_RIDDLES, WORLDS
 from weights import ASSETS, build_from, fingerprint, read_header, read_weights, weight_files, write_tensors
 
@@ -61,8 +62,7 @@ def full_float32(device_type):
         torch.backends.cudnn.allow_tf32 = convolution
 
 
-# ----------------------------------------------------------------------------------------------------------
-# VQGAN, in the layout and with the parameter names of LlamaGen (tokenizer/tokenizer_image/vq_model.py)
+# ---- VQGAN, in the layout and with the parameter names of LlamaGen (tokenizer/tokenizer_image/vq_model.py) ----------
 
 
 @dataclass
@@ -79,17 +79,14 @@ class VQGANConfig:
     norm_groups: int = 32  # LlamaGen: 32; narrower models need fewer
 
     def __post_init__(self):
-        self.channel_mult = tuple(self.channel_mult)  # JSON has lists
+        self.channel_mult = tuple(self.channel_mult)
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
-        mults = self.channel_mult + self.decoder_mult
-        numbers = [value for value in asdict(self).values() if not isinstance(value, tuple)]
-        known = all(type(n) is int and 0 < n <= 2**20 for n in (*numbers, *mults)) and self.res_blocks <= 100
-        if not known or not 0 < len(self.channel_mult) == len(self.decoder_mult) < 10:
-            raise ValueError(f"{self!s:.300}: expected integers from 1 to 2^20, at most 100 res_blocks, and at most 9 "
-                             "resolutions, each with an entry in channel_mult and in decoder_mult")
-        for width in (self.channels * mult for mult in (1, *mults)):
-            if width > 2**20 or width % self.norm_groups:
-                raise ValueError(f"{width} channels, expected at most 2^20 and a multiple of {self.norm_groups} groups")
+        widths = [self.channels * mult for mult in (1, *self.channel_mult, *self.decoder_mult)]
+        sizes = (self.latent_channels, self.codebook_size, self.codebook_dim, self.norm_groups, *widths)
+        depth = max(len(self.channel_mult), self.res_blocks)
+        if not all(0 < n <= 2**20 for n in sizes) or depth > 100 or any(n % self.norm_groups for n in widths):
+            raise ValueError(f"{self!s:.300}: expected sizes from 1 to 2^20, at most 100 res_blocks and "
+                             "resolutions, and channels in multiples of norm_groups")
 
     @property
     def downsample(self):
@@ -135,26 +132,15 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y)
 
 
-class Downsample(nn.Module):
+def _downsample(channels):
     """Half the side: 3x3 conv of stride 2, zero padding on the right and at the bottom only."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
+def _upsample(channels):
     """Twice the side: nearest neighbour, then a 3x3 conv."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2.0),
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -164,8 +150,8 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(count))
         self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in range(count))
-        self.downsample = Downsample(c_out) if downsample else nn.Identity()
-        self.upsample = Upsample(c_out) if upsample else nn.Identity()
+        self.downsample = _downsample(c_out) if downsample else nn.Identity()
+        self.upsample = _upsample(c_out) if upsample else nn.Identity()
 
     def forward(self, x):
         for res, attn in zip(self.res, self.attn):
@@ -174,8 +160,8 @@ class Level(nn.Module):
 
 
 def _middle(channels, config):
-    return nn.ModuleList([ResBlock(channels, channels, config), AttnBlock(channels, config),
-                          ResBlock(channels, channels, config)])
+    return nn.Sequential(ResBlock(channels, channels, config), AttnBlock(channels, config),
+                         ResBlock(channels, channels, config))
 
 
 class Encoder(nn.Module):
@@ -186,18 +172,15 @@ class Encoder(nn.Module):
         widths = [config.channels * m for m in config.channel_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList(
+        self.conv_blocks = nn.Sequential(*(
             Level(c_in, c_out, config.res_blocks, i == last, config, downsample=i < last)
-            for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths))
-        )
+            for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths))))
         self.mid = _middle(widths[-1], config)
         self.norm_out = _norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for block in [*self.conv_blocks, *self.mid]:
-            x = block(x)
+        x = self.mid(self.conv_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -210,17 +193,14 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0], config)
-        self.conv_blocks = nn.ModuleList(
+        self.conv_blocks = nn.Sequential(*(
             Level(c_in, c_out, config.res_blocks + 1, i == 0, config, upsample=i < last)
-            for i, (c_in, c_out) in enumerate(zip([widths[0]] + widths, widths))
-        )
+            for i, (c_in, c_out) in enumerate(zip([widths[0]] + widths, widths))))
         self.norm_out = _norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        z = self.conv_in(z)
-        for block in [*self.mid, *self.conv_blocks]:
-            z = block(z)
+        z = self.conv_blocks(self.mid(self.conv_in(z)))
         return self.conv_out(F.silu(self.norm_out(z)))
 
 
@@ -247,6 +227,10 @@ class VectorQuantizer(nn.Module):
     def lookup(self, tokens, grid):
         """Code indices (B, h*w) -> quantized latents (B, C, h, w)."""
         return self.codebook[tokens].transpose(1, 2).unflatten(2, grid)
+
+
+JANUS = "gen_vision_model."  # where a Janus-Pro checkpoint keeps its image tokenizer
+UNUSED = "quantize.codebook_used"  # a statistic of the official trainer, on which no output depends
 
 
 class VQGAN(nn.Module):
@@ -283,9 +267,7 @@ class VQGAN(nn.Module):
 
     def decode(self, tokens, grid=None):
         """Code indices (B, h*w) -> (B, 3, H, W), not clamped; grid=(h, w) where the picture is not square."""
-        if grid is None:
-            side = round(tokens.shape[1] ** 0.5)
-            grid = (side, side)
+        grid = grid or (round(tokens.shape[1] ** 0.5),) * 2
         if grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]}: pass grid=(h, w)")
         return self.decode_latents(self.quantize.lookup(tokens, grid))
@@ -329,58 +311,42 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """Load a mask tokenizer, strictly, as float32, in eval mode. `path` is one of
+        """Load a mask tokenizer, strictly, as float32, in eval mode; its sizes are read off the tensors.
 
-        - our own .safetensors, whose header holds the config;
-        - a released LlamaGen file (vq_ds16_c2i.pt, vq_ds16_t2i.pt) or one that the official trainer wrote;
-        - a Janus-Pro checkpoint, whose tokenizer lies under `gen_vision_model.`;
-        - a folder with one of these, its weights in one file or sharded.
-
-        All widths are read off the tensors. FileNotFoundError, or ValueError with one line that names file and tensor.
+        path: our own .safetensors; a released LlamaGen file (vq_ds16_c2i.pt, vq_ds16_t2i.pt) or one that the official
+        trainer wrote; a Janus-Pro checkpoint, whose tokenizer lies under `gen_vision_model.`; or a folder with one of
+        these, in one file or sharded. FileNotFoundError, or ValueError with one line that names file and tensor.
         """
         path = Path(path)
-        weights = read_weights(path, lambda name: name.removeprefix(JANUS) not in VQGAN_DROPPED)
+        weights = read_weights(path, lambda name: name.removeprefix(JANUS) != UNUSED)
         janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
         weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
         try:
-            config = json.loads(header["config"]) if header.get("format") == "vqgan" else vqgan_widths(weights)
-            config = VQGANConfig(**config)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error})") from None
+            ours = header.get("format") == "vqgan"
+            config = vqgan_config(weights, int(json.loads(header["config"])["norm_groups"]) if ours else 32)
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error!r:.500})") from None
         model = build_from(lambda: cls(config), weights, path, torch.float32, copy=True)
         model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
         return model
 
 
-JANUS = "gen_vision_model."  # where a Janus-Pro checkpoint keeps its image tokenizer
-# What the official files hold and no output depends on: usage statistics of the official trainer.
-VQGAN_DROPPED = ("quantize.codebook_used",)
+def vqgan_config(weights, norm_groups):
+    """VQGANConfig, read off the tensors; LookupError, ValueError, ArithmeticError if they are another model's."""
+    names = [name.split(".") for name in weights if name.startswith("encoder.conv_blocks.")]
+    levels = range(len({name[2] for name in names}))
+    channels = weights["encoder.conv_in.weight"].shape[0]
+    codebook_size, codebook_dim = weights["quantize.embedding.weight"].shape
 
+    def mults(coder):
+        firsts = (weights[f"{coder}.conv_blocks.{level}.res.0.conv1.weight"] for level in levels)
+        return [first.shape[0] // channels for first in firsts]
 
-def vqgan_widths(weights):
-    """Fields of VQGANConfig, read off the tensors of an official checkpoint; its GroupNorms have 32 groups."""
-    shapes = {name: w.shape for name, w in weights.items() if w.numel()}
-    for name, dims in (("encoder.conv_in.weight", 4), ("encoder.conv_out.weight", 4), ("quantize.embedding.weight", 2)):
-        if len(shapes.get(name, ())) != dims:
-            raise ValueError(f"{name} is missing or not of {dims} dimensions")
-
-    def mult(coder, level):  # a missing or odd one is reported by its name later
-        shape = shapes.get(f"{coder}.conv_blocks.{level}.res.0.conv1.weight") or [channels]
-        return max(1, shape[0] // channels)
-
-    channels = shapes["encoder.conv_in.weight"][0]
-    levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.conv_blocks.")})
-    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.conv_blocks.0.res.")}
-    codebook_size, codebook_dim = shapes["quantize.embedding.weight"]
-    return {
-        "channels": channels,
-        "channel_mult": [mult("encoder", i) for i in range(levels)],
-        "decoder_mult": [mult("decoder", i) for i in reversed(range(levels))],
-        "res_blocks": len(blocks),
-        "latent_channels": shapes["encoder.conv_out.weight"][0],
-        "codebook_size": codebook_size,
-        "codebook_dim": codebook_dim,
-    }
+    return VQGANConfig(
+        channels=channels, channel_mult=mults("encoder"), decoder_mult=mults("decoder")[::-1],
+        res_blocks=len({name[4] for name in names if name[2:4] == ["0", "res"]}),
+        latent_channels=weights["encoder.conv_out.weight"].shape[0],
+        codebook_size=codebook_size, codebook_dim=codebook_dim, norm_groups=norm_groups)
 
 
 @torch.no_grad()
@@ -416,15 +382,13 @@ class TextTokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.model or tokenizer.json)")
         model = sentencepiece_from_json(path) if path.suffix == ".json" else path.read_bytes()
-        if not model:
-            raise ValueError(f"{path}: empty: get it again")
+        self.model = sentencepiece.SentencePieceProcessor()
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.model.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model: get it again") from None
         self.length = length
-        content = self.model.serialized_model_proto()
-        self.source = {"name": path.stem, "sha256": hashlib.sha256(content).hexdigest()}
+        self.source = {"name": path.stem, "sha256": hashlib.sha256(self.model.serialized_model_proto()).hexdigest()}
 
     def _ids(self, text):
         text.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
@@ -456,11 +420,10 @@ def sentencepiece_from_json(path):
         content = parse_json(path.read_bytes())
         bpe, added = content["model"], {token["content"] for token in content["added_tokens"]}
         ids, merges = bpe["vocab"], bpe["merges"]
-        if bpe["type"] != "BPE" or not bpe["byte_fallback"]:
-            raise ValueError("its model is not BPE with byte_fallback")
-        if sorted(ids.values()) != list(range(len(ids))) or not special.keys() <= ids.keys():
-            raise ValueError(f"its ids have gaps, or one of {', '.join(special)} is missing")
-        made = [pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in merges]
+        whole_ids = sorted(ids.values()) == list(range(len(ids))) and special.keys() <= ids.keys()
+        if bpe["type"] != "BPE" or not bpe["byte_fallback"] or not whole_ids:
+            raise ValueError(f"expected BPE with byte_fallback, ids without gaps, and {', '.join(special)}")
+        made = ["".join(pair).replace(" ", "") for pair in merges]
         rank = {piece: i for i, piece in reversed(list(enumerate(made)))}  # the first merge that makes a piece counts
         pieces = []
         for piece in sorted(ids, key=ids.get):
@@ -495,7 +458,7 @@ def protobuf(*fields):
     return b"".join(field(number, value) for number, value in fields)
 
 
-def train_text_tokenizer(sentences, path, vocab_size=512):
+def train_text_tokenizer(sentences, path, vocab_size=768):
     """Train a small SentencePiece vocabulary on sentences; special ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
     try:
         with whole(path) as temporary, open(temporary, "wb") as file:
@@ -505,8 +468,6 @@ def train_text_tokenizer(sentences, path, vocab_size=512):
                 required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/")
     except OSError as error:
         raise OSError(f"{path}: cannot write ({error.strerror})") from None
-    except RuntimeError as error:
-        raise ValueError(f"vocabulary of {vocab_size} pieces: {str(error).splitlines()[-1]}") from None
 
 
 # ---- python tokenizer.py train | eval | encode | text ---------------------------------------------------------------
@@ -538,18 +499,17 @@ def crop_masks(masks, size):
     return torch.stack(crops)
 
 
-def k_means(points, count, rounds=25, start=None):
+def k_means(points, count, start=None):
     """Spherical k-means of unit vectors (n, C) -> (count, C): a codebook without dead rows to begin with.
 
     start: (count, C) to begin with, so that a row keeps its meaning; default: random points.
     """
     # most latents are plain background: without the unique() most rows would be spent on it
-    points = torch.unique((points * 50).round(), dim=0).float()
-    points = F.normalize(points, dim=-1)
+    points = F.normalize(torch.unique((points * 50).round(), dim=0).float(), dim=-1)
     if len(points) < count:
         raise ValueError(f"{len(points)} different latents cannot fill a codebook of {count}: train longer first")
     centers = points[torch.randperm(len(points))[:count]] if start is None else start
-    for _ in range(rounds):
+    for _ in range(25):
         nearest = torch.cat([(chunk @ centers.T).argmax(-1) for chunk in points.split(8192)])
         sums = torch.zeros_like(centers).index_add_(0, nearest, points)
         lost = sums.norm(dim=-1) < 1e-6
@@ -570,16 +530,16 @@ def reconstruction_loss(images, masks):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, size, count, device="cpu"):
-    """Encode and decode the first `count` masks at size x size.
+def evaluate(model, dataset, size, count):
+    """Encode and decode the first `count` masks, or all if they are fewer, at size x size.
 
     Returns (metrics at that size, metrics at the pictures' own sizes, codes used, cells of a contact sheet: up to 24
     of phrase, picture, mask and reconstruction at the picture's own size).
     """
-    square, own, cells = SegmentationMetrics(), SegmentationMetrics(), []
+    square, own, cells, device = SegmentationMetrics(), SegmentationMetrics(), [], next(model.parameters()).device
     used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
-    for start in range(0, count, 32):
-        examples = [dataset[i] for i in range(start, min(start + 32, count))]
+    for indices in torch.arange(min(count, len(dataset))).split(32):
+        examples = [dataset[i] for i in indices.tolist()]
         masks = mask_batch(examples, size, 0, len(examples))
         tokens = model.encode(mask_to_image(masks.to(device)))
         used[tokens.unique().cpu()] = True
@@ -611,15 +571,13 @@ def train(args):
     """
     from data import hold_out, load_dataset
 
-    torch.manual_seed(args.seed)
-    device, first = torch.device(args.device), args.start
+    torch.manual_seed(0)
+    first = args.start
     if args.data in WORLDS:
         dataset, val_set = (load_dataset(args.data, split) for split in ("train", "val"))
     else:
         (dataset,), val_set = hold_out([load_dataset(args.data, "train")])
-    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(device)
-    if args.size % (2 * model.config.downsample):
-        raise BadUsage(f"--size {args.size} must be a multiple of {2 * model.config.downsample}: crops have half of it")
+    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(args.device)
     phases = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
     encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
     try:
@@ -627,10 +585,9 @@ def train(args):
             for phase in (phase for phase in phases if phases[phase]):
                 if encoder_moved:
                     learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
-                    codebook = fit_codebook(model, dataset, args.size, args.fit_masks, device, learned)
-                    model.quantize.embedding.weight.data.copy_(codebook)
+                    model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args, learned))
                 encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
-                train_phase(model, dataset, val_set, phase, phases[phase], args, device, bar)
+                train_phase(model, dataset, val_set, phase, phases[phase], args, bar)
                 args.start += phases[phase] * args.batch_size * 2  # the next phase sees new masks
     except BaseException:  # Ctrl-C, SIGTERM or an error
         if bar.n:
@@ -643,22 +600,18 @@ def how_to_go_on(out, first, batch_size, phases, done, has_codebook):
     """What to tell about a `train` that was stopped after `done` steps, so that a command goes on from there."""
     if done == 0:
         return "nothing was saved: no step was done"
-    saved = f"saved {out} after {done:,} of {sum(phases.values()):,} steps"
-    saved += "" if has_codebook else "; its codebook is not trained yet"
-    if done == sum(phases.values()):
-        return saved
     flags, to_skip = f"--init-from {out} --start {first + done * batch_size * 2}", done
     for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
         # the codebook is made after the last free step, so one such step is needed until there is a codebook
         flags += f" {flag} {max(steps - to_skip, int(flag == '--free-steps' and not has_codebook))}"
         to_skip = max(0, to_skip - steps)
-    return f"{saved}\nto go on, with a new warm-up: the same command with {flags}"
+    return (f"saved {out} after {done:,} of {sum(phases.values()):,} steps"
+            f"{'' if has_codebook else '; its codebook is not trained yet'}\n"
+            f"to go on, with a new warm-up: the same command with {flags}")
 
 
-def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
+def train_phase(model, dataset, val_set, phase, steps, args, bar):
     """One phase of `train`; saves and evaluates as it goes."""
-    from data import contact_sheet
-
     bar.set_description(f"mask tokenizer, {phase}")
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
     model.requires_grad_(False)
@@ -672,16 +625,14 @@ def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
     position = args.start
     for step in range(steps):
         fraction = step / steps
-        if phase == "codes" and step % 200 == 0 and fraction < 0.7:
-            reseed_codes(model, mask_batch(dataset, args.size, position, 512).to(device))
         # Crops about the object, where there is something to learn; whole masks in the last third, with a codebook.
         uncropped = phase != "free" and fraction > 2 / 3
         count = args.batch_size if uncropped else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
         position += count
-        masks = (masks if uncropped else crop_masks(masks, args.size // 2)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
-            decoded, code_loss = model(mask_to_image(masks), args.noise if phase == "free" else None)
+        masks = (masks if uncropped else crop_masks(masks, args.size // 2)).to(args.device)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bfloat16):
+            decoded, code_loss = model(mask_to_image(masks), 0.05 if phase == "free" else None)
         loss = reconstruction_loss(decoded, masks) + code_loss
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -699,39 +650,22 @@ def train_phase(model, dataset, val_set, phase, steps, args, device, bar):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
             if phase != "free":
-                scores, _, used, cells = evaluate(model, val_set, args.size, min(128, len(val_set)), device)
-                contact_sheet(cells, args.out.with_suffix(".png"))
+                scores, _, used, _ = evaluate(model, val_set, args.size, 128)
                 bar.write(f"step {step + 1}: {summary(scores)}, {used} of {model.config.codebook_size} codes used")
 
 
 @torch.no_grad()
-def fit_codebook(model, dataset, size, count, device, learned):
-    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of `count` masks, from the
+def fit_codebook(model, dataset, args, learned):
+    """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of --fit-masks masks, from the
     codes there are if those are `learned`."""
     rows = []
-    for start in range(0, count, 20):
-        masks = mask_batch(dataset, size, len(dataset) // 2 + start, 20).to(device)
+    for start in range(0, args.fit_masks, 20):
+        masks = mask_batch(dataset, args.size, len(dataset) // 2 + start, 20).to(args.device)
         rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
     rows, codebook = torch.cat(rows).cpu(), model.quantize.codebook.cpu()
     plain, others = codebook[:2], codebook[2:]
     edges = rows[(rows @ plain.T).max(-1).values < 0.99]
     return torch.cat([plain, k_means(edges, len(others), start=others if learned else None)])
-
-
-@torch.no_grad()
-def reseed_codes(model, masks):
-    """Move the codes that none of `masks` uses to the latents that are farthest from their own code."""
-    z = torch.cat([model.latents(mask_to_image(part)) for part in masks.split(32)])
-    tokens = model.quantize.nearest(z)  # (B, h*w)
-    z = F.normalize(z, dim=1).flatten(2).transpose(1, 2)  # (B, h*w, C)
-    error = (z - model.quantize.codebook[tokens]).square().sum(-1).flatten()
-    unused = torch.ones(model.config.codebook_size, dtype=torch.bool, device=z.device)
-    unused[tokens.unique()] = False
-    unused[:2] = False  # plain background and plain object, see VQGAN.flat_loss
-    rows = unused.nonzero().flatten()
-    # a quarter of them at a time: codes that are rare but right should mostly stay
-    rows = rows[torch.randperm(len(rows), device=rows.device)[: len(rows) // 4]]
-    model.quantize.embedding.weight[rows] = z.flatten(0, 1)[error.topk(len(rows)).indices]
 
 
 def text_sentences():
@@ -740,33 +674,24 @@ def text_sentences():
 
     dataset = load_dataset("scenes-rich", "train", phrases=12)
     riddles = [text for texts in (SHAPE_RIDDLES | COLOR_RIDDLES).values() for text in texts] * 40
-    for i in range(18_000 + len(riddles)):
-        phrase = dataset[i].phrase if i < 18_000 else riddles[i - 18_000]
+    for i, phrase in enumerate(chain((dataset[i].phrase for i in range(18_000)), riddles)):
         yield phrase
         yield instruct(phrase, TEMPLATES[i % len(TEMPLATES)])
 
 
 def report(args):
-    """Total IoU, mAHD and codebook use on held-out masks, with JSON and a picture of masks and reconstructions.
+    """Print total IoU, mAHD and codebook use on held-out masks, and draw masks and reconstructions.
 
     At the tokenizer's own square size, and through it to the pictures' own sizes, as a model's masks are scored.
     """
     from data import contact_sheet, load_dataset
 
     model = VQGAN.from_pretrained(args.mask_tokenizer)
-    if args.size % model.config.downsample:
-        raise BadUsage(f"--size {args.size} must be a multiple of {model.config.downsample}")
-    dataset = load_dataset(args.data, args.split)
-    count = min(args.count, len(dataset))
-    square, own, used, cells = evaluate(model, dataset, args.size, count)
-    print(f"{args.data}:{args.split}, {count} masks, {used} of {model.config.codebook_size} codes used")
-    for name, scores in ((f"at {args.size} x {args.size} px", square), ("at the pictures' own sizes", own)):
-        print(f"{name:28} {summary(scores)}")
-    contact_sheet(cells, f"{args.out}.png")
-    write_json(f"{args.out}.json", {
-        "data": args.data, "split": args.split, "size": args.size, "codes_used": used,
-        "codebook_size": model.config.codebook_size, "square": square, "own_size": own})
-    print(f"wrote {args.out}.png (picture, mask, reconstruction) and {args.out}.json")
+    square, own, used, cells = evaluate(model, load_dataset(args.data, args.split), args.size, args.count)
+    print(f"{args.data}:{args.split}, {square['count']} masks, {used} of {model.config.codebook_size} codes used\n"
+          f"at {args.size} x {args.size} px: {summary(square)}\nat the pictures' own sizes: {summary(own)}")
+    contact_sheet(cells, args.out)
+    print(f"wrote {args.out} (picture, mask, reconstruction)")
 
 
 @torch.no_grad()
@@ -778,42 +703,34 @@ def encode(args):
     from data import load_mixture
 
     model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
-    dataset = load_mixture(args.data, args.split, args.root)
+    dataset = load_mixture(args.data, "train", args.root)
     if model.config.codebook_size > 65536:
         raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = len(dataset), (args.size // model.config.downsample) ** 2
-    path = Path(f"{str(args.out).removesuffix('.npy')}.npy")
-    with whole(path) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
-        header = {"descr": "<u2", "fortran_order": False, "shape": (count, length)}
-        np.lib.format.write_array_header_1_0(file, header)
+    with whole(args.out) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (count, length)})
         for start in tqdm(range(0, count, args.batch_size), desc="encode"):
             masks = mask_batch(dataset, args.size, start, min(args.batch_size, count - start), args.padded)
             tokens = model.encode(mask_to_image(masks.to(args.device)))
             file.write(tokens.cpu().numpy().astype("<u2").tobytes())
-    write_json(path.with_suffix(".json"), {
-        "data": args.data, "split": args.split, "files": dataset.file_hashes(), "count": count,
+    write_json(args.out.with_suffix(".json"), {
+        "data": args.data, "split": "train", "files": dataset.file_hashes(), "count": count,
         "size": args.size, "padded": args.padded, "mask_tokenizer": model.source})
-    print(f"wrote {path}: {count:,} examples x {length} mask tokens, and {path.with_suffix('.json')}")
+    print(f"wrote {args.out}: {count:,} examples x {length} mask tokens, and {args.out.with_suffix('.json')}")
 
 
 def read_tokens(path, shape, source, **expected):
     """The memory-mapped array (examples, tokens) of `encode`; ValueError unless it is of what is expected.
 
-    shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded, as `encode`
-    wrote them.
+    shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded of the JSON.
     """
+    expected |= {"dtype": np.uint16, "shape": shape, "mask tokenizer": source["sha256"]}
     try:
-        found = {"padded": False, "files": []} | json.loads(path.with_suffix(".json").read_text())
-        table = np.load(path, mmap_mode="r")
-        found |= {"shape": table.shape, "mask tokenizer": found["mask_tokenizer"]["sha256"]}
-        expected |= {"shape": shape, "mask tokenizer": source["sha256"]}
-        if table.dtype != np.uint16:
-            raise ValueError(f"holds {table.dtype}")
+        table, found = np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())
+        found |= {"dtype": table.dtype, "shape": table.shape, "mask tokenizer": found["mask_tokenizer"]["sha256"]}
         other = [f"{what} {found[what]}, expected {wants}" for what, wants in expected.items() if found[what] != wants]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename}: no such file; python tokenizer.py encode writes it") from None
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not what tokenizer.py encode writes ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RecursionError) as error:
+        raise ValueError(f"{path}: not what python tokenizer.py encode writes ({error!r:.300})") from None
     if other:
         raise ValueError(f"{path}: was made with {'; '.join(other)}: encode again")
     return table
@@ -821,57 +738,50 @@ def read_tokens(path, shape, source, **expected):
 
 def text(args):
     """Train the small SentencePiece vocabulary on the phrases of scenes."""
-    train_text_tokenizer(text_sentences(), args.out, args.vocab_size)
-    print(f"wrote {args.out}: {args.vocab_size} pieces")
+    train_text_tokenizer(text_sentences(), args.out)
+    print(f"wrote {args.out}")
 
 
 def parse_args(argv=None):
     """The flags of the sub-commands."""
+    from model import pick_device
+
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, job, help in (("train", train, "train a mask tokenizer on the masks of a data set"),
-                            ("eval", report, "total IoU, mAHD and codebook use on held-out masks"),
-                            ("encode", encode, "cache the mask tokens of a data set"),
-                            ("text", text, "train the small SentencePiece vocabulary of the scenes' phrases")):
-        commands.add_parser(name, help=help, description=job.__doc__).set_defaults(job=job)
+    for name, job in {"train": train, "eval": report, "encode": encode, "text": text}.items():
+        commands.add_parser(name, description=job.__doc__).set_defaults(job=job)
 
     add = commands.choices["train"].add_argument
     add("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
-    add("--data", default="scenes", help="masks to learn: scenes, scenes-rich or jsonl:PATH (default: scenes)")
     add("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     add("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
     add("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
     add("--decoder-steps", type=int, default=3000, help="steps of the decoder alone (default: 3000)")
     add("--batch-size", type=int, default=8, help="whole masks per step, or twice as many crops (default: 8)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    add("--noise", type=float, default=0.05, help="on the latents of the free steps (default: 0.05)")
     add("--fit-masks", type=int, default=2600, help="masks for each k-means (default: 2600)")
-    add("--bfloat16", action=argparse.BooleanOptionalAction, default=False,
-        help="train the decoder in bfloat16: twice as fast where the hardware has it")
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--bfloat16", action="store_true", help="train in bfloat16: twice as fast where the hardware has it")
     add("--start", type=int, default=0, help="first training mask, to go on with new ones")
     add("--save-every", type=int, default=400, help="steps between saves and evaluations (default: 400)")
 
     add = commands.choices["eval"].add_argument
-    add("--data", default="scenes", help="scenes, scenes-rich or jsonl:PATH (default: scenes)")
     add("--split", default="test", help="default: test")
     add("--count", type=int, default=2000, help="masks (default: 2000)")
-    add("--out", type=Path, default=Path("mask_tokenizer_eval"), help="stem of the .png and .json to write")
+    add("--out", type=Path, default=Path("mask_tokenizer_eval.png"), help="picture to write")
 
     add = commands.choices["encode"].add_argument
-    add("--data", default="scenes", help="data sets, as for train.py (default: scenes)")
     add("--root", type=Path, help="folder in which the official archives were unpacked")
-    add("--split", default="train", help="default: train")
-    add("--padded", action=argparse.BooleanOptionalAction, default=False,
-        help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
+    add("--padded", action="store_true", help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
     add("--batch-size", type=int, default=32, help="default: 32")
-    add("--out", type=Path, default=Path("mask_tokens"), help="stem of the .npy and .json to write")
+    add("--out", type=Path, default=Path("mask_tokens.npy"), help="file to write, with a .json beside it")
 
     for name in ("train", "eval", "encode"):
         add = commands.choices[name].add_argument
+        add("--data", default="scenes",
+            help="scenes, scenes-rich or jsonl:PATH; encode: data sets as for train.py (default: scenes)")
         add("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
         if name != "eval":
-            add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            add("--device", type=pick_device, default="cuda" if torch.cuda.is_available() else "cpu",
                 help="cpu, cuda, cuda:N or mps (default: cuda, else cpu)")
         if name != "train":
             add("--mask-tokenizer", type=Path, default=ASSETS / "mask_tokenizer.safetensors", metavar="FILE",
@@ -879,7 +789,6 @@ def parse_args(argv=None):
 
     add = commands.choices["text"].add_argument
     add("--out", type=Path, default=Path("text.model"), help="file to write")
-    add("--vocab-size", type=int, default=768, help="pieces (default: 768)")
     args = parser.parse_args(argv)
     check_args(commands.choices[args.command], args)
     return parser, args
@@ -887,37 +796,25 @@ def parse_args(argv=None):
 
 def check_args(parser, args):
     """Error for values that a sub-command cannot use, and for an output that would overwrite another's file."""
-    least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count", "vocab_size"), 1)
-    least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start", "seed", "noise"), 0) | {"lr": 1e-12}
-    for name, value in vars(args).items():
-        if name in least and not least[name] <= value < 2**63:  # true of NaN as well
-            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least[name]} and below 2^63")
+    least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count"), 1)
+    least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start"), 0) | {"lr": 1e-12}
+    for name in (name for name in least if name in args):
+        if not least[name] <= getattr(args, name) < 2**63:  # NaN is not
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least[name]}")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
-    if args.out.is_dir() and args.command in ("train", "text"):
-        parser.error(f"--out {args.out} is a folder: give the file to write")
     if args.command in ("train", "eval") and args.data not in WORLDS and not args.data.startswith("jsonl:"):
         parser.error(f"--data {args.data}: choose {', '.join(WORLDS)} or jsonl:PATH")
+    ending = {"train": ".safetensors", "eval": ".png", "encode": ".npy", "text": ".model"}[args.command]
+    if args.out.suffix != ending:
+        parser.error(f"--out {args.out}: the file's name must end in {ending}")
     if args.command == "train":
-        if args.out.suffix != ".safetensors":
-            parser.error(f"--out {args.out}: the file's name must end in .safetensors")
-        goes_on = args.init_from and args.init_from.exists() and args.out.exists() and args.out.samefile(args.init_from)
-        if args.out.exists() and not goes_on:
+        if args.out.exists() and not (args.init_from and args.init_from.exists() and args.out.samefile(args.init_from)):
             parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
-        if not args.free_steps + args.steps + args.decoder_steps:
-            parser.error("--free-steps, --steps and --decoder-steps are all 0: there is nothing to train")
-    if args.command in ("eval", "encode"):
-        if args.data.startswith("jsonl:"):
-            parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
-        stem = str(args.out).removesuffix(".npy")
-        other = Path(f"{stem}.npy" if args.command == "encode" else f"{stem}.png")
-        if Path(f"{stem}.json").exists() and not other.exists():
-            parser.error(f"--out {args.out}: {stem}.json is there already and not from this command")
-    if "device" in args:
-        try:
-            torch.zeros(1, device=args.device).cpu()
-        except (RuntimeError, AssertionError):
-            parser.error(f"--device {args.device} is not there: choose cpu, cuda, cuda:N or mps")
+    if args.command == "eval" and args.data.startswith("jsonl:"):
+        parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
+    if args.command == "encode" and args.out.with_suffix(".json").exists() and not args.out.exists():
+        parser.error(f"--out {args.out}: the .json beside it is there already and not from this command")
 
 
 def main(argv=None):

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -95,17 +94,15 @@ def read_own(path, kind, make, dtype):
     header, weights = read_file(path)
     check_kinds(path, weights)
     if header.get("format") != kind or "config" not in header:
-        name = {"llamaseg": "LlamaSeg", "janusseg": "JanusSeg"}[kind]
-        raise ValueError(f"{path}: not a {name} checkpoint (no config in its header); "
+        raise ValueError(f"{path}: not a {make.__name__.removesuffix('Config')} checkpoint (no config in its header); "
                          "give the .safetensors that train.py wrote")
     try:
         config = make(**json.loads(header["config"]))
         frozen = json.loads(header.get("frozen", "{}"))
-        for part in frozen.values():
-            known = set(part) == {"name", "sha256"} and isinstance(part["sha256"], str)
-            if not known or Path(part["name"]).name != part["name"]:
-                raise ValueError(f"frozen parts {frozen!r}")
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        known = [(Path(part["name"]).name, str(part["sha256"])) for part in frozen.values()]
+        if known != [(part["name"], part["sha256"]) for part in frozen.values()]:
+            raise ValueError(f"frozen parts {frozen!r}")
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its config does not fit this version of model.py ({error!s:.300})") from None
     return config, frozen, {name: w.to(dtype) for name, w in weights.items()}
 
@@ -128,12 +125,9 @@ def read_config(directory):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face directory{download_hint(directory)}")
     try:
-        content = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
+        return {**parse_json(path.read_bytes())}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not JSON of an object ({error})") from None
 
 
 def check_config(path, values, expected):
@@ -151,8 +145,8 @@ def read_weights(path, wanted=lambda name: True):
     weights = {}
     for file in weight_files(path, wanted):
         found = read_file(file, wanted)[1]
-        for name in found.keys() & weights.keys():
-            raise ValueError(f"{file}: another file of {path} holds {name} too")
+        if found.keys() & weights.keys():
+            raise ValueError(f"{file}: another file of {path} holds {min(found.keys() & weights.keys())} too")
         weights |= found
     return weights
 
@@ -167,12 +161,12 @@ def weight_files(path, wanted=lambda name: True):
         if files and pattern.endswith(".index.json"):
             try:
                 places = parse_json(files[0].read_bytes())["weight_map"]
-                shards = sorted({path / file for name, file in places.items() if wanted(name)})
-                if any(shard.parent != path for shard in shards):
+                files = sorted({path / file for name, file in places.items() if wanted(name)})
+                if any(file.parent != path for file in files):
                     raise ValueError("a file outside the directory")
+                return files
             except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{files[0]}: holds no weight_map of files beside it") from None
-            return shards
+                raise ValueError(f"{path / pattern}: holds no weight_map of files beside it") from None
         if files:
             return files
     raise FileNotFoundError(f"{path}: has neither model.safetensors nor another file of weights{download_hint(path)}")
@@ -194,20 +188,17 @@ def read_file(file, wanted=lambda name: True):
         # LlamaGen's trainer saves its flags as a Namespace, which holds values but no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{file}: refused, this pickle holds {found[1] if found else 'no tensors'}; "
-                         "expected tensors only") from None
+        wrapped = (content[name] for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict))
+        weights = {name: w for name, w in next(wrapped, content).items() if wanted(str(name))}
+        for name, w in weights.items():
+            if not isinstance(name, str) or not isinstance(w, torch.Tensor):
+                raise ValueError(f"{name!s:.99} holds {type(w).__name__}, expected a tensor")
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: damaged or not a {file.suffix} file ({line}); get it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no weights (expected a dict of tensors, or one in ema, model or state_dict)")
-    wrapped = (content[name] for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict))
-    weights = {name: w for name, w in next(wrapped, content).items() if wanted(str(name))}
-    for name, w in weights.items():
-        if not isinstance(name, str) or not isinstance(w, torch.Tensor):
-            raise ValueError(f"{file}: {name!s:.99} holds {type(w).__name__}, expected a tensor")
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            raise ValueError(f"{file}: refused, this pickle holds {found[1]}; expected tensors only") from None
+        line = f"{str(error) or type(error).__name__:.300}".splitlines()[0]
+        raise ValueError(f"{file}: damaged or not a {file.suffix} file of tensors ({line}); get it again") from None
     return {}, weights
 
 
@@ -299,53 +290,46 @@ def download(name, root=WEIGHTS):
             print(f"{path}{already}: sha256 {fetch(f'{base}/{file}', path, token)}")
 
 
-def fetch(url, path, token=None, attempts=6, wait=1.0):
+def fetch(url, path, token=None, wait=1.0):
     """Download `url` to `path`: streamed to path.part, checked, then renamed. Returns its SHA-256.
 
-    A file that is already there is only checked. Size: as the server announces it. Hash: the one recorded beside the
-    file (path.sha256), else the hub's own for large files; without either it is recorded.
-    token: sent as a bearer token, for gated files. attempts: to get an answer, with pauses of about `wait` seconds
-    that double, or that the server asks for. OSError (network, disk) or ValueError (wrong size or hash), in one line.
+    A file that is already there is only checked. Its hash is the one recorded beside it (path.sha256), else the hub's
+    own for large files; without either it is recorded.
+    token: sent as a bearer token, for gated files. wait: seconds before the first repetition; the pauses double, or
+    are what the server asks for. OSError (network, disk) or ValueError (wrong hash), in one line.
     """
-    path = Path(path)
     part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.sha256")
-    recorded = record.read_text(errors="replace").lower().split()[:1] if record.exists() else []
+    recorded, published = record.read_text(errors="replace").lower().split()[:1] if record.exists() else [], []
     if token and not (token.isascii() and token.isprintable()):
         raise ValueError("HF_TOKEN holds characters that no token has: set it again")
-    if path.exists():
-        found = sha256_of(path)
-        if recorded not in ([], [found]):
-            raise ValueError(f"{path}: its SHA-256 is {found}, recorded was {recorded[0]}: delete it and run this "
-                             "again, or delete the .sha256 if the change is yours")
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        retry = urllib3.Retry(5, backoff_factor=wait, status_forcelist=BUSY, raise_on_status=False, retry_after_max=300)
         try:
-            retry = urllib3.Retry(attempts - 1, backoff_factor=wait, status_forcelist=BUSY, raise_on_status=False,
-                                  retry_after_max=300)
             with requests.Session() as session:
                 for scheme in ("https://", "http://"):
                     session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
                 session.headers["Accept-Encoding"] = "identity"  # sizes and ranges are those of the file itself
                 if token:  # requests drops it where another host takes over
                     session.headers["Authorization"] = f"Bearer {token}"
-                size, published = receive(session, url, part, wait)
+                published = receive(session, url, part, wait)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise OSError(f"{url}: {error!s:.300}: what came is kept, run this again") from None
-        found, came = sha256_of(part), part.stat().st_size
-        expected = recorded[0] if recorded else published or found
-        part.with_suffix(".etag").unlink(missing_ok=True)
-        if size not in (None, came) or found != expected:
-            part.unlink()
-            raise ValueError(f"{url}: {came:,} bytes came, expected {size or came:,}; its SHA-256 is {found}, "
-                             f"expected {expected}: deleted, run this again")
-        os.replace(part, path)
+    came = path if path.exists() else part
+    found = sha256_of(came)
+    expected = (recorded or published or [found])[0]
+    part.with_suffix(".etag").unlink(missing_ok=True)
+    if found != expected:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"{came}: its SHA-256 is {found}, expected {expected}: delete {path.name} if it is there and "
+                         "run this again, or delete the .sha256 if the change is yours")
+    os.replace(came, path)
     with whole(record) as temporary:
         temporary.write_text(f"{found}  {path.name}\n")
     return found
 
 
 def receive(session, url, part, wait):
-    """Bring `part` to its full length; returns (size, SHA-256), None where the server does not announce it.
+    """Bring `part` to its full length; returns [its SHA-256], or [] where the server does not announce it.
 
     Where the connection breaks it goes on, also in a later run, if the server's file is still the same: `part` has the
     ETag of its file beside it.
@@ -362,47 +346,41 @@ def receive(session, url, part, wait):
             have = max(part.stat().st_size - 1, 0) if re.fullmatch('"[!-~]+"', known) else 0
             asked = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
             with session.get(url, headers=asked, stream=True, timeout=60) as answer:
-                etag, size = answer.headers.get("ETag", ""), answer.raw.length_remaining
-                span = re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}})", answer.headers.get("Content-Range", ""))
-                if answer.status_code in (206, 416) and not (asked and span and etag in (known, "")):
-                    part.unlink(missing_ok=True)  # another part of a file came than was asked for
-                    continue
+                etag, span = answer.headers.get("ETag", ""), answer.headers.get("Content-Range", "")
+                if answer.status_code in (206, 416):
+                    span = re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}})", span)
+                    if not (asked and span and etag in (known, "")):
+                        part.unlink(missing_ok=True)  # another part of a file came than was asked for
+                        continue
                 check_answer(url, answer)
-                have, size = (have, int(span[1])) if answer.status_code == 206 else (0, size)
+                have = have if answer.status_code == 206 else 0
+                bar.total = int(span[1]) if have else answer.raw.length_remaining
+                to_come, free = (bar.total or 0) - have, shutil.disk_usage(part.parent).free
+                if to_come > free:
+                    raise OSError(f"{part}: {to_come:,} bytes to come, the disk has {free:,} left: make room")
                 tag.write_text(etag)
-                free = shutil.disk_usage(part.parent).free
-                if size and size - have > free:
-                    raise OSError(f"{part}: {size - have:,} bytes to come, the disk has {free:,} left: make room")
-                bar.total, bar.n = size, have
+                bar.n = have
                 with open(part, "r+b" if have else "wb") as file, suppress(requests.RequestException):
                     file.seek(have)
                     for chunk in answer.iter_content(1 << 16):
                         file.write(chunk)
                         bar.update(len(chunk))
-                    if file.tell() >= (size or 1):
-                        linked = announced(answer, "[0-9]{1,18}", "X-Linked-Size")
-                        return int(linked or 0) or size, announced(answer, "[0-9a-f]{64}", "X-Linked-Etag", "ETag")
-    raise OSError(f"{url}: the connection broke {broken + 1} times: what came is kept, run this again")
+                    if bar.n >= (bar.total or 1):
+                        hashes = (one.headers.get(name, "") for one in (*answer.history, answer)
+                                  for name in ("X-Linked-Etag", "ETag"))  # the hub's, then of the host it sends us to
+                        return re.findall(r"\b[0-9a-f]{64}\b", " ".join(hashes))[:1]
+    raise OSError(f"{url}: the connection broke 100 times: what came is kept, run this again")
 
 
 def check_answer(url, answer):
     """OSError for an answer that is not the file."""
-    status = answer.status_code
+    status, headers = answer.status_code, answer.headers
     if status not in (200, 206):
-        hints = dict.fromkeys((401, 403), ": a gated file needs a token in HF_TOKEN")
-        hints |= dict.fromkeys(BUSY, ", also when asked again: what came is kept, run this later")
-        raise OSError(f"{url}: the server answers {status} {answer.reason}{hints.get(status, '')}")
-    if answer.headers.get("Content-Type", "").startswith("text/html"):
-        raise OSError(f"{url}: a web page came instead of the file: is a proxy or a login in between?")
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
-        raise OSError(f"{url}: came as {answer.headers['Content-Encoding']}, not as it is: is a proxy in between?")
-
-
-def announced(answer, pattern, *names):
-    """The first header of these names that matches, the hub's own before that of the host it sends us to; or None."""
-    found = (re.fullmatch(pattern, one.headers.get(name, "").strip('"'))
-             for one in (*answer.history, answer) for name in names)
-    return next((match[0] for match in found if match), None)
+        hint = "a gated file needs a token in HF_TOKEN" if status in (401, 403) else "what came is kept, run this later"
+        raise OSError(f"{url}: the server answers {status} {answer.reason}: {hint}")
+    kinds = headers.get("Content-Type", ""), headers.get("Content-Encoding", "identity")
+    if kinds[0].startswith("text/html") or kinds[1] != "identity":
+        raise OSError(f"{url}: came as {' '.join(kinds)}, not as the file: is a proxy or a login in between?")
 
 
 def main(argv=None):
