@@ -690,8 +690,10 @@ def report(args):
     square, own, used, cells = evaluate(model, load_dataset(args.data, args.split), args.size, args.count)
     print(f"{args.data}:{args.split}, {square['count']} masks, {used} of {model.config.codebook_size} codes used\n"
           f"at {args.size} x {args.size} px: {summary(square)}\nat the pictures' own sizes: {summary(own)}")
-    contact_sheet(cells, args.out)
-    print(f"wrote {args.out} (picture, mask, reconstruction)")
+    contact_sheet(cells, args.out, headings=("picture", "mask", "reconstruction"))
+    write_json(args.out.with_suffix(".json"), {"data": args.data, "split": args.split, "size": args.size,
+                                               "codes_used": used, "square": square, "own_size": own})
+    print(f"wrote {args.out} and {args.out.with_suffix('.json')}")
 
 
 @torch.no_grad()

@@ -399,6 +399,7 @@ def test_eval_reports_the_embedded_tokenizer(tmp_path, capsys):
     assert tokenizer.main(["eval", "--count", "12", "--out", str(tmp_path / "e.png")]) == 0
     said = capsys.readouterr().out
     assert "scenes:test, 12 masks" in said and (tmp_path / "e.png").exists()
+    assert json.loads((tmp_path / "e.json").read_text())["square"]["count"] == 12
     assert [float(iou) > 0.95 for iou in re.findall(r"total IoU (\S+),", said)] == [True, True]
 
 
