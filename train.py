@@ -87,8 +87,7 @@ def flags():
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (default: scenes)")
-    add("--stage", choices=COLUMNS[2:], help="the paper's data, epochs, learning rate, betas, weight decay, warm-up; "
-        "flags of your own override them (default: none)")
+    add("--stage", choices=COLUMNS[2:], help="the paper's hyper-parameters; other flags override them (default: none)")
     add("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has their names (default: scenes)")
     add("--val", metavar="DATA", help="validation set (default: the val split of the first of --data; of a jsonl file, "
         "a twentieth of its pictures, which are then not trained on)")
@@ -99,23 +98,18 @@ def flags():
         "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the "
         "Janus directory (default: janus-pro-1b), tokenizers included")
     add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN (default: embedded; llamaseg-*: vq_ds16_c2i)")
-    add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the embedded one for "
-        "scenes, else the encoder's)")
-    add("--any-weights", action="store_true", help="take frozen parts other than those that --init-from, --resume or "
-        "--merge was trained with")
+    add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the encoder's own)")
+    add("--any-weights", action="store_true", help="take other frozen parts than the weights were trained with")
     add("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=int, help="optimizer steps of the whole run (default: 6000)")
     add("--epochs", type=float, help="instead: how often the run goes through the data")
     add("--batch-size", type=int, help="phrases per step: all ranks, all micro-batches (default: 64; llamaseg-*: 256)")
-    add("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank (default: the "
-        "batch size / ranks, no accumulation)")
-    add("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices, AdamW for the rest; adamw: the "
-        "paper's (default: muon; llamaseg-*: adamw)")
+    add("--micro-batch-size", type=int, metavar="N", help="phrases in a forward pass (default: batch size / ranks)")
+    add("--optimizer", choices=("muon", "adamw"), help="muon: on matrices alone (default: muon; llamaseg-*: adamw)")
     add("--lr", type=float, help="peak learning rate (default: 3e-3; llamaseg-*: 2e-4, the paper's; fine-tuning: 1e-4)")
     add("--betas", type=float, nargs=2, help="of AdamW (default: 0.9 0.95; fine-tuning: 0.9 0.99)")
-    add("--warmup-steps", type=float, help="linear warm-up, then cosine to 0; below 1: a share of all steps (default: "
-        "100; llamaseg-*: 1000; fine-tuning: 0.01)")
+    add("--warmup-steps", type=float, help="below 1: a share of all (default: 100; llamaseg-*: 1000; stages: 0.01)")
     add("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
     add("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
     add("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens from the model's "
@@ -126,15 +120,12 @@ def flags():
     add("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
     add("--lora-alpha", type=float, default=32.0, help="default: 32")
     add("--lora-dropout", type=float, default=0.0, help="default: 0")
-    add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, metavar="NAME",
-        help=f"linear layers that get LoRA (default: {' '.join(LORA_TARGETS)})")
+    add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, help="linear layers (default: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of autocast; auto: bfloat16 where the device multiplies it fast (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of autocast (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    add("--activation-checkpointing", action="store_true", help="keep only the layers' inputs and run each layer again "
-        "in the backward pass: a third more arithmetic, a fraction of the memory")
+    add("--activation-checkpointing", action="store_true", help="a third more arithmetic, a fraction of the memory")
     add("--workers", type=int, default=-1, help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
     add = parser.add_argument_group("what is kept").add_argument
     add("--out-dir", type=Path, default=Path("out"), help="default: out")
@@ -145,8 +136,7 @@ def flags():
     add("--resume", metavar="{auto,PATH}", help="go on from a checkpoint-STEP.pt; auto: OUT_DIR's newest, if any")
     add = parser.add_argument_group("instead of training").add_argument
     add("--print-config", action="store_true", help="print sizes, parameters, memory and hyper-parameters")
-    add("--merge", type=Path, metavar="OUT_DIR", help="add the LoRA of a llamaseg-janus run to its base and write "
-        "OUT_DIR/merged, a Janus directory of its own")
+    add("--merge", type=Path, metavar="OUT_DIR", help="write OUT_DIR/merged, a Janus directory with the LoRA of a run")
     add("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
     return parser
 
@@ -214,16 +204,13 @@ def check_ranges(parser, args):
 
 
 def train(args, at_end):
-    """The whole run; returns the last evaluation's metrics. Ctrl-C or SIGTERM let the step end and save.
-
-    at_end: an ExitStack, whose owner closes it when the run has ended.
-    """
+    """The whole run. Ctrl-C or SIGTERM let the step end and save. at_end: an ExitStack that its owner closes."""
     run, stop = set_up(args, at_end), []
     at_end.enter_context(on_signal(lambda number, frame: stop.append(number)))
     model = parallel(run)
-    scores = evaluate_after(run, run.first_step) if run.evaluation_left_out else {}
+    goes_on = not run.evaluation_left_out or evaluate_after(run, run.first_step)
     started, (batch, ids) = time.perf_counter(), next_batch(run)
-    for step in range(run.first_step, args.max_steps if scores is not None else 0):
+    for step in range(run.first_step, args.max_steps if goes_on else 0):
         torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
         sums, seen = torch.zeros(3, device=run.device), []  # loss, gradient norm, ranks that were asked to stop
         for micro in range(run.accumulation):
@@ -248,14 +235,14 @@ def train(args, at_end):
 
         done, evaluation_is_due = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.max_steps
         if run.log:
-            run.log.step(done, mean_loss, grad_norm, lr, time.perf_counter() - started)
+            log_step(run, done, mean_loss, grad_norm, lr, time.perf_counter() - started)
             # before the evaluation, which may take longer than torchrun waits after a signal
             if done % args.save_every == 0 or evaluation_is_due or stopping:
                 save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
         if stopping:
             say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
             break
-        if evaluation_is_due and (scores := evaluate_after(run, done)) is None:
+        if evaluation_is_due and not evaluate_after(run, done):
             break
         started = time.perf_counter()
     if run.log and run.first_step < args.max_steps:
@@ -263,7 +250,6 @@ def train(args, at_end):
     if run.world_size > 1:
         del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
         dist.destroy_process_group()
-    return scores or {}
 
 
 def set_up(args, at_end):
@@ -286,11 +272,10 @@ def set_up(args, at_end):
     first_step = open_run(args, segmenter, optimizers, rank)
 
     peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(model, args.phrases)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable, {step_flops / 1e12:.2f} TFLOP per step")
+    say(f"{args.init_from or args.preset}: {describe(args)}")
     say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {batches.accumulation} micro-batches x "
-        f"{batches.micro_batch_size}; {describe(args)}")
+        f"{batches.micro_batch_size}, {step_flops / 1e12:.2f} TFLOP")
     records = read_log(args.out_dir / "log.jsonl")
     # mIoU for semantic sets, as the papers report them
     metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
@@ -301,7 +286,9 @@ def set_up(args, at_end):
         args=args, rank=rank, world_size=world_size, device=device, dtype=dtype, segmenter=segmenter, val_set=val_set,
         optimizers=optimizers, first_step=first_step, accumulation=batches.accumulation,
         loader=start_loader(args, batches, first_step, device, at_end),
-        log=Log(args, device, step_flops / world_size / peak_flops, at_end) if rank == 0 else None,
+        # of the first rank alone; the bar's clock starts after the first step, which may take a minute to compile
+        log=at_end.enter_context(open(args.out_dir / "log.jsonl", "a", buffering=1)) if rank == 0 else None,
+        bar=None, at_end=at_end, ideal_seconds=step_flops / world_size / peak_flops,
         metric=metric, best=max((r[metric] for r in records if r.get(metric) is not None), default=-1.0),
         evaluation_left_out=mean_over_ranks(torch.tensor([float(left_out)], device=device)).item() > 0)
 
@@ -376,8 +363,8 @@ def make_optimizers(model, args):
             (matrices if inner else tables if p.dim() > 1 else vectors).append(p)
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
-    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": group, "weight_decay": decay}
+              for group, decay in ((tables, args.weight_decay), (vectors, 0.0)) if group]
     # fused: one pass over the memory instead of a dozen
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=fused)] if groups else []
@@ -442,9 +429,7 @@ def load_data(args):
         return train_set, load_mixture(args.val or first, "val", args.root)
     count = len(train_set.datasets[0])
     train_set.datasets, val_set = hold_out(train_set.datasets)
-    say(f"validation: {len(val_set)} of the {count} lines of {first}" + (
-        ", the pictures of which are not trained on" if len(val_set) < count else
-        ", which are trained on too: it has one picture; --val gives others"))
+    say(f"validation: {len(val_set)} of the {count} lines of {first}; --val gives others")
     return train_set, val_set
 
 
@@ -492,7 +477,7 @@ def next_batch(run):
     try:
         item = next(run.loader, None)
     except (ValueError, OSError) as error:  # of a worker: its traceback, which ends in its error
-        raise ValueError(re.sub(r"(?s)Caught .*\n\w+: ", "", str(error)).strip()) from None
+        raise ValueError(re.sub(r"(?s)Caught .*\n[\w.]+: ", "", str(error)).strip()) from None
     if item is None:
         return None, None
     ids = item.pop("ids")
@@ -612,8 +597,7 @@ def save_weights(model, path):
 
 
 def load_checkpoint(path, model, optimizers, args):
-    """Put a checkpoint back; returns the steps it has done. Damaged if it is not whole, ValueError if it is not this
-    run's."""
+    """Put a checkpoint back; returns its steps. Damaged if it is not whole, ValueError if it is another run's."""
     try:
         with zipfile.ZipFile(regular(path)) as archive:  # torch.load does not look at the checksums
             if broken := archive.testzip():
@@ -658,29 +642,48 @@ def check_moments(optimizer, saved):
 # ---- its parts: evaluation and log -----------------------------------------------------------------------
 
 
+def log_step(run, step, loss, grad_norm, lr, seconds):
+    """A line of log.jsonl and the progress bar.
+
+    mfu: model FLOP utilisation, training_flops per second over the rate of one large matrix product.
+    """
+    rate, mfu = run.args.batch_size / seconds, run.ideal_seconds / seconds
+    record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate, "mfu": mfu,
+              "peak_memory_gb": peak_memory(run.device) / 1e9}
+    run.log.write(json.dumps(record) + "\n")
+    if run.bar is None:
+        run.bar = tqdm(initial=step, total=run.args.max_steps, smoothing=0.02, desc="train")
+        run.at_end.callback(run.bar.close)
+    run.bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {rate:.0f} samples/s mfu {100 * mfu:.0f} %", False)
+    run.bar.update(step - run.bar.n)
+
+
 def evaluate_after(run, step):
-    """The scores, logged, and the weights if they are the best; None if a signal ended it: the step is saved."""
+    """Evaluate, log the scores, and keep the weights if they are the best. False if a signal ended it."""
     try:
         with on_signal(signal.default_int_handler):
             total, by_task, cells = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
     except KeyboardInterrupt:
         say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
-        return None
+        return False
     scores = total.compute()
-    value = scores[run.metric] or 0.0
     if run.log:
-        run.log.evaluation(step, scores, by_task, cells)
-        if value > run.best:
+        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+        run.log.write(json.dumps({"step": step, **scores, "tasks": tasks}) + "\n")
+        contact_sheet(cells, run.args.out_dir / f"grid-{step:06d}.png")
+        shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
+        say(f"step {step}: {' '.join(shown)}")
+        if (scores[run.metric] or 0.0) > run.best:
+            run.best = scores[run.metric] or 0.0
             save_weights(run.segmenter.model, run.args.out_dir / "best.safetensors")
-    run.best = max(run.best, value)
-    return scores
+    return True
 
 
 def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32):
     """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
 
-    Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
-    {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
+    The ranks share them and all get the whole result: (SegmentationMetrics, {task: SegmentationMetrics}, cells for a
+    contact sheet: (phrase, [picture, predicted, truth])).
     """
     mine, cells, training = {}, [], segmenter.model.training
     segmenter.model.eval()
@@ -704,39 +707,6 @@ def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32):
         for sums in (total, by_task.setdefault(task, SegmentationMetrics())):
             sums.merge(metrics)
     return total, by_task, cells
-
-
-class Log:
-    """log.jsonl, the progress bar and the pictures, of the first rank alone.
-
-    step_seconds: what a step would take at the rate of one large matrix product.
-    """
-
-    def __init__(self, args, device, step_seconds, at_end):
-        self.args, self.device, self.step_seconds, self.at_end = args, device, step_seconds, at_end
-        self.file = at_end.enter_context(open(args.out_dir / "log.jsonl", "a", buffering=1))
-        self.bar = None
-
-    def write(self, **record):
-        self.file.write(json.dumps(record) + "\n")
-
-    def step(self, step, loss, grad_norm, lr, seconds):
-        """mfu: model FLOP utilisation, training_flops per second over the rate of one large matrix product."""
-        rate, mfu = self.args.batch_size / seconds, self.step_seconds / seconds
-        self.write(step=step, loss=loss, grad_norm=grad_norm, lr=lr, samples_per_s=rate, mfu=mfu,
-                   peak_memory_gb=peak_memory(self.device) / 1e9)
-        if self.bar is None:  # its clock starts after the first step, which may take a minute to compile
-            self.bar = self.at_end.enter_context(
-                tqdm(initial=step, total=self.args.max_steps, smoothing=0.02, desc="train"))
-        self.bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {rate:.0f} samples/s mfu {100 * mfu:.0f} %", False)
-        self.bar.update(step - self.bar.n)
-
-    def evaluation(self, step, scores, by_task, cells):
-        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
-        self.write(step=step, **scores, tasks=tasks)
-        contact_sheet(cells, self.args.out_dir / f"grid-{step:06d}.png")
-        shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
-        say(f"step {step}: {' '.join(shown)}")
 
 
 def read_log(path):
@@ -802,29 +772,21 @@ def merge(out_dir, base, any_weights):
 
 
 def print_config(args):
-    """Sizes, parameters by part, memory of a rank, arithmetic and hyper-parameters; no weights are made."""
+    """Print sizes, parameters by part, memory of a rank, arithmetic and hyper-parameters; no weights are made."""
     model, mask_tokenizer = on_meta(args)
-    config = model.config
-    print(f"{args.preset}\n  SigLIP          {config.siglip}\n  LLaMA           {config.llama}")
+    print(f"{args.preset}\n  SigLIP          {model.config.siglip}\n  LLaMA           {model.config.llama}")
     print(f"  mask tokenizer  {mask_tokenizer.config}")
-    counts, everything = {}, [0, 0]  # part: [frozen, trainable]
-    for name, p in [*model.named_parameters(), *mask_tokenizer.named_parameters("mask tokenizer")]:
-        part = ".".join(name.split(".")[:2 if name.startswith("encoder") else 1])
-        for row in (counts.setdefault(part, [0, 0]), everything):
-            row[p.requires_grad] += p.numel()
     print(f"\n{'parameters':24}{'trainable':>14}{'frozen':>14}")
-    for part, (frozen, trainable) in [*counts.items(), ("all", everything)]:
-        print(f"  {part:22}{trainable:14,}{frozen:14,}")
-    micro_batch_size = args.micro_batch_size or min(args.batch_size, 32)  # as DEFAULTS has it
-    print(f"\nmemory of a rank with micro-batches of {micro_batch_size} phrases")
-    for name, size in memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size).items():
+    both = nn.ModuleList([model, mask_tokenizer])
+    for name, part in [*model.named_children(), ("mask tokenizer", mask_tokenizer), ("all", both)]:
+        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        print(f"  {name:22}{trainable:14,}{sum(p.numel() for p in part.parameters()) - trainable:14,}")
+    args.micro_batch_size = args.micro_batch_size or min(args.batch_size, 32)  # as DEFAULTS has it
+    print(f"\nmemory of a rank with micro-batches of {args.micro_batch_size} phrases")
+    for name, size in memory_of_a_rank(model, mask_tokenizer, args).items():
         print(f"  {name:22}{size / 1e9:10.2f} GB")
-    print(f"\ntokens of a sample      {sequence_length(config):14,}")
-    print(f"GFLOP to train on it    {training_flops(model, args.phrases) / 1e9:14,.0f}")
-    print(f"\nthis run: {describe(args)}\n\nthe paper's stages")
-    for stage in COLUMNS[2:]:
-        print(f"  {stage}: {describe(parse_args(['--preset', args.preset, '--stage', stage]))}")
-    print("  not stated: batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2")
+    print(f"\nGFLOP per sample        {training_flops(model, args.phrases) / 1e9:14,.0f}")
+    print(f"hyper-parameters        {describe(args)}")
 
 
 def on_meta(args):
@@ -853,12 +815,7 @@ def describe(args):
 # ---- what a run costs ------------------------------------------------------------------------------------
 
 
-def sequence_length(config):
-    """Tokens of a sample: text, <BOI>, image, <BOM>, mask."""
-    return config.siglip.text_length + 1 + config.siglip.image_tokens + 1 + config.mask_tokens
-
-
-def memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size):
+def memory_of_a_rank(model, mask_tokenizer, args):
     """{what: bytes} of one rank in training, and their sum, the peak; the modules may be on the meta device.
 
     Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak.
@@ -874,7 +831,7 @@ def memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size):
               "frozen weights": 2 * frozen + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),
               "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
               "gradients": 4 * count, "optimizer": 4 * moments,
-              "activations": activation_bytes(model.config, micro_batch_size, args.activation_checkpointing)}
+              "activations": activation_bytes(model.config, args.micro_batch_size, args.activation_checkpointing)}
     return memory | {"peak": sum(memory.values())}
 
 
@@ -887,7 +844,9 @@ def activation_bytes(config, samples, recompute=False):
     each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
     encoders keep nothing; scenes' small ones are left out.
     """
-    c, tokens = config.llama, samples * (sequence_length(config) - 1)  # the last mask token is only predicted
+    c, s = config.llama, config.siglip
+    # <BOI> and <BOM> join them, and the last mask token is only predicted
+    tokens = samples * (s.text_length + s.image_tokens + config.mask_tokens + 1)
     layer = 18 * c.width + 4 * (c.heads + c.kv_heads) * c.head_dim + 8 * c.mlp
     mask_tokens, layers = samples * config.mask_tokens, c.layers * layer
     if recompute:
@@ -908,7 +867,7 @@ def training_flops(model, phrases):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         shapes = (phrases, L), (1, 3, s.image_size, s.image_size), (phrases, M)
         batch = [torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.long) for shape in shapes]
-        functional_call(model, weights, batch)[1].backward()
+        functional_call(model, weights, tuple(batch))[1].backward()
     return counter.get_total_flops() / phrases
 
 

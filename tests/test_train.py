@@ -121,10 +121,11 @@ def learning_rate(at, args):
             os.kill(os.getppid(), -number)
             while not came:
                 time.sleep(0.01)
-    if step == at + 1:
-        sys.setswitchinterval(5)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
+    if step == at + 1 and number < 0:
+        sys.setswitchinterval(2)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
     return rate(at, args)
 train.learning_rate = learning_rate
+train.matmul_rate, train.training_flops = lambda *_: 1e11, lambda *_: 1e9
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -634,11 +635,9 @@ def test_print_config_counts_without_allocating(capsys):
     assert train.main(["--preset", "llamaseg-l", "--print-config", "--encoder", "siglip2-so400m-patch16-256"]) == 0
     text = capsys.readouterr().out
     assert "width=2304, layers=22, heads=32" in text and "vision_width=1152, vision_layers=27" in text
-    numbers = {line[:22].strip(): line.split() for line in text.splitlines()}
-    assert abs(int(numbers["all"][1].replace(",", "")) / 1.5e9 - 1) < 0.02
-    assert numbers["tokens of a sample"][-1] == str(64 + 1 + 256 + 1 + 256)
-    for number in ("lr 0.0002", "lr 0.0001", "weight decay 0.05"):
-        assert number in text
+    (trainable,) = re.findall(r"  all +([\d,]+)", text)
+    assert abs(int(trainable.replace(",", "")) / 1.5e9 - 1) < 0.02
+    assert "lr 0.0002" in text and "weight decay 0.05" in text
 
 
 def test_print_config_has_the_numbers_of_the_tables(capsys):
@@ -646,7 +645,7 @@ def test_print_config_has_the_numbers_of_the_tables(capsys):
     assert train.main(["--preset", "llamaseg-b", "--print-config"]) == 0
     text = capsys.readouterr().out
     assert "micro-batches of 32 phrases" in text and "  peak                       44.29 GB" in text
-    assert re.search(r"GFLOP to train on it +2,705\n", text)
+    assert re.search(r"GFLOP per sample +2,705\n", text)
 
 
 class FusedRMSNorm(torch.autograd.Function):
