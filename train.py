@@ -887,6 +887,8 @@ def main(argv=None):
     args, code = parse_args(argv), 1
     try:
         code = flags().run(job, args)
+    except SystemExit as error:  # bad usage that only the data shows
+        code = error.code
     except (RuntimeError, MemoryError) as error:
         if not (dist.is_initialized() or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
             raise

@@ -546,8 +546,8 @@ def test_wrong_use_ends_in_one_line(small, tmp_path, capsys):
     assert train.main(small(tmp_path)) == 1  # its checkpoints are there
     other = small(tmp_path / "new", "--init-from", str(REPO / "assets" / "model.safetensors"))
     assert train.main(other) == 1 and "not that of --preset scenes" in capsys.readouterr().err
-    for flags in (small(tmp_path / "new", "--data", "scenes:9999999999"), ["--max-stepz", "3"], ["--seed", "-1"],
-                  ["--workers", "-2"], ["--batch-size", "0"],
+    assert train.main(small(tmp_path / "new", "--data", "scenes:9999999999")) == 2
+    for flags in (["--max-stepz", "3"], ["--seed", "-1"], ["--workers", "-2"], ["--batch-size", "0"],
                   ["--micro-batch-size", "-8"], ["--dtype", "fp16"], ["--preset", "huge"], ["--device", "gpu"]):
         with pytest.raises(SystemExit) as stopped:
             train.main(flags)
