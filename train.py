@@ -37,12 +37,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Batches, LabelMaps, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
-from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
+from metrics import Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
 from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, pick_device, siglip_config
@@ -50,7 +52,7 @@ from model import PRESETS as MODEL_PRESETS
 from sample import Segmenter, check_fit, one_rank_first, setup_ranks
 from scenes import WORLDS
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
-from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_header, read_weights, write_tensors
+from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_weights, write_tensors
 
 PRESETS = MODEL_PRESETS | MLLM_PRESETS
 
@@ -85,8 +87,7 @@ def flags():
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (default: scenes)")
-    add("--stage", choices=COLUMNS[2:], help="the paper's data, epochs, learning rate, betas, weight decay, warm-up; "
-        "flags of your own override them (default: none)")
+    add("--stage", choices=COLUMNS[2:], help="the paper's hyper-parameters; other flags override them (default: none)")
     add("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has their names (default: scenes)")
     add("--val", metavar="DATA", help="validation set (default: the val split of the first of --data; of a jsonl file, "
         "a twentieth of its pictures, which are then not trained on)")
@@ -97,23 +98,18 @@ def flags():
         "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the "
         "Janus directory (default: janus-pro-1b), tokenizers included")
     add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN (default: embedded; llamaseg-*: vq_ds16_c2i)")
-    add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the embedded one for "
-        "scenes, else the encoder's)")
-    add("--any-weights", action="store_true", help="take frozen parts other than those that --init-from, --resume or "
-        "--merge was trained with")
+    add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the encoder's own)")
+    add("--any-weights", action="store_true", help="take other frozen parts than the weights were trained with")
     add("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=int, help="optimizer steps of the whole run (default: 6000)")
     add("--epochs", type=float, help="instead: how often the run goes through the data")
     add("--batch-size", type=int, help="phrases per step: all ranks, all micro-batches (default: 64; llamaseg-*: 256)")
-    add("--micro-batch-size", type=int, metavar="N", help="phrases in one forward pass of one rank (default: the "
-        "batch size / ranks, no accumulation)")
-    add("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices, AdamW for the rest; adamw: the "
-        "paper's (default: muon; llamaseg-*: adamw)")
+    add("--micro-batch-size", type=int, metavar="N", help="phrases in a forward pass (default: batch size / ranks)")
+    add("--optimizer", choices=("muon", "adamw"), help="muon: on matrices alone (default: muon; llamaseg-*: adamw)")
     add("--lr", type=float, help="peak learning rate (default: 3e-3; llamaseg-*: 2e-4, the paper's; fine-tuning: 1e-4)")
     add("--betas", type=float, nargs=2, help="of AdamW (default: 0.9 0.95; fine-tuning: 0.9 0.99)")
-    add("--warmup-steps", type=float, help="linear warm-up, then cosine to 0; below 1: a share of all steps (default: "
-        "100; llamaseg-*: 1000; fine-tuning: 0.01)")
+    add("--warmup-steps", type=float, help="below 1: a share of all (default: 100; llamaseg-*: 1000; stages: 0.01)")
     add("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
     add("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
     add("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens from the model's "
@@ -124,15 +120,12 @@ def flags():
     add("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
     add("--lora-alpha", type=float, default=32.0, help="default: 32")
     add("--lora-dropout", type=float, default=0.0, help="default: 0")
-    add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, metavar="NAME",
-        help=f"linear layers that get LoRA (default: {' '.join(LORA_TARGETS)})")
+    add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, help="linear layers (default: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of autocast; auto: bfloat16 where the device multiplies it fast (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of autocast (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    add("--activation-checkpointing", action="store_true", help="keep only the layers' inputs and run each layer again "
-        "in the backward pass: a third more arithmetic, a fraction of the memory")
+    add("--activation-checkpointing", action="store_true", help="a third more arithmetic, a fraction of the memory")
     add("--workers", type=int, default=-1, help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
     add = parser.add_argument_group("what is kept").add_argument
     add("--out-dir", type=Path, default=Path("out"), help="default: out")
@@ -143,8 +136,7 @@ def flags():
     add("--resume", metavar="{auto,PATH}", help="go on from a checkpoint-STEP.pt; auto: OUT_DIR's newest, if any")
     add = parser.add_argument_group("instead of training").add_argument
     add("--print-config", action="store_true", help="print sizes, parameters, memory and hyper-parameters")
-    add("--merge", type=Path, metavar="OUT_DIR", help="add the LoRA of a llamaseg-janus run to its base and write "
-        "OUT_DIR/merged, a Janus directory of its own")
+    add("--merge", type=Path, metavar="OUT_DIR", help="write OUT_DIR/merged, a Janus directory with the LoRA of a run")
     add("--plot", type=Path, metavar="OUT_DIR", help="draw the loss and cIoU of a run: curves.png")
     return parser
 
@@ -153,62 +145,55 @@ def parse_args(argv=None):
     """The flags, checked; those that were left out are filled in from DEFAULTS."""
     parser = flags()
     args = parser.parse_args(argv)
-    refuse_unread(parser, args)
-    preset, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
+    given, preset = argparse.Namespace(**vars(args)), PRESETS[args.preset]
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
             of_stage = values[COLUMNS.index(args.stage)] if args.stage else None
             setattr(args, name, values[args.preset != "scenes"] if of_stage is None else of_stage)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
-    if janus:
+    if args.preset == "llamaseg-janus":
         args.encoder = args.mask_tokenizer = args.encoder or Path("janus-pro-1b")
     elif preset.freeze_encoders:
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{preset.siglip.image_size}")
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
-    check_values(parser, args)
+    refuse_unread(parser, given, f"{args.data},{args.val or ''}")
+    check_ranges(parser, args)
     args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
     return args
 
 
-def refuse_unread(parser, args):
-    """A usage error for a flag that the asked job would not read."""
-    janus = args.preset == "llamaseg-janus"
-    if args.plot:
-        parser.check_read(args, "--plot", ("plot",))
-    if args.merge:
-        parser.check_read(args, "--merge", ("merge", "encoder", "any_weights"))
-    if args.max_steps and args.epochs:
-        parser.error(f"--max-steps {args.max_steps} and --epochs {args.epochs:g} both say how long: drop one")
-    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
-        if getattr(args, name) != parser.get_default(name) and (not janus or args.init_from):
-            parser.error(f"--{name.replace('_', '-')} is for a new run of --preset llamaseg-janus")
-    if janus and (args.mask_tokenizer or args.text_tokenizer):
-        parser.error("--mask-tokenizer, --text-tokenizer: --preset llamaseg-janus has both in its own directory")
-    if args.encoder and not (args.merge or janus or PRESETS[args.preset].freeze_encoders):
-        parser.error(f"--encoder {args.encoder}: --preset {args.preset} trains its own encoder")
-    if args.any_weights and not (args.init_from or args.resume or args.merge):
-        parser.error("--any-weights has no use without --init-from, --resume or --merge")
+def refuse_unread(parser, given, data):
+    """A usage error for a flag that the asked job would not read. given: the flags as typed; data: all data sets."""
+    janus, lora = given.preset == "llamaseg-janus", {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    sets = {re.sub(r":\d+$", "", part.strip()) for part in data.split(",") if part.strip()}
+    for holds, job, unread in (
+            (given.plot, "--plot", vars(given).keys() - {"plot"}),
+            (given.merge, "--merge", vars(given).keys() - {"merge", "encoder", "any_weights"}),
+            (given.max_steps, "--max-steps", {"epochs"}),
+            (not janus, f"--preset {given.preset}", lora),
+            (given.init_from, "--init-from", lora),
+            (janus, "--preset llamaseg-janus: its directory has both tokenizers", {"mask_tokenizer", "text_tokenizer"}),
+            (not (janus or given.merge or PRESETS[given.preset].freeze_encoders),
+             f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
+            (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
+            (not sets <= WORLDS.keys(), f"--data {given.data}: only drawn pictures have several phrases", {"phrases"}),
+            (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
+        if holds:
+            parser.check_read(given, job, vars(given).keys() - unread)
 
 
-def check_values(parser, args):
-    """A usage error for a value that is out of range or does not go with the data."""
-    sets = {re.sub(r":\d+$", "", part.strip()) for part in f"{args.data},{args.val or ''}".split(",") if part.strip()}
-    if args.phrases is not None and args.data not in WORLDS:
-        parser.error(f"--phrases {args.phrases} is for drawn scenes alone, not for --data {args.data}")
-    if args.root and sets <= WORLDS.keys():
-        parser.error(f"--root {args.root}: scenes are drawn, not read from a folder")
-    ranges = {"at least 1": (lambda x: x >= 1, "phrases max_steps batch_size micro_batch_size eval_every eval_count "
-                                               "save_every keep"),
-              "above 0 and finite": (lambda x: 0 < x < math.inf, "lr clip background_weight epochs"),
-              "at least 0 and finite": (lambda x: 0 <= x < math.inf, "weight_decay warmup_steps"),
-              "in [0, 2^32)": (lambda x: 0 <= x < 2**32, "seed"), "at least 0": (lambda x: x >= -1, "workers"),
-              "in [0, 1)": (lambda x: all(0 <= beta < 1 for beta in x), "betas")}
-    for words, (fits, names) in ranges.items():
+def check_ranges(parser, args):
+    """A usage error for a value that is out of range."""
+    for names, least, most in (
+            ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep", 1, 9_999_999),
+            ("lr clip background_weight epochs", 1e-9, 1e9), ("weight_decay warmup_steps", 0, 1e9),
+            ("seed", 0, 2**32 - 1), ("workers", -1, 999)):
         for name in names.split():
-            if getattr(args, name) is not None and not fits(getattr(args, name)):
-                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                parser.error(f"--{name.replace('_', '-')} {value} must be from {least} to {most}")
     try:
         pick_device(args.device)
     except ValueError as error:
@@ -219,16 +204,13 @@ def check_values(parser, args):
 
 
 def train(args, at_end):
-    """The whole run; returns the last evaluation's metrics. Ctrl-C or SIGTERM let the step end and save.
-
-    at_end: an ExitStack, whose owner closes it when the run has ended.
-    """
+    """The whole run. Ctrl-C or SIGTERM let the step end and save. at_end: an ExitStack that its owner closes."""
     run, stop = set_up(args, at_end), []
     at_end.enter_context(on_signal(lambda number, frame: stop.append(number)))
     model = parallel(run)
-    scores = evaluate_after(run, run.first_step) if run.evaluation_left_out else {}
+    goes_on = not run.evaluation_left_out or evaluate_after(run, run.first_step)
     started, (batch, ids) = time.perf_counter(), next_batch(run)
-    for step in range(run.first_step, args.max_steps if scores is not None else 0):
+    for step in range(run.first_step, args.max_steps if goes_on else 0):
         torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
         sums, seen = torch.zeros(3, device=run.device), []  # loss, gradient norm, ranks that were asked to stop
         for micro in range(run.accumulation):
@@ -253,14 +235,14 @@ def train(args, at_end):
 
         done, evaluation_is_due = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.max_steps
         if run.log:
-            run.log.step(done, mean_loss, grad_norm, lr, time.perf_counter() - started)
+            log_step(run, done, mean_loss, grad_norm, lr, time.perf_counter() - started)
             # before the evaluation, which may take longer than torchrun waits after a signal
             if done % args.save_every == 0 or evaluation_is_due or stopping:
                 save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
         if stopping:
             say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
             break
-        if evaluation_is_due and (scores := evaluate_after(run, done)) is None:
+        if evaluation_is_due and not evaluate_after(run, done):
             break
         started = time.perf_counter()
     if run.log and run.first_step < args.max_steps:
@@ -268,7 +250,6 @@ def train(args, at_end):
     if run.world_size > 1:
         del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
         dist.destroy_process_group()
-    return scores or {}
 
 
 def set_up(args, at_end):
@@ -278,7 +259,7 @@ def set_up(args, at_end):
     torch.manual_seed(args.seed)  # the initial weights
     torch.set_float32_matmul_precision("high")
     segmenter = Segmenter(*load_parts(args, device, dtype))
-    model, config = segmenter.model, segmenter.model.config
+    model = segmenter.model
     with one_rank_first():
         train_set, val_set = load_data(args)
     args.files = train_set.file_hashes()
@@ -290,13 +271,11 @@ def set_up(args, at_end):
         at_end.enter_context(only_one(args.out_dir / "lock"))
     first_step = open_run(args, segmenter, optimizers, rank)
 
-    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(config, args.phrases)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{args.init_from or args.preset}: {count / 1e6:.1f}M trainable, {step_flops / 1e12:.2f} TFLOP per step")
+    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(model, args.phrases)
+    say(f"{args.init_from or args.preset}: {describe(args)}")
     say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {batches.accumulation} micro-batches x "
-        f"{batches.micro_batch_size}")
-    say(describe(args))
+        f"{batches.micro_batch_size}, {step_flops / 1e12:.2f} TFLOP")
     records = read_log(args.out_dir / "log.jsonl")
     # mIoU for semantic sets, as the papers report them
     metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
@@ -307,8 +286,9 @@ def set_up(args, at_end):
         args=args, rank=rank, world_size=world_size, device=device, dtype=dtype, segmenter=segmenter, val_set=val_set,
         optimizers=optimizers, first_step=first_step, accumulation=batches.accumulation,
         loader=start_loader(args, batches, first_step, device, at_end),
-        text_features=TextFeatures(model.encoder, device) if getattr(config, "freeze_encoders", False) else None,
-        log=Log(args, device, config.mask_tokens, step_flops / world_size / peak_flops, at_end) if rank == 0 else None,
+        # of the first rank alone; the bar's clock starts after the first step, which may take a minute to compile
+        log=at_end.enter_context(open(args.out_dir / "log.jsonl", "a", buffering=1)) if rank == 0 else None,
+        bar=None, at_end=at_end, ideal_seconds=step_flops / world_size / peak_flops,
         metric=metric, best=max((r[metric] for r in records if r.get(metric) is not None), default=-1.0),
         evaluation_left_out=mean_over_ranks(torch.tensor([float(left_out)], device=device)).item() > 0)
 
@@ -316,6 +296,7 @@ def set_up(args, at_end):
 def parallel(run):
     """The model as the loop calls it: compiled if asked for, its gradients summed over the ranks."""
     model = run.segmenter.model
+    model.llama.recompute = run.args.activation_checkpointing
     if run.args.compile:
         say("compiling, about a minute: the first step takes that much longer")
         model = torch.compile(model)
@@ -353,12 +334,12 @@ def mean_over_ranks(value):
 
 
 def check_finite(loss, grad_norm, seen, step, rank):
-    """ArithmeticError that names the examples, if a step's loss or gradient is not finite; seen: ids and loss of each
+    """ValueError that names the examples, if a step's loss or gradient is not finite; seen: ids and loss of each
     micro-batch of this rank."""
     if not math.isfinite(loss + grad_norm):
         bad = [ids for ids, value in seen if math.isfinite(loss) or not math.isfinite(value.item())]
-        raise ArithmeticError(f"loss is {loss}, gradient norm {grad_norm} at step {step + 1}, on rank {rank} in the "
-                              f"micro-batches of {' '.join(sum(bad, [])) or 'no example'}: lower --lr, or look at them")
+        raise ValueError(f"loss is {loss}, gradient norm {grad_norm} at step {step + 1}, on rank {rank} in the "
+                         f"micro-batches of {' '.join(sum(bad, [])) or 'no example'}: lower --lr, or look at them")
 
 
 def learning_rate(step, args):
@@ -382,8 +363,8 @@ def make_optimizers(model, args):
             (matrices if inner else tables if p.dim() > 1 else vectors).append(p)
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
-    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": group, "weight_decay": decay}
+              for group, decay in ((tables, args.weight_decay), (vectors, 0.0)) if group]
     # fused: one pass over the memory instead of a dozen
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=fused)] if groups else []
@@ -400,11 +381,10 @@ def make_optimizers(model, args):
 def load_parts(args, device, dtype):
     """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
-    if args.preset == "llamaseg-janus":
-        model = load_janus(args, dtype)
+    model = load_model(args, dtype)
+    if isinstance(model, JanusSeg):
         text_tokenizer = JanusPrompt(args.encoder, model.config.siglip.image_tokens)
     else:
-        model = load_llamaseg(args)
         text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
     for part, tokenizer in (("mask_tokenizer", mask_tokenizer), ("text_tokenizer", text_tokenizer)):
         if hasattr(tokenizer, "source"):  # Janus' text tokenizer is part of its directory
@@ -412,7 +392,7 @@ def load_parts(args, device, dtype):
                 check_source(args.init_from, part, model.frozen, tokenizer.source)
             model.frozen[part] = tokenizer.source
     check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
-    model.config.hide, model.llama.recompute = args.hide, args.activation_checkpointing
+    model.config.hide = args.hide
     if isinstance(model, LlamaSeg) and not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
     model.train().to(device)
@@ -421,27 +401,24 @@ def load_parts(args, device, dtype):
     return model, mask_tokenizer, text_tokenizer
 
 
-def load_llamaseg(args):
-    """LlamaSeg with new weights or those of --init-from, on the frozen encoder if the preset has one."""
-    preset = PRESETS[args.preset]
-    if not args.init_from:
-        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
-        return LlamaSeg(replace(preset, siglip=encoder.config if encoder else preset.siglip), encoder)
-    model = LlamaSeg.from_pretrained(args.init_from, args.encoder, any_weights=args.any_weights)
-    if replace(model.config, siglip=preset.siglip, hide=preset.hide) != preset:
-        raise ValueError(f"{args.init_from}: its shape is not that of --preset {args.preset}")
-    return model
-
-
-def load_janus(args, dtype):
-    """Janus-Pro with new LoRA matrices or those of --init-from."""
-    if not args.init_from:
+def load_model(args, dtype):
+    """LlamaSeg or JanusSeg with new weights or those of --init-from, on the frozen parts of the preset."""
+    preset, start = PRESETS[args.preset], args.init_from
+    if start and start.is_dir():
+        raise ValueError(f"{start}: a folder: give the model.safetensors in it")
+    if isinstance(preset, JanusConfig):
+        if start:
+            return JanusSeg.from_pretrained(start, args.encoder, dtype, args.any_weights)
         model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
         model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-        return model
-    if args.init_from.is_dir():
-        raise ValueError(f"{args.init_from}: a folder: give the model.safetensors in it")
-    return JanusSeg.from_pretrained(args.init_from, args.encoder, dtype, args.any_weights)
+    elif start:
+        model = LlamaSeg.from_pretrained(start, args.encoder, any_weights=args.any_weights)
+        if replace(model.config, siglip=preset.siglip, hide=preset.hide) != preset:
+            raise ValueError(f"{start}: its shape is not that of --preset {args.preset}")
+    else:
+        encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None
+        model = LlamaSeg(replace(preset, siglip=encoder.config if encoder else preset.siglip), encoder)
+    return model
 
 
 def load_data(args):
@@ -452,35 +429,26 @@ def load_data(args):
         return train_set, load_mixture(args.val or first, "val", args.root)
     count = len(train_set.datasets[0])
     train_set.datasets, val_set = hold_out(train_set.datasets)
-    say(f"validation: {len(val_set)} of the {count} lines of {first}" + (
-        ", the pictures of which are not trained on" if len(val_set) < count else
-        ", which are trained on too: it has one picture; --val gives others"))
+    say(f"validation: {len(val_set)} of the {count} lines of {first}; --val gives others")
     return train_set, val_set
 
 
 def make_batches(args, segmenter, train_set, rank, world_size):
     """The micro-batches of this rank."""
-    config, mask_tokenizer = segmenter.model.config, segmenter.mask_tokenizer
+    config, mask_tokenizer, cached = segmenter.model.config, segmenter.mask_tokenizer, None
     mask_size = config.mask_grid * mask_tokenizer.config.downsample
-    cached = read_cache(args, train_set, config.mask_tokens, mask_tokenizer.source, mask_size, segmenter.padded)
-    micro_batch_size = args.batch_size // world_size if args.micro_batch_size is None else args.micro_batch_size
+    if args.mask_tokens:
+        rows, count = [], 0  # rows of the cache that are trained on: it has those of the examples held out, too
+        for part in train_set.datasets:
+            part_size = len(getattr(part, "dataset", part))
+            rows.append(count + getattr(part, "indices", np.arange(part_size)))
+            count += part_size
+        cached = read_tokens(args.mask_tokens, (count, config.mask_tokens), mask_tokenizer.source, data=args.data,
+                             split="train", files=train_set.file_hashes(), size=mask_size, padded=segmenter.padded)
+        cached = cached if len(train_set) == count else cached[np.concatenate(rows)]
     return Batches(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
-                   micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
-                   segmenter.padded)
-
-
-def read_cache(args, train_set, length, source, size, padded):
-    """The cached mask tokens (examples, length) of --mask-tokens for a Mixture, or None."""
-    if not args.mask_tokens:
-        return None
-    rows, count = [], 0  # rows of the cache that are trained on: it has those of the examples that are held out, too
-    for part in train_set.datasets:
-        part_size = len(getattr(part, "dataset", part))
-        rows.append(count + getattr(part, "indices", np.arange(part_size)))
-        count += part_size
-    table = read_tokens(args.mask_tokens, (count, length), source, data=args.data, split="train",
-                        files=train_set.file_hashes(), size=size, padded=padded)
-    return table if len(train_set) == count else table[np.concatenate(rows)]
+                   args.micro_batch_size or args.batch_size // world_size, args.phrases, rank, world_size, args.seed,
+                   args.hide, mask_size, cached, segmenter.padded)
 
 
 def start_loader(args, batches, first_step, device, at_end):
@@ -504,39 +472,21 @@ def leave_signals_to_parent(worker_id):
 def next_batch(run):
     """(keyword arguments of model.forward for the next micro-batch, ids of its examples); None, None at the end.
 
-    The mask tokenizer has already run, and so has the text encoder, if it is frozen.
+    The mask tokenizer has already run. ValueError for an example that cannot be read.
     """
-    item = next(run.loader, None)
+    try:
+        item = next(run.loader, None)
+    except (ValueError, OSError) as error:  # of a worker: its traceback, which ends in its error
+        raise ValueError(re.sub(r"(?s)Caught .*\n[\w.]+: ", "", str(error)).strip()) from None
     if item is None:
         return None, None
     ids = item.pop("ids")
-    text = run.text_features(item["text_ids"]) if run.text_features else None  # (b,L,D)
     item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
     if "mask_tokens" not in item:  # in float32: in bfloat16 codes that lie close together would be mixed up
         item["mask_tokens"] = run.segmenter.mask_tokenizer.encode(mask_to_image(item["masks"]))  # (b,M)
-    return {"text_ids": item["text_ids"], "text_features": text, "pixels": to_pixels(item["pictures"]),  # (b/P,3,S,S)
+    return {"text_ids": item["text_ids"], "pixels": to_pixels(item["pictures"]),  # (b/P,3,S,S)
             "mask_tokens": item["mask_tokens"], "hide_tokens": item["hide"] if run.args.hide else None,
             "background_weight": run.args.background_weight}, ids
-
-
-class TextFeatures:
-    """A frozen text encoder that runs once per phrase: text_ids (B,L) on the CPU -> (B,L,D) on its device.
-
-    Semantic sets have a few thousand different phrases in all. Where there are more than `room`, it starts over.
-    """
-
-    def __init__(self, encoder, device, room=2048):
-        self.encoder, self.device, self.room, self.known = encoder, device, room, {}
-
-    def __call__(self, text_ids):
-        rows = {row.numpy().tobytes(): row for row in text_ids}  # each phrase once
-        if len(self.known.keys() | rows) > self.room:
-            self.known = {}
-        new = [key for key in rows if key not in self.known]
-        if new:
-            features = self.encoder.encode_text(torch.stack([rows[key] for key in new]).to(self.device))
-            self.known |= {key: row.clone() for key, row in zip(new, features)}
-        return torch.stack([self.known[row.numpy().tobytes()] for row in text_ids])
 
 
 # ---- its parts: checkpoints ------------------------------------------------------------------------------
@@ -557,33 +507,30 @@ def open_run(args, segmenter, optimizers, rank):
     paths = here if args.resume == "auto" else [Path(args.resume)] if args.resume else []
     run_is_here = bool(here) or log.exists() and log.stat().st_size > 0
     goes_on = args.resume == "auto" or paths and paths[0].resolve().parent == args.out_dir.resolve()
-    if rank == 0 and run_is_here and not goes_on:
-        raise FileExistsError(f"{args.out_dir} holds a run: --resume auto goes on, --out-dir starts elsewhere")
-    if rank == 0 and not run_is_here and (args.out_dir / "model.safetensors").exists():
-        raise FileExistsError(f"{args.out_dir} holds a model.safetensors, which the run would overwrite: give another "
-                              "--out-dir")
-    done, damaged = 0, []
+    model_is_here = (args.out_dir / "model.safetensors").exists()
+    if rank == 0 and (not goes_on if run_is_here else model_is_here):
+        raise FileExistsError(f"{args.out_dir} holds a run or a model, which this run would overwrite: --resume auto "
+                              "goes on with a run, --out-dir starts elsewhere")
+    done, damaged = 0, {}
     for path in paths:
         try:
             done = load_checkpoint(path, segmenter.model, optimizers, args)
             break
         except Damaged as error:
-            damaged.append((path, error))
+            damaged[path] = error
     if damaged and done == 0:
-        raise damaged[-1][1]
-    if dist.is_initialized():  # without a common file system the ranks may have found different ones
-        steps = [None] * dist.get_world_size()
-        dist.all_gather_object(steps, done)
-        if len(set(steps)) > 1:
-            raise ValueError(f"{args.out_dir}: the ranks found checkpoints of steps {steps}: give all the same files")
+        raise damaged[path]
+    # without a common file system the ranks may have found different ones
+    if mean_over_ranks(torch.tensor(float(done), device=segmenter.device)).item() != done:
+        raise ValueError(f"{args.out_dir}: the ranks found checkpoints of different steps: give all the same files")
     if rank == 0:
-        for broken, error in damaged:
+        for broken, error in damaged.items():
             say(f"{error}: set aside as {broken.name}.damaged")
             broken.rename(f"{broken}.damaged")
         later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
         if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
-            raise ValueError(f"{args.resume}: {later[0]} is of a later step: delete it to go back to step {done}, or "
-                             "give another --out-dir")
+            raise ValueError(f"{later[0]} is of a later step: delete it to go back to step {done}, or give another "
+                             "--out-dir")
         if done:
             say(f"resumed from {path.stem}, going on with {done} of {args.max_steps} steps done")
         fill_folder(args, segmenter.text_tokenizer, done)
@@ -614,8 +561,7 @@ def write_whole(path, content):
 
 def saved_steps(out_dir):
     """Paths of the checkpoints in OUT_DIR, newest first."""
-    paths = [path for path in out_dir.glob("checkpoint-*.pt") if re.fullmatch(r"checkpoint-\d+", path.stem)]
-    return sorted(paths, key=step_of, reverse=True)
+    return sorted(out_dir.glob(f"checkpoint-{7 * '[0-9]'}.pt"), reverse=True)
 
 
 def step_of(path):
@@ -651,8 +597,7 @@ def save_weights(model, path):
 
 
 def load_checkpoint(path, model, optimizers, args):
-    """Put a checkpoint back; returns the steps it has done. Damaged if it is not whole, ValueError if it is not this
-    run's."""
+    """Put a checkpoint back; returns its steps. Damaged if it is not whole, ValueError if it is another run's."""
     try:
         with zipfile.ZipFile(regular(path)) as archive:  # torch.load does not look at the checksums
             if broken := archive.testzip():
@@ -662,11 +607,8 @@ def load_checkpoint(path, model, optimizers, args):
         if not (isinstance(run, dict) and type(step) is int and step > 0 and isinstance(state["model"], dict)
                 and all(part["sha256"] for part in frozen.values())):
             raise ValueError("its contents are not those of a run")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Damaged(f"{path}: not a whole checkpoint of train.py ({line})") from None
+        raise Damaged(f"{path}: not a whole checkpoint of train.py ({type(error).__name__}: {error!s:.200})") from None
     other = [f"--{name.replace('_', '-')} {run[name]}, not {getattr(args, name)}" for name in SAME_RUN
              if name in run and run[name] != getattr(args, name)]
     if other:
@@ -683,7 +625,7 @@ def load_checkpoint(path, model, optimizers, args):
             optimizer.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({error!s:.200})") from None
     return step
 
 
@@ -700,29 +642,48 @@ def check_moments(optimizer, saved):
 # ---- its parts: evaluation and log -----------------------------------------------------------------------
 
 
+def log_step(run, step, loss, grad_norm, lr, seconds):
+    """A line of log.jsonl and the progress bar.
+
+    mfu: model FLOP utilisation, training_flops per second over the rate of one large matrix product.
+    """
+    rate, mfu = run.args.batch_size / seconds, run.ideal_seconds / seconds
+    record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate, "mfu": mfu,
+              "peak_memory_gb": peak_memory(run.device) / 1e9}
+    run.log.write(json.dumps(record) + "\n")
+    if run.bar is None:
+        run.bar = tqdm(initial=step, total=run.args.max_steps, smoothing=0.02, desc="train")
+        run.at_end.callback(run.bar.close)
+    run.bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {rate:.0f} samples/s mfu {100 * mfu:.0f} %", False)
+    run.bar.update(step - run.bar.n)
+
+
 def evaluate_after(run, step):
-    """The scores, logged, and the weights if they are the best; None if a signal ended it: the step is saved."""
+    """Evaluate, log the scores, and keep the weights if they are the best. False if a signal ended it."""
     try:
         with on_signal(signal.default_int_handler):
             total, by_task, cells = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
     except KeyboardInterrupt:
         say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
-        return None
+        return False
     scores = total.compute()
-    value = scores[run.metric] or 0.0
     if run.log:
-        run.log.evaluation(step, scores, by_task, cells)
-        if value > run.best:
+        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+        run.log.write(json.dumps({"step": step, **scores, "tasks": tasks}) + "\n")
+        contact_sheet(cells, run.args.out_dir / f"grid-{step:06d}.png")
+        shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
+        say(f"step {step}: {' '.join(shown)}")
+        if (scores[run.metric] or 0.0) > run.best:
+            run.best = scores[run.metric] or 0.0
             save_weights(run.segmenter.model, run.args.out_dir / "best.safetensors")
-    run.best = max(run.best, value)
-    return scores
+    return True
 
 
 def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32):
     """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
 
-    Every rank takes every world_size-th example and all get the whole result. Returns (SegmentationMetrics,
-    {task: SegmentationMetrics}, cells for a contact sheet: (phrase, [picture, predicted, truth])).
+    The ranks share them and all get the whole result: (SegmentationMetrics, {task: SegmentationMetrics}, cells for a
+    contact sheet: (phrase, [picture, predicted, truth])).
     """
     mine, cells, training = {}, [], segmenter.model.training
     segmenter.model.eval()
@@ -748,53 +709,21 @@ def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32):
     return total, by_task, cells
 
 
-class Log:
-    """log.jsonl, the progress bar and the pictures; in the master process alone.
-
-    mask_tokens: M. step_seconds: what a step would take at the rate of one large matrix product.
-    """
-
-    def __init__(self, args, device, mask_tokens, step_seconds, at_end):
-        self.args, self.device, self.mask_tokens, self.step_seconds = args, device, mask_tokens, step_seconds
-        self.file = at_end.enter_context(open(args.out_dir / "log.jsonl", "a", buffering=1))
-        self.bar, self.at_end = None, at_end
-
-    def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-
-    def step(self, step, loss, grad_norm, lr, seconds):
-        """mfu: model FLOP utilisation, training_flops per second over the rate of one large matrix product."""
-        rate, mfu = self.args.batch_size / seconds, self.step_seconds / seconds
-        self.write({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate,
-                    "mask_tokens_per_s": rate * self.mask_tokens, "mfu": mfu,
-                    "peak_memory_gb": peak_memory(self.device) / 1e9})
-        if self.bar is None:  # its clock starts after the first step, which may take a minute to compile
-            self.bar = tqdm(initial=step, total=self.args.max_steps, smoothing=0.02, desc="train")
-            self.at_end.callback(self.bar.close)
-        self.bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} {rate:.0f} samples/s mfu {100 * mfu:.0f} %", False)
-        self.bar.update(step - self.bar.n)
-
-    def evaluation(self, step, scores, by_task, cells):
-        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
-        self.write({"step": step, **scores, "tasks": tasks})
-        contact_sheet(cells, self.args.out_dir / f"grid-{step:06d}.png")
-        shown = {name: "-" if value is None else f"{value:.4f}" for name, value in scores.items()}
-        say(f"step {step}: cIoU {shown['cIoU']} gIoU {shown['gIoU']} mAHD@0.5 {shown['mAHD@0.5']} px")
-
-
 def read_log(path):
     """The records of a log.jsonl, none if there is no such file. A last line without its end, as a killed run leaves
     it, is left out; ValueError for any other line that train.py does not write."""
-    records, lines = [], regular(path).read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if line.endswith(b"\n"):
-            try:
-                records.append(parse_json(line))
-                numbers = [records[-1].get(name) for name in ("step", "loss", "cIoU", "mIoU")]
-                if not numbers[0] > 0 or not all(value is None or math.isfinite(value) for value in numbers):
-                    raise ValueError
-            except (ValueError, TypeError, AttributeError):
-                raise ValueError(f"{path}: line {number} is not what train.py writes: remove it") from None
+    records = []
+    for number, line in enumerate(regular(path).read_bytes().splitlines(True) if path.exists() else (), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = parse_json(line)
+            numbers = [record.get(name) or 0 for name in ("loss", "cIoU", "mIoU")]
+            if not (record["step"] > 0 and all(map(math.isfinite, numbers))):
+                raise ValueError
+        except (ValueError, TypeError, AttributeError, KeyError):
+            raise ValueError(f"{path}: line {number} is not what train.py writes: remove it") from None
+        records.append(record)
     return records
 
 
@@ -802,36 +731,23 @@ def read_log(path):
 
 
 def plot(out_dir):
-    """Draw loss and cIoU over the steps of OUT_DIR/log.jsonl into curves.png; returns its path.
-
-    FileNotFoundError without a log, ValueError for one without steps.
-    """
-    path = out_dir / "log.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such log")
-    records = read_log(path)
+    """Draw loss and cIoU over the steps of OUT_DIR/log.jsonl into curves.png, whose path it returns; ValueError."""
+    records = read_log(out_dir / "log.jsonl")
     losses, scores = ([(r["step"], r[name]) for r in records if r.get(name) is not None] for name in ("loss", "cIoU"))
     if not losses:
-        raise ValueError(f"{path}: holds no step")
+        raise ValueError(f"{out_dir / 'log.jsonl'}: no such log, or no step in it")
     # an exponential mean that starts at the first loss, so that people see the trend
     mean = accumulate((loss for _, loss in losses), lambda mean, loss: mean + 0.05 * (loss - mean))
     smooth = [(step, value) for (step, _), value in zip(losses, mean)]
-    width, height, margin, last = 960, 320, 48, max(step for step, _ in losses)
-    picture = Image.new("RGB", (width, 2 * height), "white")
+    picture, last = Image.new("RGB", (960, 640), "white"), losses[-1][0]
     draw = ImageDraw.Draw(picture)
-    panels = [("loss", height - margin, max(loss for _, loss in losses) or 1.0,
-               [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
-              ("cIoU, validation", 2 * height - margin, 1.0, [(scores, "#c03020")])]
-    for name, base, top, curves in panels:  # base: where 0 is, top: the largest value
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            x, y = margin + share * (width - 2 * margin), base - share * (height - 2 * margin)
-            draw.line([margin, y, width - margin, y], fill="#e0e0e0")
-            draw.text((8, y - 6), f"{share * top:.2f}", fill="black")
-            draw.text((x - 12, base + 8), f"{share * last:.0f}", fill="black")
-        draw.text((margin, base - height + 2 * margin - 24), f"{name} over steps", fill="black")
+    for name, base, top, curves in (  # base: the row of the picture where 0 is, top: the largest value
+            ("loss", 272, max(loss for _, loss in losses) or 1.0, [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
+            ("cIoU, validation", 592, 1.0, [(scores, "#c03020")])):
+        draw.rectangle([48, base - 224, 912, base], outline="#c0c0c0")
+        draw.text((48, base - 240), f"{name}, up to {top:.2f}, over {last} steps", fill="black")
         for points, color in curves:
-            spots = [(margin + step / last * (width - 2 * margin), base - value / top * (height - 2 * margin))
-                     for step, value in points]
+            spots = [(48 + step / last * 864, base - value / top * 224) for step, value in points]
             draw.line(spots, fill=color, width=2)
             for x, y in spots if len(spots) < 100 else ():
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
@@ -841,15 +757,11 @@ def plot(out_dir):
 
 def merge(out_dir, base, any_weights):
     """LoRA of OUT_DIR added to its base: OUT_DIR/merged, an official directory with model.safetensors. Its path."""
-    if read_header(out_dir / "model.safetensors").get("format") == "llamaseg":
-        raise ValueError(f"{out_dir}: holds a LlamaSeg, which has no LoRA to merge")
     model = JanusSeg.from_pretrained(out_dir / "model.safetensors", base, torch.bfloat16, any_weights)
-    base = base or WEIGHTS / model.frozen["mllm"]["name"]
     model.merge()
+    base = base or WEIGHTS / model.frozen["mllm"]["name"]
     weights = read_weights(base, lambda name: True)
-    for name, w in model.llama.state_dict().items():
-        if not name.endswith(("lora_a", "lora_b")):
-            weights[f"language_model.model.{name}"] = w
+    weights |= {f"language_model.model.{name}": w for name, w in model.llama.state_dict().items()}
     target = out_dir / "merged"
     target.mkdir(exist_ok=True)
     write_tensors(target / "model.safetensors", weights, header={"format": "pt"})
@@ -860,55 +772,29 @@ def merge(out_dir, base, any_weights):
 
 
 def print_config(args):
-    """Sizes, parameters by part, tokens of a sample, memory of a rank and hyper-parameters; no weights are made."""
+    """Print sizes, parameters by part, memory of a rank, arithmetic and hyper-parameters; no weights are made."""
     model, mask_tokenizer = on_meta(args)
-    s, c, v = model.config.siglip, model.config.llama, mask_tokenizer.config
-    print(f"{args.preset}\n  picture               {s.image_size} px, patches of {s.patch_size} px")
-    print(f"  SigLIP vision         {s.vision_layers} layers x {s.vision_width}, {s.vision_heads} heads")
-    if isinstance(model, LlamaSeg):
-        print(f"  SigLIP text           {s.text_layers} layers x {s.text_width}, {s.text_heads} heads, "
-              f"{s.vocab_size} pieces")
-    print(f"  LLaMA                 {c.layers} layers x {c.width}, {c.heads} heads of {c.head_dim}, MLP {c.mlp}")
-    print(f"  mask tokenizer        {v.codebook_size} codes x {v.codebook_dim}, downsample {v.downsample}")
-
-    counts, everything = {}, [0, 0]  # part: [frozen, trainable]
-    for name, p in [*model.named_parameters(), *mask_tokenizer.named_parameters("mask tokenizer")]:
-        part = ".".join(name.split(".")[:2 if name.startswith("encoder") else 1])
-        for row in (counts.setdefault(part, [0, 0]), everything):
-            row[p.requires_grad] += p.numel()
+    print(f"{args.preset}\n  SigLIP          {model.config.siglip}\n  LLaMA           {model.config.llama}")
+    print(f"  mask tokenizer  {mask_tokenizer.config}")
     print(f"\n{'parameters':24}{'trainable':>14}{'frozen':>14}")
-    for part, (frozen, trainable) in [*counts.items(), ("all", everything)]:
-        print(f"  {part:22}{trainable:14,}{frozen:14,}")
-    tokens = sequence(model.config)
-    terms = " + ".join(f"{name} {n}" for name, n in tokens.items())
-    print(f"\ntokens of a sample       {terms} = {sum(tokens.values())}")
-
-    ranks, why = int(os.environ.get("WORLD_SIZE", 1)), ""
-    if args.micro_batch_size is None and "WORLD_SIZE" not in os.environ and args.preset != "scenes":
-        ranks = args.batch_size // math.gcd(args.batch_size, 32)  # as DEFAULTS has it
-        why = " (the recipe; torchrun and --micro-batch-size give others)"
-    micro_batch_size = args.micro_batch_size or args.batch_size // ranks
-    if micro_batch_size < 1 or args.batch_size % (micro_batch_size * ranks):
-        raise ValueError(f"batch size {args.batch_size} must be a multiple of {ranks} ranks x {micro_batch_size}")
-    print(f"\nmemory of a rank         micro-batches of {micro_batch_size} phrases, batches of {args.batch_size}, "
-          f"ranks: {ranks}{why}")
-    alone = ranks == 1 and args.batch_size == micro_batch_size
-    for name, size in memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size, alone).items():
+    both = nn.ModuleList([model, mask_tokenizer])
+    for name, part in [*model.named_children(), ("mask tokenizer", mask_tokenizer), ("all", both)]:
+        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        print(f"  {name:22}{trainable:14,}{sum(p.numel() for p in part.parameters()) - trainable:14,}")
+    args.micro_batch_size = args.micro_batch_size or min(args.batch_size, 32)  # as DEFAULTS has it
+    print(f"\nmemory of a rank with micro-batches of {args.micro_batch_size} phrases")
+    for name, size in memory_of_a_rank(model, mask_tokenizer, args).items():
         print(f"  {name:22}{size / 1e9:10.2f} GB")
-    gflop, rule = training_flops(model.config, args.phrases) / 1e9, 6 * everything[1] * sum(tokens.values()) / 1e9
-    print(f"\narithmetic               {gflop:,.0f} GFLOP to train on a sample (6 x trainable x tokens: {rule:,.0f})")
-    print(f"\nthis run                 {describe(args)}\n\nthe paper's stages")
-    for stage in COLUMNS[2:]:
-        print(f"  {stage:22}{describe(parse_args(['--preset', args.preset, '--stage', stage]))}")
-    print("  not stated            batch size, warm-up of pre-training, clipping, MLP width, size of SigLIP2")
+    print(f"\nGFLOP per sample        {training_flops(model, args.phrases) / 1e9:14,.0f}")
+    print(f"hyper-parameters        {describe(args)}")
 
 
 def on_meta(args):
     """(model, mask_tokenizer) as --preset, --encoder and --mask-tokenizer have them, with shapes but no weights."""
     config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
-    if janus and args.encoder.exists():
-        config = janus_config(args.encoder)
-    elif not janus and config.freeze_encoders:
+    if janus:
+        config = janus_config(args.encoder) if args.encoder.exists() else config
+    elif config.freeze_encoders:
         config = replace(config, siglip=SIGLIP2.get(args.encoder.name) or siglip_config(args.encoder))
     to_come = args.mask_tokenizer.name in DOWNLOADS and not args.mask_tokenizer.exists()
     vqgan = VQGANConfig() if to_come else VQGAN.from_pretrained(args.mask_tokenizer).config
@@ -921,42 +807,32 @@ def on_meta(args):
 
 def describe(args):
     """The hyper-parameters in words."""
-    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{100 * args.warmup_steps:g} % of the steps"
     length = f"{args.epochs:g} epochs" if args.max_steps is None else f"{args.max_steps} steps"
-    betas = f"{args.betas[0]:g} / {args.betas[1]:g}"
-    return (f"{args.data}, {length} of {args.batch_size} phrases; {args.optimizer}, lr {args.lr:g}, betas {betas}, "
-            f"weight decay {args.weight_decay:g}, warm-up {warmup}, cosine to 0, clip {args.clip:g}")
+    names = ("batch_size", "optimizer", "lr", "betas", "weight_decay", "warmup_steps", "clip")
+    return f"{args.data}, {length}, " + ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}" for name in names)
 
 
 # ---- what a run costs ------------------------------------------------------------------------------------
 
 
-def sequence(config):
-    """Tokens of one sample by kind, in their order."""
-    return {"text": config.siglip.text_length, "<BOI>": 1, "image": config.siglip.image_tokens, "<BOM>": 1,
-            "mask": config.mask_tokens}
+def memory_of_a_rank(model, mask_tokenizer, args):
+    """{what: bytes} of one rank in training, and their sum, the peak; the modules may be on the meta device.
 
-
-def memory_of_a_rank(model, mask_tokenizer, args, micro_batch_size, alone):
-    """{what: bytes} of one rank in training, and their "peak"; the modules may be on the meta device.
-
-    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak. Only a
-    rank that is `alone` and does not accumulate makes them while the activations go.
+    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    memory = {
-        "trainable weights": 4 * sum(p.numel() for p in trainable),  # float32
-        "frozen weights": 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),  # encoder bfloat16, mask tokenizer float32
-        "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
-        "gradients": 4 * sum(p.numel() for p in trainable),
-        "optimizer": sum(  # float32: two moments per parameter with AdamW, one with Muon
-            4 * p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)
-            for optimizer in make_optimizers(model, args) for group in optimizer.param_groups for p in group["params"]),
-        "activations": activation_bytes(model.config, micro_batch_size, args.activation_checkpointing),
-    }
-    memory["peak"] = sum(memory.values()) - (min(memory["gradients"], memory["activations"]) if alone else 0)
-    return memory
+    count = sum(p.numel() for p in trainable)
+    frozen = sum(p.numel() for p in model.parameters()) - count
+    moments = sum(p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)  # Muon has one
+                  for optimizer in make_optimizers(model, args)
+                  for group in optimizer.param_groups for p in group["params"])
+    memory = {"trainable weights": 4 * count,  # float32
+              # encoder bfloat16, mask tokenizer float32
+              "frozen weights": 2 * frozen + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),
+              "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
+              "gradients": 4 * count, "optimizer": 4 * moments,
+              "activations": activation_bytes(model.config, args.micro_batch_size, args.activation_checkpointing)}
+    return memory | {"peak": sum(memory.values())}
 
 
 def activation_bytes(config, samples, recompute=False):
@@ -968,7 +844,9 @@ def activation_bytes(config, samples, recompute=False):
     each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
     encoders keep nothing; scenes' small ones are left out.
     """
-    c, tokens = config.llama, samples * (sum(sequence(config).values()) - 1)  # the last mask token is only predicted
+    c, s = config.llama, config.siglip
+    # <BOI> and <BOM> join them, and the last mask token is only predicted
+    tokens = samples * (s.text_length + s.image_tokens + config.mask_tokens + 1)
     layer = 18 * c.width + 4 * (c.heads + c.kv_heads) * c.head_dim + 8 * c.mlp
     mask_tokens, layers = samples * config.mask_tokens, c.layers * layer
     if recompute:
@@ -976,28 +854,21 @@ def activation_bytes(config, samples, recompute=False):
     return tokens * layers + mask_tokens * config.codebook_size * 10
 
 
-def training_flops(config, phrases=1):
-    """FLOP that one phrase costs in training, of `phrases` that share a picture; two per multiply-add.
+def training_flops(model, phrases):
+    """FLOP of the matrix products that one phrase costs in training, of `phrases` that share a picture.
 
-    A trained matrix of n weights costs 6 n per token, a frozen one 2 n, and attention 12 T width per token and layer
-    (4 if frozen), as in PaLM's appendix B. Elementwise work, the mask tokenizer and recomputation do not count.
+    PyTorch counts them in a forward and a backward pass without data, two per multiply-add. Elementwise work and the
+    mask tokenizer do not count.
     """
-    s, c = config.siglip, config.llama
-    tokens, N, M = sum(sequence(config).values()) - 1, s.image_tokens, config.mask_tokens
-    D, H, Hkv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-
-    def tower(tokens, layers, width, mlp):  # the forward pass of one of SigLIP's towers
-        return tokens * layers * (2 * (4 * width * width + 2 * width * mlp) + 4 * tokens * width)
-
-    image = tower(N, s.vision_layers, s.vision_width, s.vision_mlp) + N * 2 * 3 * s.patch_size**2 * s.vision_width
-    llama = tokens * c.layers * (2 * D * (2 * H + 2 * Hkv + 3 * c.mlp) + 4 * tokens * H)
-    if isinstance(config, JanusConfig):  # all of it frozen: LoRA itself is next to nothing, gradients pass through
-        aligner = N * 2 * D * (s.vision_width + (config.projector_layers - 1) * D)
-        head = M * 2 * (D * config.head_width + config.head_width * config.codebook_size)
-        return 2 * (llama + head) + (image + aligner) / phrases
-    encoders = image / phrases + tower(s.text_length, s.text_layers, s.text_width, s.text_mlp)
-    adaptors = s.text_length * 2 * D * (s.text_width + D) + N / phrases * 2 * D * (s.vision_width + D)
-    return 3 * (adaptors + llama + M * 2 * D * config.codebook_size) + encoders * (1 if config.freeze_encoders else 3)
+    weights = {name: torch.empty_like(p, dtype=torch.float32, device="meta").requires_grad_(p.requires_grad)
+               for name, p in model.named_parameters()}
+    s, M = model.config.siglip, model.config.mask_tokens
+    L = s.text_length if isinstance(model, LlamaSeg) else s.text_length + s.image_tokens + 2  # Janus' prompt has all
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        shapes = (phrases, L), (1, 3, s.image_size, s.image_size), (phrases, M)
+        batch = [torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.long) for shape in shapes]
+        functional_call(model, weights, tuple(batch))[1].backward()
+    return counter.get_total_flops() / phrases
 
 
 @torch.no_grad()
@@ -1013,42 +884,33 @@ def matmul_rate(device, dtype):
 
 def main(argv=None):
     """Run; returns the exit code: 0, also when a signal stopped it after a step; 1 for bad data, 2 for bad usage."""
-    args = parse_args(argv)
+    args, code = parse_args(argv), 1
     try:
-        if args.print_config:
-            if int(os.environ.get("RANK", 0)) == 0:  # once, not once per process of torchrun
-                print_config(args)
-        elif args.plot:
-            print(f"wrote {plot(args.plot)}")
-        elif args.merge:
-            print(f"wrote {merge(args.merge, args.encoder, args.any_weights)}")
-        else:
-            with ExitStack() as at_end:
-                train(args, at_end)
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        return fail(str(error), 2 if isinstance(error, BadUsage) else 1)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(f"out of memory ({str(error)[:200]}): lower --micro-batch-size, or --activation-checkpointing")
-    except RuntimeError as error:
-        if not dist.is_initialized():
+        code = flags().run(job, args)
+    except SystemExit as error:  # bad usage that only the data shows
+        code = error.code
+    except (RuntimeError, MemoryError) as error:
+        if not (dist.is_initialized() or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
             raise
-        return fail(f"rank {dist.get_rank()} cannot go on: another rank ended, or this one failed "
-                    f"({str(error).splitlines()[0]})")
-    return 0
-
-
-def fail(message, code=1):
-    """Say why, and return the exit code; as a rank end at once: others may wait for it, and torchrun ends them."""
-    if message.startswith("Caught "):  # a DataLoader worker's traceback, which ends in its error
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(code)
+        print(f"error: {printable(f'{error!s:.200}')}: out of memory (lower --micro-batch-size, or "
+              "--activation-checkpointing), or another rank ended", file=sys.stderr, flush=True)
+    if code and dist.is_initialized():
+        os._exit(code)  # the other ranks would wait for this one: torchrun ends them
     return code
 
 
+def job(args):
+    """Do what the flags ask for."""
+    if args.print_config:
+        print_config(args)
+    elif args.plot:
+        print(f"wrote {plot(args.plot)}")
+    elif args.merge:
+        print(f"wrote {merge(args.merge, args.encoder, args.any_weights)}")
+    else:
+        with ExitStack() as at_end:
+            train(args, at_end)
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped", 130))
+    sys.exit(main())

@@ -103,16 +103,17 @@ def bench_memory(flags):
     optimizers, b = train.make_optimizers(model, args), args.micro_batch_size
     text_ids, pixels = torch.zeros(b, 64, dtype=torch.long, device=device), torch.zeros(b, 3, 256, 256, device=device)
     for _ in range(2):
-        with torch.no_grad():
-            tokens = mask_tokenizer.encode(pixels)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(text_ids, pixels, tokens)[1]
-        loss.backward()
+        for _ in range(2):  # micro-batches: gradients stay from one to the next
+            with torch.no_grad():
+                tokens = mask_tokenizer.encode(pixels)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(text_ids, pixels, tokens)[1]
+            loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     measured = train.peak_memory(device) - (before if device.type == "cpu" else 0)
-    estimate = train.memory_of_a_rank(model, mask_tokenizer, args, b, alone=True)["peak"]
+    estimate = train.memory_of_a_rank(model, mask_tokenizer, args)["peak"]
     print(f"{' '.join(flags)}: estimate {estimate / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB, "
           f"ratio {estimate / measured:.2f}", flush=True)
 

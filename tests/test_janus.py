@@ -377,6 +377,6 @@ def test_print_config_of_janus(capsys):
     counts = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  ")}
     assert counts["gen_head"][0] == "0" and int(counts["llama"][0].replace(",", "")) == 24 * 16 * (
         4 * (2048 + 2048) + 3 * (2048 + 5632))
-    assert "24 layers x 2048" in text
+    assert "width=2048, layers=24" in text
 
 

@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,11 @@ from conftest import REPO
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
 import train
 from data import Scenes
-from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIP, SigLIPConfig
+from model import LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig
 from sample import Segmenter
 
 
@@ -29,6 +29,7 @@ def small(tiny_checkpoint, monkeypatch):
     config = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors").config
     monkeypatch.setitem(train.PRESETS, "scenes", config)
     monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e11)  # a fifth of such a run
+    monkeypatch.setattr(train, "training_flops", lambda model, phrases: 1e9)
 
     def flags(out, *more):
         return ["--mask-tokenizer", str(tiny_checkpoint / "mask_tokenizer.safetensors"), "--out-dir", str(out),
@@ -51,9 +52,8 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     steps = [r for r in records(tmp_path) if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
     assert all(0 < r["grad_norm"] < 100 for r in steps)
-    assert all({"loss", "lr", "samples_per_s", "mask_tokens_per_s", "mfu", "peak_memory_gb"} <= set(r) for r in steps)
-    tokens = train.PRESETS["scenes"].mask_grid ** 2
-    assert all(r["mask_tokens_per_s"] == pytest.approx(tokens * r["samples_per_s"]) for r in steps)
+    assert all({"loss", "lr", "samples_per_s", "peak_memory_gb"} <= set(r) for r in steps)
+    assert all(r["mfu"] == pytest.approx(r["samples_per_s"] * 1e9 / 1e11) for r in steps)
     (scores,) = [r for r in records(tmp_path) if "cIoU" in r]
     assert scores["count"] == 4 and {"gIoU", "mAHD@0.5"} <= set(scores)
     assert Image.open(tmp_path / "grid-000006.png").size[0] > 300
@@ -78,8 +78,7 @@ def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, opt
 
     train.save_checkpoint = save_and_die
     try:
-        with pytest.raises(KeyboardInterrupt):
-            train.main(small(tmp_path / "broken", "--optimizer", optimizer))
+        assert train.main(small(tmp_path / "broken", "--optimizer", optimizer)) == 130
     finally:
         train.save_checkpoint = real
     assert max(losses(tmp_path / "broken")) == 3
@@ -122,10 +121,11 @@ def learning_rate(at, args):
             os.kill(os.getppid(), -number)
             while not came:
                 time.sleep(0.01)
-    if step == at + 1:
-        sys.setswitchinterval(5)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
+    if step == at + 1 and number < 0:
+        sys.setswitchinterval(2)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
     return rate(at, args)
 train.learning_rate = learning_rate
+train.matmul_rate, train.training_flops = lambda *_: 1e11, lambda *_: 1e9
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -622,8 +622,7 @@ def test_official_parts_that_are_missing_are_named(capsys):
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("flags,code", [(["--mask-tokenizer", "typo.pt"], 1), (["--lr", "nan"], 2), (["--lr", "0"], 2),
-                                        (["--batch-size", "7", "--micro-batch-size", "3"], 1)])
+@pytest.mark.parametrize("flags,code", [(["--mask-tokenizer", "typo.pt"], 1), (["--lr", "nan"], 2), (["--lr", "0"], 2)])
 def test_print_config_of_what_cannot_be(capsys, flags, code):
     try:
         assert train.main(["--preset", "llamaseg-b", "--print-config", *flags]) == code
@@ -632,26 +631,21 @@ def test_print_config_of_what_cannot_be(capsys, flags, code):
     assert flags[1] in capsys.readouterr().err
 
 
-def test_print_config_counts_without_allocating(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")  # of torchrun, whose first process prints it
-    assert train.main(["--preset", "llamaseg-l", "--print-config"]) == 0 and capsys.readouterr().out == ""
-    monkeypatch.delenv("RANK")
+def test_print_config_counts_without_allocating(capsys):
     assert train.main(["--preset", "llamaseg-l", "--print-config", "--encoder", "siglip2-so400m-patch16-256"]) == 0
     text = capsys.readouterr().out
-    assert "22 layers x 2304, 32 heads of 72" in text and "27 layers x 1152" in text
-    assert "text 64 + <BOI> 1 + image 256 + <BOM> 1 + mask 256 = 578" in text
-    trainable = next(line.split()[1] for line in text.splitlines() if line.startswith("  all   "))
+    assert "width=2304, layers=22, heads=32" in text and "vision_width=1152, vision_layers=27" in text
+    (trainable,) = re.findall(r"  all +([\d,]+)", text)
     assert abs(int(trainable.replace(",", "")) / 1.5e9 - 1) < 0.02
-    for number in ("lr 0.0002", "lr 0.0001", "weight decay 0.05"):
-        assert number in text
+    assert "lr 0.0002" in text and "weight decay 0.05" in text
 
 
-def test_print_config_without_torchrun_is_for_the_recipes_micro_batch(capsys):
+def test_print_config_has_the_numbers_of_the_tables(capsys):
+    """Of README and RESULTS.md: GB per rank with 32 phrases, GFLOP per sample."""
     assert train.main(["--preset", "llamaseg-b", "--print-config"]) == 0
     text = capsys.readouterr().out
-    assert "micro-batches of 32 phrases, batches of 256, ranks: 8 (the recipe" in text
-    (peak,) = [line.split()[1] for line in text.splitlines() if line.startswith("  peak")]
-    assert peak == "44.29"  # README's table
+    assert "micro-batches of 32 phrases" in text and "  peak                       44.29 GB" in text
+    assert re.search(r"GFLOP per sample +2,705\n", text)
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -723,25 +717,20 @@ def test_epochs_become_steps(small, tmp_path):
     assert max(losses(tmp_path / "out")) == 4  # 3 x 10 phrases in batches of 8
 
 
-@pytest.mark.parametrize("freeze,phrases", [(True, 1), (False, 2)])
-def test_training_flops_are_those_that_pytorch_counts(monkeypatch, freeze, phrases):
-    config = LlamaSegConfig(
-        siglip=SigLIPConfig(image_size=128, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=96,
-                            vocab_size=50, text_width=32, text_layers=3, text_heads=2, text_mlp=48),
-        llama=LlamaConfig(width=128, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=352), codebook_size=600,
-        mask_grid=8, freeze_encoders=freeze,
-    )
-    # in matrix products, which PyTorch counts on every device
-    monkeypatch.setattr(M, "attention", lambda q, k, v, causal, mask=None: (
-        q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
-    ).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1))
-    model, batch = LlamaSeg(config), 2
-    with FlopCounterMode(display=False) as counter:
-        _, loss = model(torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch // phrases, 3, 128, 128),
-                        torch.zeros(batch, 64, dtype=torch.long))
-        loss.backward()
-    # PyTorch leaves out the gradient of inputs that need none (pixels; frozen features)
-    assert counter.get_total_flops() / batch == pytest.approx(train.training_flops(config, phrases), rel=0.02)
+def test_training_flops_are_those_of_palm():
+    """Per trained weight and token 6, per frozen one 2, and 12 T width for attention (Chowdhery et al. 2022)."""
+    siglip = SigLIPConfig(image_size=128, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=96,
+                          vocab_size=50, text_width=32, text_layers=3, text_heads=2, text_mlp=48)
+    config = LlamaSegConfig(siglip=siglip, codebook_size=600, mask_grid=8,
+                            llama=LlamaConfig(width=128, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=352))
+    T, layer = 64 + 1 + 64 + 1 + 63, 128 * (2 * 4 * 24 + 2 * 2 * 24 + 3 * 352)
+    llama, head = T * 3 * (6 * layer + 12 * T * 4 * 24), 6 * 64 * 128 * 600
+    towers = sum(64 * layers * (2 * (4 * width**2 + 2 * width * mlp) + 4 * 64 * width)
+                 for layers, width, mlp in ((2, 64, 96), (3, 32, 48))) + 64 * 2 * 3 * 16**2 * 64
+    adaptors = 64 * 6 * 128 * (32 + 128 + 64 + 128)
+    model = LlamaSeg(config)
+    assert train.training_flops(model, 1) == pytest.approx(llama + head + towers + adaptors, rel=0.02)
+    assert 0.5 < train.training_flops(model, 4) / train.training_flops(model, 1) < 1  # the picture is encoded once
 
 
 def test_activation_checkpointing_changes_no_loss(small, tmp_path):
@@ -751,21 +740,6 @@ def test_activation_checkpointing_changes_no_loss(small, tmp_path):
     assert all(a[step] == pytest.approx(b[step], abs=1e-5) for step in a)
     whole, parts = (train.activation_bytes(train.PRESETS["llamaseg-b"], 32, recompute) for recompute in (False, True))
     assert parts < whole / 4
-
-
-def test_a_phrase_goes_through_the_frozen_text_encoder_once():
-    encoder = SigLIP(SigLIPConfig(vision_layers=1, vision_width=16, vision_heads=1, vision_mlp=16, vocab_size=40,
-                                  text_width=32, text_layers=2, text_heads=2, text_mlp=32), vision=False)
-    asked, real = [], encoder.encode_text
-    encoder.encode_text = lambda ids: asked.append(len(ids)) or real(ids)
-    features = train.TextFeatures(encoder, "cpu", room=5)
-    ids = torch.randint(0, 40, (4, 64))
-    with torch.no_grad():
-        for rows in ([0, 1, 0, 1], [1, 2, 2, 0], [0, 1, 2, 2]):
-            assert torch.allclose(features(ids[rows]), real(ids[rows]), atol=1e-6)
-        assert asked == [2, 1]
-        more = torch.randint(0, 40, (5, 64))  # too many for the room
-        assert torch.allclose(features(more), real(more), atol=1e-6) and asked == [2, 1, 5]
 
 
 def test_the_first_step_which_may_compile_is_not_in_the_time_left(small, tmp_path, monkeypatch, capsys):
