@@ -118,8 +118,7 @@ class Segmenter:
             if not prompt.strip() or any("\ud800" <= c <= "\udfff" for c in prompt):
                 raise BadUsage(f"prompt {prompt[:40]!r} is empty or no UTF-8: say what to segment, 'the red circle'")
             if needed := self.text_tokenizer.too_long(prompt):
-                raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, the model reads "
-                               f"{self.text_tokenizer.length}")
+                raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, not {self.text_tokenizer.length} or fewer")
 
     @torch.inference_mode()
     def many(self, images, prompts, inside=None, **decoding):
@@ -254,14 +253,15 @@ def explain(args, segmenter, image, inside):
         sure = segmenter.model.confidence(**inside)[0].tolist()
         write_picture(confidence_picture(sure, image.size, box), args.confidence)
     if args.attention:
-        write_picture(attention_picture(segmenter.model.mask_attention(**inside)[0].float().cpu()), args.attention)
+        weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
+        write_picture(attention_picture(weights), args.attention)
 
 
 def chat(args):
     """An answer in words for each picture; returns the exit code, 1 if pictures could not be read."""
     pictures, segmenter, broken = find_pictures(args.image), load(args, args.device), []
-    names = picture_names(pictures)
     segmenter.check([args.chat])
+    names = picture_names(pictures)
     for batch, *_ in batches(pictures, [args.chat], broken):
         for i, image in batch:
             answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
@@ -274,9 +274,8 @@ def load(args, device):
     segmenter = Segmenter.load(args.checkpoint, str(device), args.dtype, locate(args.encoder),
                                locate(args.mask_tokenizer), args.any_weights)
     codes = segmenter.model.config.codebook_size
-    for flag, value in (("--beams", args.beams), ("--top-k", args.top_k)):
-        if value > codes:
-            raise BadUsage(f"{flag} {value} must be at most {codes}, the number of mask tokens to choose from")
+    if max(args.beams, args.top_k) > codes:
+        raise BadUsage(f"--beams and --top-k must be at most {codes}, the number of mask tokens to choose from")
     return segmenter
 
 
@@ -294,15 +293,11 @@ def lines_to(args):
 
 
 def find_pictures(sources):
-    """What --image names, files, folders (their pictures, sorted) and "-", as a list of paths or "-"."""
+    """What --image names, files, folders (their pictures, sorted; else the folder itself) and "-", as a list."""
     found = []
     for source in sources or [EXAMPLE]:
-        if source != "-" and Path(source).is_dir():
-            found += sorted(p for p in Path(source).iterdir() if p.suffix.lower() in PICTURES)
-        else:
-            found.append(source)
-    if not found:
-        raise ValueError(f"{sources[0]}: no pictures in this folder (looked for {' '.join(sorted(PICTURES))})")
+        folder = Path(source).iterdir() if source != "-" and Path(source).is_dir() else []
+        found += sorted(path for path in folder if path.suffix.lower() in PICTURES) or [source]
     return found
 
 
@@ -595,10 +590,8 @@ def report(args, run, records, dataset, stem):
     for keys in (("count", "mIoU", "cIoU", "gIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"),
                  [f"{name}@0.{d}" for d in range(5, 10) for name in ("mAHD", "count")]):
         print_table([{"": name} | {key: numbers[key] for key in keys} for name, numbers in tables.items()], say)
-    cells = []
-    for record in good[:24]:
-        example = dataset[record["index"]]
-        cells.append((example.phrase, [example.image, rle_decode(record.get("rle")), example.mask]))
+    shown = [(record, dataset[record["index"]]) for record in good[:24]]
+    cells = [(e.phrase, [e.image, rle_decode(record.get("rle")), e.mask]) for record, e in shown]
     contact_sheet(cells, f"{stem}.png", headings=("picture", "predicted", "truth"))
     print(printable(f"wrote {stem}.jsonl, .json and .png"), file=say)
     for target in filter(None, (f"{stem}.json", args.json)):
@@ -709,9 +702,9 @@ def make_parser():
     add("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
     add("--beams", type=int, metavar="N", help="sequences that beam keeps (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="tokens that top-k draws from (default: %(default)s)")
-    add("--top-p", type=float, metavar="P", help="of the tokens that top-p draws from, together (default: %(default)s)")
-    add("--temperature", type=float, metavar="T", help="of all draws; lower: likelier tokens (default: %(default)s)")
-    add("--seed", type=int, metavar="N", help="of all draws; each mask is drawn for itself (default: %(default)s)")
+    add("--top-p", type=float, metavar="P", help="likeliest tokens up to this total probability (default: %(default)s)")
+    add("--temperature", type=float, metavar="T", help="below 1 draws likelier tokens (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same mask of a picture (default: %(default)s)")
     add("--draft", choices=DRAFTS, help="how greedy decoding guesses tokens to verify several in a pass (default: "
         "auto, the fastest); the mask is the same in float32, in bfloat16 rounding can change it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: %(default)s)")
@@ -724,7 +717,7 @@ def make_parser():
 def check_flags(parser, args):
     """A usage error for flags that do not go together or are out of range; returns the job, a key of JOBS."""
     job = next((flag for flag in ("bench", "chat", "dataset") if getattr(args, flag)), "pictures")
-    read, name = JOBS[job][1], f"--{job}"
+    read, name = JOBS[job][1], job if job == "pictures" else f"--{job}"
     if job == "dataset":
         kind = args.dataset.split(":")[0]
         read, name = read - {{"scenes": "root", "jsonl": "split"}.get(kind)}, f"--dataset {kind}"
