@@ -25,8 +25,10 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,6 @@ from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, 
 from tokenizer import VQGAN, TextTokenizer, decode_masks
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_header, sha256_of
 
-SEMANTIC = ("ade20k", "cocostuff", "voc20", "pc59", "pc459")
 KINDS = ("mask", "overlay")  # the two pictures of each mask
 EXAMPLE = ASSETS / "example.png"
 EXAMPLE_PROMPTS = ("the red circle", "the blue square", "something to wear on a finger", "a sign of love")
@@ -88,19 +89,16 @@ class Segmenter:
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
             base = codes = file if file.is_dir() else encoder or WEIGHTS / model.frozen["mllm"]["name"]
+            text_tokenizer = JanusPrompt(base, model.config.siglip.image_tokens)
         else:
             base, codes = file.parent, file.with_name("mask_tokenizer.safetensors")
+            text_tokenizer = TextTokenizer(base / "text.model", model.config.siglip.text_length)
             if not codes.exists() and "mask_tokenizer" in model.frozen:
                 codes = WEIGHTS / model.frozen["mask_tokenizer"]["name"]
         mask_tokenizer = VQGAN.from_pretrained(mask_tokenizer or codes)
-        if not any_weights:
-            check_source(file, "mask_tokenizer", model.frozen, mask_tokenizer.source)
-        if janus:
-            text_tokenizer = JanusPrompt(base, model.config.siglip.image_tokens)
-        else:
-            text_tokenizer = TextTokenizer(base / "text.model", model.config.siglip.text_length)
-            if not any_weights:
-                check_source(file, "text_tokenizer", model.frozen, text_tokenizer.source)
+        for part, tokenizer in (("mask_tokenizer", mask_tokenizer), ("text_tokenizer", text_tokenizer)):
+            if not any_weights and hasattr(tokenizer, "source"):  # Janus' text tokenizer is part of its directory
+                check_source(file, part, model.frozen, tokenizer.source)
         check_fit(model.config, mask_tokenizer, text_tokenizer, base)
         model.to(device).eval().fuse()  # the weights are laid out for decoding
         return cls(model, mask_tokenizer.to(device), text_tokenizer)
@@ -115,13 +113,12 @@ class Segmenter:
         return self.many([image], [prompts], **decoding)[0] if prompts else []
 
     def check(self, prompts):
-        """BadUsage, a ValueError, for an empty prompt and for one with more tokens than the model reads."""
+        """BadUsage, a ValueError, for a prompt that is empty, no Unicode, or of more tokens than the model reads."""
         for prompt in prompts:
-            if not prompt.strip():
-                raise BadUsage("empty prompt: say what to segment, as in 'the red circle'")
+            if not prompt.strip() or any("\ud800" <= c <= "\udfff" for c in prompt):
+                raise BadUsage(f"prompt {prompt[:40]!r} is empty or no UTF-8: say what to segment, 'the red circle'")
             if needed := self.text_tokenizer.too_long(prompt):
-                raise BadUsage(f"prompt {prompt[:40]!r}... has {needed} tokens, the model reads "
-                               f"{self.text_tokenizer.length}: make it shorter")
+                raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, not {self.text_tokenizer.length} or fewer")
 
     @torch.inference_mode()
     def many(self, images, prompts, inside=None, **decoding):
@@ -171,15 +168,14 @@ def checkpoint_file(checkpoint=None):
 
 
 def check_fit(config, mask_tokenizer, text_tokenizer, where):
-    """ValueError unless the tokenizers have as many codes and text pieces as the model of `config` was made for."""
-    sizes = {"codes": (mask_tokenizer.config.codebook_size, config.codebook_size)}
-    if isinstance(text_tokenizer, TextTokenizer):
-        sizes["text pieces"] = (text_tokenizer.model.vocab_size(), config.siglip.vocab_size)
-    elif text_tokenizer.bpe.vocab_size > config.vocab_size:  # Janus' table has rows to spare
-        sizes["text pieces"] = (text_tokenizer.bpe.vocab_size, config.vocab_size)
-    for what, (has, wants) in sizes.items():
-        if has != wants:
-            raise ValueError(f"{where}: {has} {what} beside a model of {wants}: not of one training run")
+    """ValueError unless the tokenizers have the codes and text pieces that the model of `config` was made for."""
+    janus = isinstance(text_tokenizer, JanusPrompt)
+    pieces = text_tokenizer.bpe.vocab_size if janus else text_tokenizer.model.vocab_size()
+    most, codes = config.vocab_size if janus else config.siglip.vocab_size, mask_tokenizer.config.codebook_size
+    fits = pieces <= most if janus else pieces == most  # Janus' table has rows to spare
+    if codes != config.codebook_size or not fits:
+        raise ValueError(f"{where}: {codes} codes and {pieces} text pieces beside a model of {config.codebook_size} "
+                         f"and {most}: not of one training run")
 
 
 # ---- python sample.py: pictures to masks, or to words ------------------------------------------------------
@@ -188,14 +184,14 @@ def check_fit(config, mask_tokenizer, text_tokenizer, where):
 def segment(args):
     """Masks and overlays of pictures, one line per mask; returns the exit code, 1 if pictures could not be read."""
     pictures, prompts, records, broken = find_pictures(args.image), args.prompt or EXAMPLE_PROMPTS, [], []
-    if (args.confidence or args.attention) and len(pictures) > 1:
-        raise BadUsage(f"--confidence and --attention are for one picture, {args.image[0]} has {len(pictures)}")
-    stems = mask_stems(pictures, prompts)
-    masks = [os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS]
-    args.out.mkdir(parents=True, exist_ok=True)
-    check_outputs([args.json, args.confidence, args.attention, *masks], [*checkpoint_files(args), *pictures])
+    if (args.confidence or args.attention) and len(pictures) * len(prompts) > 1:
+        raise BadUsage("--confidence and --attention are for one picture and one --prompt")
     segmenter = load(args, args.device)
     segmenter.check(prompts)
+    names = picture_names(pictures)
+    stems = mask_stems(names, prompts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    check_outputs(args, [os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS], pictures)
     try:
         for batch, first, asked in batches(pictures, prompts, broken):
             images, inside, start = [image for _, image in batch], {}, time.perf_counter()
@@ -203,8 +199,8 @@ def segment(args):
             ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(asked))
             for (i, image), of_image in zip(batch, masks):
                 for k, mask in enumerate(of_image, first):
-                    stem = stems[i * len(prompts) + k]
-                    records.append(keep(args, pictures[i], prompts[k], stem, image, mask, ms))
+                    stem, described = stems[i * len(prompts) + k], {"image": str(pictures[i]), "prompt": prompts[k]}
+                    records.append(described | keep(args, f"{names[i]}: {prompts[k]}", stem, image, mask, ms))
             explain(args, segmenter, images[0], inside)
             del images, image, masks, of_image, mask  # large pictures leave the memory before others are read
     finally:
@@ -235,18 +231,18 @@ def batches(pictures, prompts, broken):
             waiting.clear()
 
 
-def keep(args, source, prompt, stem, image, mask, ms):
-    """Write mask and overlay of a picture's prompt, print a line, return the record for --json."""
+def keep(args, title, stem, image, mask, ms):
+    """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it."""
     mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
     write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
     write_picture(overlay(image, mask), overlay_file)
-    area, box = describe(mask)
-    where = "nothing found" if box is None else "box {},{} {}x{}".format(*box)
-    line = (f"{name_of(source)}: {prompt}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> "
-            f"{overlay_file}")
+    area, corners = int(mask.sum()), Image.fromarray(mask.view(np.uint8)).getbbox()
+    box = corners and (*corners[:2], corners[2] - corners[0], corners[3] - corners[1])
+    where = "box {},{} {}x{}".format(*box) if box else "nothing found"
+    line = f"{title}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> {overlay_file}"
     tqdm.write(printable(line), file=lines_to(args))
-    return {"image": str(source), "prompt": prompt, "area": area, "box": box, "rle": rle_encode(mask),
-            "ms": round(ms, 1), "mask": str(mask_file), "overlay": str(overlay_file)}
+    return {"area": area, "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(mask_file),
+            "overlay": str(overlay_file)}
 
 
 def explain(args, segmenter, image, inside):
@@ -265,10 +261,11 @@ def chat(args):
     """An answer in words for each picture; returns the exit code, 1 if pictures could not be read."""
     pictures, segmenter, broken = find_pictures(args.image), load(args, args.device), []
     segmenter.check([args.chat])
+    names = picture_names(pictures)
     for batch, *_ in batches(pictures, [args.chat], broken):
         for i, image in batch:
             answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
-            print(f"{printable(name_of(pictures[i]))}: {answer}", flush=True)
+            print(f"{printable(names[i])}: {answer}", flush=True)
     return 1 if broken else 0
 
 
@@ -277,9 +274,8 @@ def load(args, device):
     segmenter = Segmenter.load(args.checkpoint, str(device), args.dtype, locate(args.encoder),
                                locate(args.mask_tokenizer), args.any_weights)
     codes = segmenter.model.config.codebook_size
-    for flag, value in (("--beams", args.beams), ("--top-k", args.top_k)):
-        if value > codes:
-            raise BadUsage(f"{flag} {value} must be at most {codes}, the number of mask tokens to choose from")
+    if max(args.beams, args.top_k) > codes:
+        raise BadUsage(f"--beams and --top-k must be at most {codes}, the number of mask tokens to choose from")
     return segmenter
 
 
@@ -297,33 +293,27 @@ def lines_to(args):
 
 
 def find_pictures(sources):
-    """What --image names, files, folders (their pictures, sorted) and "-", as a list of paths or "-"."""
+    """What --image names, files, folders (their pictures, sorted; else the folder itself) and "-", as a list."""
     found = []
     for source in sources or [EXAMPLE]:
-        if source != "-" and Path(source).is_dir():
-            inside = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in PICTURES)
-            if not inside:
-                raise ValueError(f"{source}: no pictures in this folder (looked for {' '.join(sorted(PICTURES))})")
-            found += inside
-        else:
-            found.append(source)
-    if found.count("-") > 1:
-        raise ValueError("standard input (-) can be read only once")
+        folder = Path(source).iterdir() if source != "-" and Path(source).is_dir() else []
+        found += sorted(path for path in folder if path.suffix.lower() in PICTURES) or [source]
     return found
 
 
-def name_of(source):
-    """A picture's name in lines and files; several may share it."""
-    return "stdin" if source == "-" else Path(source).stem
+def picture_names(pictures):
+    """A name for each picture in lines and files: without its ending, unless another one has the same name then."""
+    stems = ["stdin" if source == "-" else Path(source).stem for source in pictures]
+    count = Counter(stems)
+    return [stem if count[stem] == 1 else Path(source).name for stem, source in zip(stems, pictures)]
 
 
-def mask_stems(pictures, prompts):
+def mask_stems(names, prompts):
     """What the names of the files of each picture and prompt begin with, pictures first: no two are the same."""
     slugs, stems = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] for prompt in prompts], {}
-    for i, source in enumerate(pictures):
-        name = os.fsdecode(os.fsencode(name_of(source))[:160])
+    for i, name in enumerate(names):
         for k, slug in enumerate(slugs):
-            stem = f"{name}-{k}-{slug}".rstrip("-")
+            stem = f"{os.fsdecode(os.fsencode(name)[:160])}-{k}-{slug}".rstrip("-")
             while stem in stems:  # of another picture
                 stem = f"{stem}-{i}"
             stems[stem] = None
@@ -332,45 +322,35 @@ def mask_stems(pictures, prompts):
 
 def read_picture(source):
     """The picture at a path, or the one that standard input holds for "-"."""
-    if source != "-":
-        return open_picture(source)
-    if sys.stdin is None:
-        raise ValueError("standard input is closed: no picture to read from it")
-    return open_picture(io.BytesIO(sys.stdin.buffer.read()))
+    if source == "-":
+        source = io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None where it is closed
+    return open_picture(source)
 
 
-def checkpoint_files(args):
-    """The files that model and tokenizers may be read from."""
-    file, encoder = checkpoint_file(args.checkpoint), locate(args.encoder)
-    files = [file.with_name(name) for name in (file.name, "mask_tokenizer.safetensors", "text.model")]
-    files += [locate(args.mask_tokenizer)] if args.mask_tokenizer else []
-    folders = [folder for folder in (file, encoder, *WEIGHTS.glob("*")) if folder and folder.is_dir()]
-    return files + [path for folder in folders for path in folder.iterdir()]
+def check_outputs(args, files, inputs):
+    """Raise, before the work, for an output that cannot be written or would overwrite an input or another output.
 
-
-def check_outputs(files, inputs):
-    """Raise, before the work, for a file that cannot be written or would overwrite another output or an input.
-
-    None and "-" are no files. An input is recognized whatever link leads to it.
+    files: outputs besides those of --json, --confidence and --attention. An input is known whatever link leads to it.
     """
-    read, taken = {os.path.realpath(file) for file in inputs}, set()
-    files = [os.path.split(file) for file in files if file not in (None, "-")]
-    folders = {folder: os.path.realpath(folder) for folder, _ in files}  # once each: there may be 100,000 files
-    for folder in folders:
-        if not os.access(folders[folder], os.W_OK):
+    files = [file for file in (args.json, args.confidence, args.attention, *files) if file not in (None, "-")]
+    real, read, taken = cache(os.path.realpath), {os.path.realpath(file) for file in inputs}, set()
+    for path in files:
+        folder, name = os.path.split(path)
+        file = os.path.join(real(folder), name)  # cached: there may be 100,000 files in one folder
+        if not os.access(real(folder), os.W_OK):
             raise ValueError(f"{folder or '.'}: cannot write here")
-    for folder, name in files:
-        file = os.path.join(folders[folder], name)
         if file in taken:
             raise BadUsage(f"{file}: two outputs would be written to this file")
         taken.add(file)
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise BadUsage(f"{file}: a folder or device, expected the name of a file to write")
-        if os.path.exists(file) and os.path.realpath(file) in read:
-            raise BadUsage(f"{file}: this run reads it, and would overwrite it")
+        if os.path.exists(file) and (not os.path.isfile(file) or os.path.realpath(file) in read):
+            raise BadUsage(f"{file}: this run reads it, or it is no file: give the output another name")
+    for folder in (args.root, checkpoint_file(args.checkpoint), locate(args.encoder), WEIGHTS):  # they hold JSON
+        if folder and args.json and os.path.exists(args.json) and folder.resolve() in Path(args.json).resolve().parents:
+            raise BadUsage(f"--json {args.json}: there is such a file already, and this run reads files of {folder}")
 
 
 # ---- pictures that are made --------------------------------------------------------------------------------
+
 
 def overlay(image, mask):
     """The picture with everything but the object faded, and the object outlined in white and black; PIL RGB.
@@ -406,21 +386,15 @@ def grow(mask, steps):
     return mask
 
 
-def describe(mask):
-    """(area in pixels, box (left, top, width, height) or None)."""
-    box = Image.fromarray(mask.view(np.uint8)).getbbox()
-    return int(mask.sum()), box and (box[0], box[1], box[2] - box[0], box[3] - box[1])
-
-
 def confidence_picture(probabilities, size, box=(0, 0, 1, 1)):
     """Probabilities (M,) of a mask's tokens -> grey PIL picture of `size` (W, H): white is 1.
 
     box: where the picture stands in the square that the tokens cover: (left, top, width, height), as shares of it.
     """
     grid = math.isqrt(len(probabilities))
-    values = np.asarray(probabilities, np.float32).reshape(grid, grid)
     left, top, width, height = (share * grid for share in box)
     x, y = math.floor(left), math.floor(top)  # only the tokens that the picture touches count
+    values = np.asarray(probabilities, np.float32).reshape(grid, grid)
     values = values[y:math.ceil(top + height), x:math.ceil(left + width)]
     box = (left - x, top - y, left + width - x, top + height - y)
     large = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR, box)
@@ -444,11 +418,7 @@ def setup_ranks(device_name):
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {local_rank} has no GPU, {torch.cuda.device_count()} are here: "
-                             "lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")  # ValueError for more processes than GPUs
         torch.cuda.set_device(device)
     # a rank that waits for another longer than this gives up: only a hung machine takes so long
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
@@ -477,25 +447,19 @@ def score(args):
     with one_rank_first():
         dataset = load_dataset(args.dataset, args.split, args.root, **options)
     count = min(args.count or len(dataset), len(dataset))
-    if count == 0:
-        raise ValueError(f"{args.dataset}:{args.split} has no examples")
     segmenter = load(args, device)
     lines = [dataset.path] if isinstance(dataset, JSONLines) else []
     run = run_header(args, options, count, lines, segmenter)
     stem = args.out / run_name(args, run, len(dataset))
     args.out.mkdir(parents=True, exist_ok=True)
-    check_outputs([args.json, *(f"{stem}.{kind}" for kind in ("jsonl", "json", "png"))],
-                  [*checkpoint_files(args), *lines])
+    check_outputs(args, [f"{stem}.{kind}" for kind in ("jsonl", "json", "png")], lines)
     lock = stem.with_name(f".{stem.name}.lock")
     with only_one(lock) if rank == 0 else nullcontext():
         predict_rest(segmenter, dataset, run, stem, args, rank, world_size)
         if rank == 0:
-            records = sorted(gather(stem, run).values(), key=lambda r: r["index"])
+            records = collect(stem, run)
             if len(records) != count:
                 raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
-            write_lines(Path(f"{stem}.jsonl"), run, records)
-            for part in stem.parent.glob(f"{stem.name}.rank*.jsonl"):
-                part.unlink()
             report(args, run, records, dataset, stem)
             lock.unlink()
 
@@ -503,22 +467,20 @@ def score(args):
 def run_header(args, options, count, lines, segmenter):
     """All that the numbers of a run depend on, and what they mean in words: records of another run are not its own."""
     dtype = next(segmenter.model.parameters()).dtype
-    more = {"root": args.root, "data": sha256_of(lines[0]) if lines else None,
-            "encoder": args.encoder if args.any_weights else None}
     same = {"draft"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on it
-    file, asked = checkpoint_file(args.checkpoint), ""
-    if args.dataset in SEMANTIC:
-        asked = " of every class" if args.classes == "all" else " of the classes present in each picture"
+    file = checkpoint_file(args.checkpoint)
+    classes = "every class" if args.classes == "all" else "the classes present in each picture"
     return {
-        "dataset": printable(args.dataset), "split": args.split, **options, "count": count,
-        **{name: printable(value) for name, value in more.items() if value},
+        "dataset": printable(args.dataset), "split": args.split, **options, "root": args.root and printable(args.root),
+        "data": sha256_of(lines[0]) if lines else None,
+        "encoder": printable(args.encoder) if args.encoder and args.any_weights else None,
         **{name: value for name, value in decoding(args).items() if name not in same},
-        "dtype": str(dtype).removeprefix("torch."),
+        "count": count, "dtype": str(dtype).removeprefix("torch."),
         "model": segmenter.model.frozen["mllm"]["sha256"] if file.is_dir() else sha256_of(file),
         "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"],
-        "protocol": f"prompts: the bare phrases{asked}; {args.decode} decoding; masks at the pictures' own sizes, "
-                    "ignored pixels left out; mIoU per class over the prompted classes; AHD in pixels at 256 x 256, "
-                    "over pairs with IoU > t",
+        "protocol": f"prompts: the bare phrases, of semantic sets those of {classes}; {args.decode} decoding; "
+                    "masks at the pictures' own sizes, ignored pixels left out; mIoU per class over the prompted "
+                    "classes; AHD in pixels at 256 x 256, over pairs with IoU > t",
     }
 
 
@@ -527,30 +489,30 @@ def run_name(args, run, size):
 
     size: examples that the split has. A checkpoint other than the embedded one is named by the start of its SHA-256.
     """
-    more = [args.split_by, args.classes, args.decode if args.decode != "greedy" else None]
-    more += [f"{name}{run[name]}" for name, value in USUAL.items() if run.get(name, value) != value]
-    more += [f"count{run['count']}" if run["count"] < size else None]
-    more += [run["dtype"] if run["dtype"] != "float32" else None]
-    if args.checkpoint and run["model"] != sha256_of(checkpoint_file()):
-        more.append(run["model"][:8])
+    usual = {**USUAL, "split_by": None, "classes": None, "decode": "greedy", "count": size, "dtype": "float32",
+             "model": sha256_of(checkpoint_file())}
+    more = [value[:8] if isinstance(value, str) else f"{name}{value}"
+            for name, value in run.items() if usual.get(name, value) != value]
     name = re.sub(r"[^A-Za-z0-9+-]+", "-", args.dataset)
-    return "-".join([name, re.sub(r"[^\w+.-]+", "-", args.split), *(re.sub("[._]", "-", m) for m in more if m)])
+    return "-".join([name, re.sub(r"[^\w+.-]+", "-", args.split), *(re.sub("[._]", "-", part) for part in more)])
 
 
 def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
     """Predict the examples that OUT does not hold yet; each rank writes its share to a file of its own."""
-    done = gather(stem, run)
+    if rank == 0:
+        collect(stem, run)
     if world_size > 1:
-        dist.barrier()  # all ranks share out the same rest: nobody writes before everybody has read
-    predicted = {i for i, record in done.items() if "broken" not in record}  # what was broken is tried again
+        dist.barrier()  # all ranks share out the same rest
+    done = read_records(f"{stem}.jsonl")[1] if os.path.exists(f"{stem}.jsonl") else []
+    predicted = {record["index"] for record in done if "broken" not in record}  # what was broken is tried again
     batches = [range(i, min(i + SCORE_BATCH, run["count"])) for i in range(0, run["count"], SCORE_BATCH)]
     batches = [batch for batch in batches if not predicted.issuperset(batch)][rank::world_size]
-    mine = Path(f"{stem}.rank{rank}.jsonl")
     if batches:
-        write_lines(mine, run, [r for r in done.values() if r["rank"] == rank])  # without a half-written line
+        mine = Path(f"{stem}.rank{rank}.jsonl")
+        write_lines(mine, run, [])
         with open(mine, "a") as file:
             for batch in tqdm(batches, desc=printable(stem.name), unit="batch", disable=rank > 0):
-                lines = score_batch(segmenter, dataset, batch, args, rank)
+                lines = score_batch(segmenter, dataset, batch, args)
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
                 file.flush()
     if world_size > 1:
@@ -558,21 +520,20 @@ def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
         dist.destroy_process_group()
 
 
-def score_batch(segmenter, dataset, indices, args, rank):
+def score_batch(segmenter, dataset, indices, args):
     """Predict and compare some examples; a record for each. Broken ones stop the run, or with --skip-broken say why."""
     examples, records = [], []
     for i in indices:
         try:
             example = dataset[i]
-            needed = segmenter.text_tokenizer.too_long(example.phrase)
-            if needed:
+            if needed := segmenter.text_tokenizer.too_long(example.phrase):
                 raise ValueError(f"example {i} ({example.id}): its phrase has {needed} tokens, the model reads "
                                  f"{segmenter.text_tokenizer.length}")
             examples.append((i, example))
         except (ValueError, OSError) as error:
             if not args.skip_broken:
                 raise
-            records.append({"index": i, "rank": rank, "broken": printable(error)})
+            records.append({"index": i, "broken": printable(error)})
     if not examples:
         return records
     options = decoding(args)
@@ -580,26 +541,31 @@ def score_batch(segmenter, dataset, indices, args, rank):
         options["seed"] = [int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0]) for i, _ in examples]
     masks = segmenter.many([e.image for _, e in examples], [[e.phrase] for _, e in examples], **options)
     for (i, example), (mask,) in zip(examples, masks):
-        one = SegmentationMetrics()
-        intersection, union, _, ahd = one.update(mask, example.mask, ignore=example.ignore)
-        records.append({"index": i, "rank": rank, "id": example.id, "phrase": example.phrase, "task": example.task,
+        intersection, union, _, ahd = SegmentationMetrics().update(mask, example.mask, ignore=example.ignore)
+        records.append({"index": i, "id": example.id, "phrase": example.phrase, "task": example.task,
                         "label": example.label, "rle": rle_encode(mask), "intersection": intersection, "union": union,
-                        "iou": one.compute()["gIoU"], "ahd": None if math.isnan(ahd) else ahd})
+                        "iou": intersection / union if union else 1.0, "ahd": None if math.isnan(ahd) else ahd})
     return records
 
 
-def gather(stem, run):
-    """{index: record} of what OUT already holds of this run, finished or not; ValueError if it is of another run."""
-    done = {}
-    for path in sorted(stem.parent.glob(f"{stem.name}.jsonl")) + sorted(stem.parent.glob(f"{stem.name}.rank*.jsonl")):
-        header, records = read_records(path)
+def collect(stem, run):
+    """Gather what the ranks wrote, in this run or before a stop, into one .jsonl; returns its records in order.
+
+    ValueError for a file of another run.
+    """
+    whole_run, parts, records = Path(f"{stem}.jsonl"), sorted(stem.parent.glob(f"{stem.name}.rank*.jsonl")), {}
+    for path in [whole_run, *parts] if whole_run.exists() else parts:
+        header, found = read_records(path)
         if header != run:
-            changed = [key for key in run if header.get(key) != run[key]] if isinstance(header, dict) else ["run"]
+            changed = [key for key in run if not isinstance(header, dict) or header.get(key) != run[key]]
             raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
-        if not all({"index", "rank"} | (set() if "broken" in r else {"phrase", "rle"}) <= r.keys() for r in records):
-            raise ValueError(f"{path}: holds lines that sample.py does not write: remove it, or --out elsewhere")
-        done |= {record["index"]: record for record in records}
-    return done
+        records |= {record["index"]: record for record in found}
+    records = [records[i] for i in sorted(records)]
+    if parts:
+        write_lines(whole_run, run, records)
+    for part in parts:
+        part.unlink()
+    return records
 
 
 def write_lines(path, run, records):
@@ -615,26 +581,21 @@ def report(args, run, records, dataset, stem):
         if "broken" in record:
             print(f"broken: {printable(record['broken'])}", file=say)
     skipped = len(records) - len(good)
-    if skipped and not args.allow_skipped:
+    if not good or skipped and not args.allow_skipped:
         raise ValueError(f"{skipped} of {run['count']} examples are broken: no number without them; "
                          "--allow-skipped asks for the rest's")
-    if not good:
-        raise ValueError(f"all {run['count']} examples are broken")
     total, by_task = add_up(records)
     tables = {"all": total.compute()} | {task: by_task[task].compute() for task in sorted(by_task)}
     print(printable(f"{args.dataset}:{args.split}: {run['protocol']}"), file=say)
-    if skipped:
-        print(f"{skipped} broken examples are left out", file=say)
     for keys in (("count", "mIoU", "cIoU", "gIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"),
                  [f"{name}@0.{d}" for d in range(5, 10) for name in ("mAHD", "count")]):
         print_table([{"": name} | {key: numbers[key] for key in keys} for name, numbers in tables.items()], say)
-    result = {**run, "skipped": skipped, **tables}
-    write_json(f"{stem}.json", result)
-    contact_sheet([(printable(r["phrase"])[:100], [example.image, rle_decode(r["rle"]), example.mask])
-                   for r in good[:24] for example in [dataset[r["index"]]]], f"{stem}.png")
-    print(printable(f"wrote {stem}.jsonl, .json and .png (picture, predicted, truth)"), file=say)
-    if args.json:
-        write_json(args.json, result)
+    shown = [(record, dataset[record["index"]]) for record in good[:24]]
+    cells = [(e.phrase, [e.image, rle_decode(record.get("rle")), e.mask]) for record, e in shown]
+    contact_sheet(cells, f"{stem}.png", headings=("picture", "predicted", "truth"))
+    print(printable(f"wrote {stem}.jsonl, .json and .png"), file=say)
+    for target in filter(None, (f"{stem}.json", args.json)):
+        write_json(target, {**run, "skipped": skipped, **tables})
 
 
 def print_table(rows, file, digits=4):
@@ -654,7 +615,7 @@ def print_table(rows, file, digits=4):
 @torch.inference_mode()
 def bench(args):
     """Measure the checkpoint on drawn test scenes, plain and drafted; a table and JSON."""
-    check_outputs([args.json], checkpoint_files(args))
+    check_outputs(args, [], [])
     segmenter = load(args, args.device)
     if segmenter.padded:
         raise BadUsage(f"--bench measures a LlamaSeg, {args.checkpoint} is a Janus checkpoint")
@@ -700,11 +661,12 @@ def bench_row(generate, mask_tokenizer, device, batch, draft, rounds=8):
 
 MODEL = {"checkpoint", "encoder", "mask_tokenizer", "any_weights", "device", "dtype"}
 MASKS = MODEL | {"decode", *USUAL, "out", "json"}
-READS = {  # the flags of each job
-    "--bench": MODEL | {"bench", "json"},
-    "--chat": MODEL | {"chat", "image"},
-    "--dataset": MASKS | {"dataset", "split", "root", "split_by", "classes", "skip_broken", "allow_skipped", "count"},
-    "pictures": MASKS | {"image", "prompt", "confidence", "attention"},
+JOBS = {  # by the flag that asks for it: the function, and the flags that it reads
+    "bench": (bench, MODEL | {"bench", "json"}),
+    "chat": (chat, MODEL | {"chat", "image"}),
+    "dataset": (score, MASKS | {"dataset", "split", "root", "split_by", "classes", "skip_broken", "allow_skipped",
+                                "count"}),
+    "pictures": (segment, MASKS | {"image", "prompt", "confidence", "attention"}),
 }
 
 
@@ -712,8 +674,7 @@ def make_parser():
     """The flags, in groups."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("what to segment").add_argument
-    add("--image", nargs="+", action="extend", metavar="PATH", help="files, folders, or - for standard input (default: "
-        "the embedded picture)")
+    add("--image", nargs="+", action="extend", metavar="PATH", help="files, folders, or - for standard input")
     add("--prompt", action="append", metavar="TEXT", help="what to look for; repeat for more masks of the picture")
     add("--chat", metavar="QUESTION", help="ask a Janus checkpoint about the picture, in words")
     add("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: %(default)s)")
@@ -722,13 +683,12 @@ def make_parser():
     add("--attention", metavar="FILE", help="PNG of what mask tokens look at among mask tokens, last layer, log scale")
     add("--bench", action="store_true", help="measure the checkpoint instead, plain and drafted")
     add = parser.add_argument_group("scoring a data set").add_argument
-    add("--dataset", metavar="NAME", help="data set to score on: scenes, ade20k, refcoco, jsonl:PATH ... (README has "
-        "the table); can be stopped and typed again, and run under torchrun")
+    add("--dataset", metavar="NAME", help="scenes, ade20k, refcoco, jsonl:PATH ... (README has the table); "
+        "goes on when typed again, and runs under torchrun")
     add("--split", default="test", help="default: %(default)s")
     add("--root", type=Path, help="folder in which its official archives were unpacked")
     add("--split-by", help="splitter of a referring set: unc, google, umd, berkeley")
-    add("--classes", choices=("present", "all"), help="classes asked of each picture of a semantic set (default: "
-        "those that are in it)")
+    add("--classes", choices=("present", "all"), help="asked of each picture of a semantic set (default: present)")
     add("--skip-broken", action="store_true", help="list broken examples instead of stopping")
     add("--allow-skipped", action="store_true", help="report numbers without the skipped examples")
     add("--count", type=int, help="first examples only (default: all of the split)")
@@ -742,12 +702,9 @@ def make_parser():
     add("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
     add("--beams", type=int, metavar="N", help="sequences that beam keeps (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="tokens that top-k draws from (default: %(default)s)")
-    add("--top-p", type=float, metavar="P", help="top-p draws from the fewest tokens that together have this "
-        "probability (default: %(default)s)")
-    add("--temperature", type=float, metavar="T", help="of top-k, top-p and random: below 1 the likelier tokens are "
-        "drawn more often (default: %(default)s)")
-    add("--seed", type=int, metavar="N", help="of top-k, top-p and random: the same seed draws the same mask of a "
-        "picture, whatever else the run segments (default: %(default)s)")
+    add("--top-p", type=float, metavar="P", help="likeliest tokens up to this total probability (default: %(default)s)")
+    add("--temperature", type=float, metavar="T", help="below 1 draws likelier tokens (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same mask of a picture (default: %(default)s)")
     add("--draft", choices=DRAFTS, help="how greedy decoding guesses tokens to verify several in a pass (default: "
         "auto, the fastest); the mask is the same in float32, in bfloat16 rounding can change it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: %(default)s)")
@@ -758,40 +715,23 @@ def make_parser():
 
 
 def check_flags(parser, args):
-    """A usage error for flags that do not go together or are out of range; returns the job, a key of READS."""
-    job = ("--bench" if args.bench else "--chat" if args.chat is not None else "--dataset" if args.dataset
-           else "pictures")
-    parser.check_read(args, job, READS[job])
-    if job == "--dataset":
+    """A usage error for flags that do not go together or are out of range; returns the job, a key of JOBS."""
+    job = next((flag for flag in ("bench", "chat", "dataset") if getattr(args, flag)), "pictures")
+    read, name = JOBS[job][1], job if job == "pictures" else f"--{job}"
+    if job == "dataset":
         kind = args.dataset.split(":")[0]
-        unread = {"scenes": "root", "jsonl": "split"}.get(kind)
-        parser.check_read(args, f"--dataset {kind}", READS[job] - {unread})
-    if job in ("--dataset", "pictures"):
-        parser.check_read(args, f"--decode {args.decode}", READS[job] - set(USUAL) | set(DECODING[args.decode]))
+        read, name = read - {{"scenes": "root", "jsonl": "split"}.get(kind)}, f"--dataset {kind}"
+    parser.check_read(args, name, read)
+    if "decode" in read:
+        parser.check_read(args, f"--decode {args.decode}", read - set(USUAL) | set(DECODING[args.decode]))
     if args.allow_skipped and not args.skip_broken:
         parser.error("--allow-skipped has no use without --skip-broken")
     if args.image and not args.prompt and not args.chat:
         parser.error('--image needs at least one --prompt, as in --prompt "the red circle"')
-    if (args.confidence or args.attention) and (len(args.prompt or ()) != 1 or len(args.image or ()) != 1):
-        parser.error("--confidence and --attention are for one --image and one --prompt")
-    check_values(parser, args)
-    return job
-
-
-def check_values(parser, args):
-    """A usage error for the value of a flag that cannot be meant."""
     for flag, file, ending in (("--json", None if args.json == "-" else args.json, ".json"),
                                ("--confidence", args.confidence, ".png"), ("--attention", args.attention, ".png")):
         if file and Path(file).suffix.lower() != ending:
             parser.error(f"{flag} {file}: the name must end in {ending}")
-    below = args.root and args.json and args.root.resolve() in Path(args.json).resolve().parents
-    if below and Path(args.json).exists():
-        parser.error(f"--json {args.json}: there is such a file below --root already")
-    for text in [*(args.prompt or ()), *([] if args.chat is None else [args.chat])]:
-        if not text.strip():
-            parser.error("empty --prompt or --chat: give it words, as in 'the red circle'")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            parser.error(f"{text[:40]}: a --prompt or --chat must be Unicode text in UTF-8")
     for flag, value, least, most in (
             ("--count", args.count, 1, 2**32 - 1), ("--beams", args.beams, 1, 2**32 - 1),
             ("--top-k", args.top_k, 1, 2**32 - 1), ("--seed", args.seed, 0, 2**32 - 1),
@@ -802,6 +742,7 @@ def check_values(parser, args):
         pick_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
+    return job
 
 
 def main(argv=None):
@@ -810,8 +751,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     job = check_flags(parser, args)
     stopped = "stopped: type the same command to go on" if args.dataset else "stopped"
-    job = {"--bench": bench, "--chat": chat, "--dataset": score, "pictures": segment}[job]
-    code = parser.run(job, args, stopped=stopped)
+    code = parser.run(JOBS[job][0], args, stopped=stopped)
     if code == 1 and dist.is_initialized():
         os._exit(1)  # the other ranks would wait for this one: torchrun ends them
     return code

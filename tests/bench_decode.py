@@ -32,14 +32,7 @@ sys.path.insert(0, str(REPO))
 from data import load_dataset  # noqa: E402
 from metrics import write_json  # noqa: E402
 from model import (  # noqa: E402
-    PRESETS,
-    LlamaConfig,
-    LlamaSeg,
-    LlamaSegConfig,
-    SigLIPConfig,
-    clock,
-    draft_window,
-    pick_device,
+    PRESETS, LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIPConfig, clock, draft_window, pick_device,
 )
 from sample import Segmenter, bench_row, print_table  # noqa: E402
 from tokenizer import VQGAN, VQGANConfig  # noqa: E402
@@ -61,8 +54,8 @@ def compare_drafts(count, dtype):
         tokens, passes = [], []
         for i in range(0, count, batch):
             stats = {}
-            tokens.append(segmenter.model.generate(text_ids[i:i + batch], pixels[i:i + batch], draft=draft,
-                                                   stats=stats))
+            some = slice(i, i + batch)
+            tokens.append(segmenter.model.generate(text_ids[some], pixels[some], draft=draft, stats=stats))
             passes += stats["mask_passes"]
         return torch.cat(tokens), np.array(passes)
 
