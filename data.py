@@ -394,23 +394,21 @@ def read_label_map(path):
 class LabelMaps:
     """Examples of pictures with a map of classes: picture, class name, the pixels of that class.
 
-    pictures, maps: folders; the files of a picture are STEM.jpg and STEM + `end`, its id is `prefix` + STEM.
-    names: {value in the map: class name}; ignored: values that are not scored; cache: file for the values in each map.
-    classes: "present" asks for the classes that a picture has; "all" asks for every class, with an empty mask where it
-    is absent.
+    name: of LAYOUTS. classes: "present" asks for the classes that a picture has; "all" asks for every class, with an
+    empty mask where it is absent.
     """
 
-    def __init__(self, stems, pictures, maps, names, ignored, cache, classes, end=".png", prefix=""):
-        self.items = [(prefix + stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
-        self.names, self.ignored, self.counts = names, ignored, {"pictures": len(stems)}
-        values = _values_of_maps(self.items, cache)
+    def __init__(self, split, name, root, classes="present"):
+        stems, pictures, maps, end, self.names, self.ignored = LAYOUTS[name](split, name, root)
+        self.items = [(stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
+        self.counts, cache = {"pictures": len(stems)}, maps.with_name(f"{maps.name}.{name}-{split}.index.json")
         self.pairs = []
-        for i, (picture_id, _, file) in enumerate(self.items):
-            unknown = sorted(set(values[picture_id]) - set(names) - set(ignored))
+        for i, values in enumerate(_values_of_maps(self.items, cache)):
+            unknown = sorted(set(values) - set(self.names) - set(self.ignored))
             if unknown:
-                raise ValueError(f"{file}: value {unknown[0]} is none of the {len(names)} classes")
-            present = [value for value in values[picture_id] if value in names]
-            self.pairs += [(i, value) for value in (names if classes == "all" and present else present)]
+                raise ValueError(f"{self.items[i][2]}: value {unknown[0]} is none of the {len(self.names)} classes")
+            present = [value for value in values if value in self.names]
+            self.pairs += [(i, value) for value in (self.names if classes == "all" and present else present)]
         self._recent = None, None, None
 
     def __len__(self):
@@ -432,8 +430,8 @@ class LabelMaps:
 
 
 def _values_of_maps(items, cache):
-    """{picture id: sorted values in its label map}. They take long to find, so they are kept in the file `cache`, with
-    a hash of them and of the name, size and time of each map."""
+    """The sorted values in each label map. They take long to find, so they are kept in the file `cache`, with a hash of
+    them and of the name, size and time of each map."""
     stats = [(file.name, file.stat()) for _, _, file in items]
     stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
@@ -446,8 +444,7 @@ def _values_of_maps(items, cache):
             return content["values"]
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
         rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
-        bar = tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200)
-        values = {picture_id: row for (picture_id, _, _), row in zip(items, bar)}
+        values = list(tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200))
     with suppress(OSError), whole(cache) as temporary:  # in a folder that cannot be written to they are found again
         temporary.write_text(json.dumps({"stamp": digest(values), "values": values}))
     return values
@@ -461,47 +458,50 @@ def _stems(folder, end):
     return stems
 
 
-def _ade20k(split, name, root, classes="present"):
+# The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, {value in a map: class name}, values
+# that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
+
+
+def _ade20k(split, name, root):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
     folder = {"train": "training", "val": "validation"}[split]
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
-    maps, names = base / "annotations" / folder, dict(enumerate(_names("ade20k_150.txt"), 1))
-    return LabelMaps(_stems(maps, ".png"), base / "images" / folder, maps, names, (0,),
-                     maps.with_name(f"{folder}.index.json"), classes)
+    maps = base / "annotations" / folder
+    names = dict(enumerate(_names("ade20k_150.txt"), 1))
+    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", names, (0,)
 
 
-def _cocostuff(split, name, root, classes="present"):
+def _cocostuff(split, name, root):
     """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
     folder = f"{split}2017"
     if any(root.glob("annotations/COCO_train2014_*.mat")) or (root / "imageLists").exists():
         raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
                          "and the pictures of COCO 2017")
-    maps = _find(root, *(f"{place}/{folder}" for place in (
-        "annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "annotations_detectron2")))
-    stems = [stem for stem in _stems(maps, ".png") if not stem.endswith("_labelTrainIds")]  # mmsegmentation's copies
-    names, used = _names("cocostuff_171.txt"), [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
+    places = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
+              "stuffthingmaps_detectron2")
+    maps = _find(root, *(f"{place}/{folder}" for place in places)).parent
+    stems = [f"{folder}/{stem}" for stem in _stems(maps / folder, ".png") if not stem.endswith("_labelTrainIds")]
+    names, used = _names("cocostuff_171.txt"), list(map(int, _names("cocostuff_171_pixel_values.txt")))
     never = set(range(171)) - set(used)  # ids without pixels in raw maps
-    for file in chain((maps / f"{stem}.png" for stem in stems), maps.parent.glob("*2017/*.png")):
+    for file in chain((maps / f"{stem}.png" for stem in stems), maps.glob("*2017/*.png")):
         values = set(values_in(read_label_map(file))) - {255}
         if max(values, default=0) > 170 or values & never:  # the first map that tells decides
             used = used if max(values) > 170 else range(171)
             break
     else:
-        raise ValueError(f"{maps.parent}: its maps do not tell whether they are raw (182 ids) or converted (171)")
-    return LabelMaps(stems, _find(root, f"images/{folder}", folder), maps, dict(zip(used, names)), (255,),
-                     maps.with_name(f"{folder}.index.json"), classes, prefix=f"{folder}/")
+        raise ValueError(f"{maps}: its maps do not tell whether they are raw (182 ids) or converted (171)")
+    return stems, _find(root, f"images/{folder}", folder).parent, maps, ".png", dict(zip(used, names)), (255,)
 
 
-def _voc20(split, name, root, classes="present"):
+def _voc20(split, name, root):
     """PASCAL VOC 2012, 20 classes: background and void are not scored ("PAS-20")."""
     base = _find(root, "VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets").parent
     stems = _find(base, f"ImageSets/Segmentation/{split}.txt").read_text(errors="replace").split()
-    return LabelMaps(stems, base / "JPEGImages", base / "SegmentationClass",
-                     dict(enumerate(_names("pascal_voc_20.txt"), 1)), (0, 255),
-                     base / f"SegmentationClass.{split}.index.json", classes)
+    names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
+    return stems, base / "JPEGImages", base / "SegmentationClass", ".png", names, (0, 255)
 
 
-def _pascal_context(split, name, root, classes="present"):
+def _pascal_context(split, name, root):
     """PASCAL Context, 59 or all 459 classes, in whichever of its published forms is there.
 
     The 59 are in rising order of their 459 ids, as mmsegmentation, SAN and CAT-Seg have them; the maps that OVSeg
@@ -509,21 +509,22 @@ def _pascal_context(split, name, root, classes="present"):
     """
     base = _find(root, "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages", "JPEGImages").parent
     listed = base / "ImageSets" / "SegmentationContext" / f"{split}.txt"
-    prepared = f"annotations_detectron2/{name}_{split}"  # One folder per split: needs no list.
-    if name == "pc59":
-        names, ids = _names("pascal_context_59.txt"), [int(value) for value in _names("pascal_context_59_ids.txt")]
-        forms = [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
-                 ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))]
-    else:
-        names = _names("pascal_context_459.txt")
-        forms = [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]
+    prepared = f"annotations_detectron2/{name}_{split}"  # one folder per split: needs no list
+    ids = list(map(int, _names("pascal_context_59_ids.txt")))
+    forms = {"pc59": [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
+                      ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))],
+             "pc459": [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]}[name]
     for folder, end, values, ignored in forms:
         maps = base / folder
         if maps.is_dir() and (folder == prepared or listed.exists()):
             stems = _stems(maps, end) if folder == prepared else listed.read_text(errors="replace").split()
-            return LabelMaps(stems, base / "JPEGImages", maps, dict(zip(values, names)), ignored,
-                             base / f"{name}_{split}.{maps.name}.index.json", classes, end)
+            names = dict(zip(values, _names(f"pascal_context_{name[2:]}.txt")))
+            return stems, base / "JPEGImages", maps, end, names, ignored
     raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
+
+
+LAYOUTS = {"ade20k": _ade20k, "cocostuff": _cocostuff, "voc20": _voc20, "pc59": _pascal_context,
+           "pc459": _pascal_context}
 
 
 # --- referring expressions: one example for each sentence
@@ -568,15 +569,16 @@ class Refer:
         self.pictures = _find(root, *(["images/saiapr_tc-12"] if name == "refclef" else
                                       ["images/mscoco/images/train2014", "images/train2014", "train2014"]))
         with _reading(self.file, "refs file"):
-            refs = [ref for ref in refs if self._in(ref["split"], split)]
+            chosen = [ref for ref in refs if self._in(ref["split"], split)]
             self.rows = [(images[ref["image_id"]], annotations[ref["ann_id"]], sentence["sent"], sentence["sent_id"])
-                         for ref in refs for sentence in ref["sentences"]]
+                         for ref in chosen for sentence in ref["sentences"]]
             ids = {(image["id"], sentence_id) for image, _, _, sentence_id in self.rows}
             if len(ids) < len(self.rows):
                 raise ValueError("a sentence comes twice")
         if not self.rows:
-            raise BadUsage(f"{name} ({split_by}) has no split {split!r}")
-        self.counts = {"refs": len(refs), "pictures": len({number for number, _ in ids}), "sentences": len(self.rows)}
+            raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of "
+                           f"{', '.join(sorted({str(ref['split']) for ref in refs}))}")
+        self.counts = {"refs": len(chosen), "pictures": len({number for number, _ in ids}), "sentences": len(ids)}
 
     @staticmethod
     def _in(split, asked):
@@ -706,10 +708,8 @@ def _hash(text):
 
 # --- by name
 
-LABEL_MAPS = {"ade20k": _ade20k, "cocostuff": _cocostuff, "voc20": _voc20, "pc59": _pascal_context,
-              "pc459": _pascal_context}
-DATASETS = {**dict.fromkeys(WORLDS, Scenes), **LABEL_MAPS, **dict.fromkeys(Refer.SPLITTERS, Refer),
-            "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
+DATASETS = {**dict.fromkeys(WORLDS, Scenes), **dict.fromkeys(LAYOUTS, LabelMaps),
+            **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
 
 
 def load_dataset(name, split, root=None, **options):
@@ -732,7 +732,7 @@ def load_dataset(name, split, root=None, **options):
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
-    splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LABEL_MAPS else [split]
+    splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     if name in WORLDS:
