@@ -53,16 +53,9 @@ class Example:
 
 # The paper's example is the first; the paper says there are ten and does not print the others.
 TEMPLATES = (
-    "Produce a segmentation mask for {}.",
-    "Segment {}.",
-    "Please segment {} in this picture.",
-    "Generate the mask of {}.",
-    "Where is {}?",
-    "Show me {}.",
-    "Find {} in the image.",
-    "Can you outline {}?",
-    "Mark every pixel of {}.",
-    "Please give the mask for {}.",
+    "Produce a segmentation mask for {}.", "Segment {}.", "Please segment {} in this picture.",
+    "Generate the mask of {}.", "Where is {}?", "Show me {}.", "Find {} in the image.", "Can you outline {}?",
+    "Mark every pixel of {}.", "Please give the mask for {}.",
 )
 _DETERMINERS = ("the", "a", "an", "all", "every", "everything", "something", "what", "whatever")
 
@@ -432,8 +425,7 @@ class LabelMaps:
 def _values_of_maps(items, cache):
     """The sorted values in each label map. They take long to find, so they are kept in the file `cache`, with a hash of
     them and of the name, size and time of each map."""
-    stats = [(file.name, file.stat()) for _, _, file in items]
-    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for _, _, file in items]
 
     def digest(values):
         return hashlib.sha256(json.dumps([stamps, values]).encode()).hexdigest()
@@ -466,8 +458,7 @@ def _ade20k(split, name, root):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
     folder = {"train": "training", "val": "validation"}[split]
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
-    maps = base / "annotations" / folder
-    names = dict(enumerate(_names("ade20k_150.txt"), 1))
+    maps, names = base / "annotations" / folder, dict(enumerate(_names("ade20k_150.txt"), 1))
     return _stems(maps, ".png"), base / "images" / folder, maps, ".png", names, (0,)
 
 
@@ -634,7 +625,6 @@ class JSONLines:
     Optional: id, a string or a number (default: the line's number); task (default: referring); label, a string (the
     class name, for mIoU). Lines with the same label need different ids, which is checked when the file is opened.
     A line that is broken in another way raises ValueError when it is read.
-
     picture_of: int64 per line, a hash of `image`, the same in every process; 0 for a broken line.
 
     SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl (or, for train, ROOT/sa-ovrs.jsonl) of such lines, images
@@ -662,9 +652,9 @@ class JSONLines:
         order = np.argsort(keys, kind="stable")
         again = np.flatnonzero((np.diff(keys[order]) == 0) & (keys[order][1:] != 0))
         if len(again):
-            lines = " and ".join(str(self.numbers[i]) for i in order[again[0]:again[0] + 2])
-            raise ValueError(f"{path}: lines {lines} have the same id and label (the id of a line without one is its "
-                             "number)")
+            first, second = self.numbers[order[again[0] : again[0] + 2]]
+            raise ValueError(f"{path}: lines {first} and {second} have the same id and label (an id left out is the "
+                             "line's number)")
 
     def __len__(self):
         return len(self.starts)
@@ -694,10 +684,8 @@ def _record(line, number):
         raise ValueError(f"{short(record)}: expected an object whose image is a path")
     id, label = record.get("id"), record.get("label")
     id = number if id is None else id
-    if not isinstance(id, (str, int, float)) or isinstance(id, bool):
-        raise ValueError(f"id {short(id)}: expected a string or a number")
-    if not isinstance(label, (str, type(None))):
-        raise ValueError(f"label {short(label)}: expected a string")
+    if type(id) not in (str, int, float) or not isinstance(label, (str, type(None))):
+        raise ValueError(f"id {short(id)}, label {short(label)}: expected a string or a number, and a string")
     return record | {"id": str(id), "label": label}
 
 
@@ -716,22 +704,20 @@ def load_dataset(name, split, root=None, **options):
     """Open a data set: a sequence of Example.
 
     name, with its splits and options:
-        scenes scenes-rich          train val test novel; phrases=
+        scenes scenes-rich                   train val test novel; phrases=
         ade20k cocostuff voc20 pc59 pc459    train val; classes="present" | "all"
-        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them;
-                                    split_by="unc" | "google" | "umd" | "berkeley"
-        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
-        jsonl:PATH                  your own data, see JSONLines; the split is not used
+        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them; split_by=
+        sa-ovrs                              any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
+        jsonl:PATH                           your own data, see JSONLines; the split is not used
     root: the folder in which the official archives were unpacked; the drawn worlds need none.
     FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
     """
     kind = "jsonl:PATH" if name.startswith("jsonl:") else name
     if kind not in DATASETS:
         raise BadUsage(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    known = [option for option in signature(DATASETS[kind]).parameters if option not in ("split", "name", "root")]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
+    for option in options:
+        if option not in signature(DATASETS[kind]).parameters:
+            raise BadUsage(f"{name} has no option {option!r}")
     splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
@@ -876,8 +862,8 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
     A tile keeps its aspect, on grey. headings: what the tiles of a cell are, written once above each column of cells.
     """
     font = ImageFont.load_default(11)
-    count = max(len(tiles) for _, tiles in cells)
-    width, height, gap, top = count * (tile + 2) + 10, tile + 24, 4, 18 if headings else 4
+    width, height = max(len(tiles) for _, tiles in cells) * (tile + 2) + 10, tile + 24
+    gap, top = 4, 18 if headings else 4
     sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + top), "white")
     draw = ImageDraw.Draw(sheet)
     for column in range(min(columns, len(cells))):
@@ -974,31 +960,28 @@ def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("preview", help="write a contact sheet", description=preview.__doc__)
-    p.add_argument("--split", default="train", help="default: train")
-    p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
-    p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
-    p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
-    p.set_defaults(job=preview, parser=p)
-    p = commands.add_parser("check", help="count a data set, open its files, name the broken ones",
-                            description=check.__doc__)
-    p.add_argument("--split", help="default: all that the data set has")
-    p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
-    p.add_argument("--count", type=int, default=100, help="examples to open of each split (default: 100)")
-    p.add_argument("--all", action="store_true", help="open every example")
-    p.set_defaults(job=check, parser=p)
-    for p in commands.choices.values():
+    for job, split, count, summary in (
+            (preview, "train", 24, "write a contact sheet"),
+            (check, None, 100, "count a data set, open its files, name the broken ones")):
+        p = commands.add_parser(job.__name__, help=summary, description=job.__doc__)
         p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
         p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
+        p.add_argument("--split", default=split, help=f"default: {split or 'all that the data set has'}")
+        p.add_argument("--count", type=int, default=count, help=f"examples of each split (default: {count})")
+        p.set_defaults(job=job, parser=p)
+    p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
+    p.add_argument("--all", action="store_true", help="open every example")
+    p = commands.choices["preview"]
+    p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
+    p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
     args = parser.parse_args(argv)
     if args.count < 1 or getattr(args, "first", 0) < 0:
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     if args.command == "preview" and args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
-    every = " --all" if getattr(args, "all", False) else ""
     reads = {"root": args.name not in WORLDS, "split": not args.name.startswith("jsonl:"),
-             "split_by": args.name in Refer.SPLITTERS, "count": not every}
-    args.parser.check_read(args, f"{args.command} {args.name}{every}", [f for f in vars(args) if reads.get(f, True)])
+             "split_by": args.name in Refer.SPLITTERS, "count": not getattr(args, "all", False)}
+    args.parser.check_read(args, " ".join(argv or sys.argv[1:]), [f for f in vars(args) if reads.get(f, True)])
     return parser.run(args.job, args)
 
 

@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Batches, LabelMaps, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
+from data import Batches, LabelMaps, Mixture, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
 from metrics import BadUsage, Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
@@ -451,11 +451,11 @@ def load_data(args):
     if args.val or not first.startswith("jsonl:"):
         return train_set, load_mixture(args.val or first, "val", args.root)
     count = len(train_set.datasets[0])
-    train_set.datasets, val_set = hold_out(train_set.datasets)
+    parts, val_set = hold_out(train_set.datasets)
     say(f"validation: {len(val_set)} of the {count} lines of {first}" + (
         ", the pictures of which are not trained on" if len(val_set) < count else
         ", which are trained on too: it has one picture; --val gives others"))
-    return train_set, val_set
+    return Mixture(parts, train_set.weights), val_set
 
 
 def make_batches(args, segmenter, train_set, rank, world_size):
