@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
@@ -334,10 +335,9 @@ class Scenes:
         if self._recent[0] != index:
             rng = np.random.default_rng([list(self.SPLITS).index(self.split), index, self.world.seed])
             novel = self.split == "novel"
-            while True:  # an object can end up almost hidden behind later ones: draw another scene
+            picture, owner, objects = draw_scene(rng, self.world, novel)
+            while not measure(owner, objects):  # an object is almost hidden behind later ones: draw another scene
                 picture, owner, objects = draw_scene(rng, self.world, novel)
-                if measure(owner, objects):
-                    break
             picked = pick_phrases(objects, *owner.shape, self.phrases, rng, must=0 if novel else None)
             self._recent = index, (Image.fromarray(picture), owner, objects, picked)
         return self._recent[1]
@@ -425,7 +425,7 @@ class LabelMaps:
 def _values_of_maps(items, cache):
     """The sorted values in each label map. They take long to find, so they are kept in the file `cache`, with a hash of
     them and of the name, size and time of each map."""
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for _, _, file in items]
+    stamps = [(file.name, stat.st_size, stat.st_mtime_ns) for _, _, file in items for stat in [file.stat()]]
 
     def digest(values):
         return hashlib.sha256(json.dumps([stamps, values]).encode()).hexdigest()
@@ -733,7 +733,7 @@ def load_dataset(name, split, root=None, **options):
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
-class Mixture(torch.utils.data.ConcatDataset):
+class Mixture(ConcatDataset):
     """Several data sets; of each sum(weights) training examples weights[k] are of datasets[k], in a fixed pattern.
 
     Each data set goes through its own epochs: none of its examples comes twice in one of them. As a sequence it is
@@ -774,14 +774,12 @@ def hold_out(datasets, share=0.05):
         return datasets, first
     held = pictures[: max(1, round(share * len(pictures)))]
 
-    def subset(dataset, wanted):
-        return torch.utils.data.Subset(dataset, np.flatnonzero(np.isin(dataset.picture_of, held) == wanted))
-
-    train = [subset(dataset, False) if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
-    return train, subset(first, True)
+    train = [Subset(dataset, np.flatnonzero(~np.isin(dataset.picture_of, held)))
+             if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
+    return train, Subset(first, np.flatnonzero(np.isin(first.picture_of, held)))
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches(Dataset):
     """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone. A run can therefore stop and
     go on anywhere, on any number of workers, with no random state to keep.
 
@@ -967,7 +965,7 @@ def main(argv=None):
         p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
         p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
         p.add_argument("--split", default=split, help=f"default: {split or 'all that the data set has'}")
-        p.add_argument("--count", type=int, default=count, help=f"examples of each split (default: {count})")
+        p.add_argument("--count", type=int, default=count, help=f"how many examples (default: {count})")
         p.set_defaults(job=job, parser=p)
     p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
     p.add_argument("--all", action="store_true", help="open every example")
