@@ -718,13 +718,13 @@ def load_dataset(name, split, root=None, **options):
     for option in options:
         if option not in signature(DATASETS[kind]).parameters:
             raise BadUsage(f"{name} has no option {option!r}")
+    if root is None and kind == name and name not in WORLDS:
+        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
     splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     if name in WORLDS:
         return Scenes(split, name, **options)
-    if root is None and kind == name:
-        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     return DATASETS[kind](split, name, root and Path(root), **options)
