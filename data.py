@@ -11,18 +11,17 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
 import sys
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import reduce
 from inspect import signature
 from itertools import chain
 from multiprocessing.pool import ThreadPool
+from operator import index
 from pathlib import Path
 from reprlib import repr as short  # of a value that may be long
 
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
@@ -54,16 +54,9 @@ class Example:
 
 # The paper's example is the first; the paper says there are ten and does not print the others.
 TEMPLATES = (
-    "Produce a segmentation mask for {}.",
-    "Segment {}.",
-    "Please segment {} in this picture.",
-    "Generate the mask of {}.",
-    "Where is {}?",
-    "Show me {}.",
-    "Find {} in the image.",
-    "Can you outline {}?",
-    "Mark every pixel of {}.",
-    "Please give the mask for {}.",
+    "Produce a segmentation mask for {}.", "Segment {}.", "Please segment {} in this picture.",
+    "Generate the mask of {}.", "Where is {}?", "Show me {}.", "Find {} in the image.", "Can you outline {}?",
+    "Mark every pixel of {}.", "Please give the mask for {}.",
 )
 _DETERMINERS = ("the", "a", "an", "all", "every", "everything", "something", "what", "whatever")
 
@@ -100,20 +93,19 @@ def rle_decode(rle, size=None):
     size: the (H, W) that it must declare, where it is known; another one is then never allocated.
     ValueError for anything else, and where the counts do not fill the size.
     """
-    if not (isinstance(rle, dict) and "size" in rle and "counts" in rle):
-        raise ValueError(f"a run-length mask is an object with size and counts, got {short(rle)}")
-    sides, counts = _numbers(rle["size"], "iu"), rle["counts"]
-    if sides is None or len(sides) != 2 or (sides < 0).any() or math.prod(sides.tolist()) > MOST_PIXELS:
-        raise ValueError(f"a mask of size {short(rle['size'])}: expected [height, width], "
-                         f"at most {MOST_PIXELS:,} pixels")
-    height, width = sides.tolist()
-    if size not in (None, (height, width)):
-        raise ValueError(f"a run-length mask of {(height, width)}, not {size}")
-    counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else _numbers(counts, "iu")
-    if counts is None or not ((0 <= counts) & (counts <= MOST_PIXELS)).all():
-        raise ValueError(f"run-length counts are a string or a list of whole numbers, got {short(rle['counts'])}")
-    if counts.sum() != height * width:
-        raise ValueError(f"run-length counts add up to {counts.sum()}, not to {height} x {width}")
+    try:
+        height, width = map(index, rle["size"])
+        counts = rle["counts"]
+        packed = isinstance(counts, (str, bytes))
+        counts = unpack_counts(counts) if packed else np.fromiter(map(index, counts), np.int64)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"a run-length mask has whole numbers as size [H, W] and as counts, got {short(rle)} "
+                         f"({error})") from None
+    if size not in (None, (height, width)) or min(height, width) < 0 or height * width > MOST_PIXELS:
+        raise ValueError(f"a run-length mask of size {short([height, width])}: expected "
+                         + (f"{list(size)}" if size else f"at most {MOST_PIXELS:,} pixels"))
+    if (counts < 0).any() or (counts > MOST_PIXELS).any() or counts.sum() != height * width:
+        raise ValueError(f"run-length counts that do not fill {height} x {width} pixels")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape((height, width), order="F")
 
@@ -132,34 +124,21 @@ def pack_counts(counts):
 
 def unpack_counts(text):
     """The inverse of pack_counts, for counts below 2^34."""
-    text = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    text = text if isinstance(text, bytes) else text.encode()
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
         return codes
-    if (codes < 0).any() or (codes > 63).any() or codes[-1] & 0x20:
-        raise ValueError("the run-length string ends in the middle of a count or has characters that COCO does not use")
     ends = np.flatnonzero(codes & 0x20 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 7:
-        raise ValueError("the run-length string has a count that no mask has")
+    lengths = np.diff(ends, prepend=-1)  # characters of each count
+    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20 or lengths.max() > 7:
+        raise ValueError("no string of run-length counts")
+    starts = ends - lengths + 1
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     values = np.add.reduceat((codes & 0x1F) << 5 * place, starts)
     values -= np.where(codes[ends] & 0x10, 1 << 5 * lengths, 0)
     values[1::2] = values[1::2].cumsum()  # undo the differences to the last but one,
     values[2::2] = values[2::2].cumsum()  # which begin at the fourth
     return values
-
-
-def _numbers(values, kinds):
-    """A list, tuple or array of numbers as an array (n,), or None if it is something else; kinds: of NumPy's dtypes."""
-    if not isinstance(values, (list, tuple, np.ndarray)):
-        return None
-    try:
-        numbers = np.asarray(values) if len(values) else np.zeros(0, np.int64)
-    except ValueError:  # lists of different lengths in it
-        return None
-    return numbers if numbers.ndim == 1 and numbers.dtype.kind in kinds else None
 
 
 def polygons_to_mask(polygons, height, width):
@@ -169,46 +148,46 @@ def polygons_to_mask(polygons, height, width):
     grid five times as fine, the outline walked there, its crossings of pixel columns kept.
     ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
-    mask = np.zeros((height, width), bool)
-    # Our bounds: coordinates up to twice the longer side, an outline of up to a million pixels. Walking a longer one
-    # would take too long; real annotations stay far below both.
-    far = 2 * max(height, width)
-    for polygon in polygons:
-        numbers = _numbers(polygon, "iuf")
-        if numbers is None:
-            raise ValueError(f"a polygon is a list of numbers x0, y0, x1, y1, ..., got {short(polygon)}")
-        wrong = numbers[~(np.abs(numbers) <= far)]  # NaN too
-        if len(wrong):
-            raise ValueError(f"a polygon holds {wrong[0]}: expected numbers from {-far} to {far} in a picture of "
-                             f"{width} x {height}")
-        if len(numbers) < 6 or len(numbers) % 2:
-            raise ValueError(f"a polygon of {len(numbers) / 2:g} points: at least three (x, y) are needed")
-        points = numbers.astype(np.float64).reshape(-1, 2)
-        outline = np.abs(points - np.roll(points, -1, axis=0)).max(1).sum()
-        if outline > 1_000_000:
-            raise ValueError(f"a polygon with an outline of {outline:,.0f} pixels: expected at most 1,000,000")
-        mask |= _fill(points, height, width)
+    return segmentation_to_mask(list(polygons), height, width)
+
+
+def segmentation_to_mask(segmentation, height, width):
+    """A COCO segmentation, one RLE or a list of polygons and RLEs -> bool (height, width), the union of the parts."""
+    if isinstance(segmentation, dict):
+        return rle_decode(segmentation, (height, width))
+    if not isinstance(segmentation, list):
+        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(segmentation)}")
+    mask = np.zeros((height, width), bool, order="F")
+    for part in segmentation:
+        mask |= rle_decode(part, (height, width)) if isinstance(part, dict) else _fill(part, height, width)
     return mask
 
 
-def _fill(points, height, width):
-    """Points (n, 2) of one polygon -> bool (height, width)."""
+def _fill(polygon, height, width):
+    """One polygon [x0, y0, x1, y1, ...] -> bool (height, width)."""
+    try:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        points = np.zeros((0, 2))
+    # Our bounds: coordinates up to twice the longer side, an outline of up to a million pixels. Walking a longer one
+    # would take too long; real annotations stay far below both.
+    if (len(points) < 3 or not (np.abs(points) <= 2 * max(height, width)).all()  # NaN too
+            or np.abs(points - np.roll(points, -1, axis=0)).max(1).sum() > 1_000_000):
+        raise ValueError("a polygon is a list x0, y0, x1, y1, ... of at least three points in or near the picture of "
+                         f"{width} x {height}, got {short(polygon)}")
     corners = np.trunc(5 * points + 0.5).astype(np.int64)
-    xs, ys = [], []
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
-        dx, dy = abs(x1 - x0), abs(y1 - y0)
-        flip = x0 > x1 if dx >= dy else y0 > y1  # walk from the smaller end, so that both ways give the same pixels
+    outline = []  # of the pixels (x, y) between each two corners
+    for start, end in zip(corners, np.roll(corners, -1, axis=0)):
+        along = int(np.abs(end - start).argmax())  # the axis on which it goes farther
+        flip = start[along] > end[along]  # walk from the smaller end, so that both ways give the same pixels
         if flip:
-            x0, y0, x1, y1 = x1, y1, x0, y0
-        steps = np.arange(max(dx, dy) + 1)
-        steps = steps[::-1] if flip else steps
-        if dx >= dy:
-            xs.append(x0 + steps)
-            ys.append(np.trunc(y0 + (y1 - y0) / max(dx, 1) * steps + 0.5).astype(np.int64))
-        else:
-            xs.append(np.trunc(x0 + (x1 - x0) / dy * steps + 0.5).astype(np.int64))
-            ys.append(y0 + steps)
-    x, y = np.concatenate(xs), np.concatenate(ys)
+            start, end = end, start
+        steps = np.arange(end[along] - start[along] + 1)
+        walk = np.empty((len(steps), 2), np.int64)
+        walk[:, along] = start[along] + steps
+        walk[:, 1 - along] = np.trunc(start[1 - along] + (end - start)[1 - along] / max(steps[-1], 1) * steps + 0.5)
+        outline.append(walk[::-1] if flip else walk)
+    x, y = np.concatenate(outline).T
     turn = np.flatnonzero(x[1:] != x[:-1])  # the outline goes on to another fine column between these and the next
     left, right = x[turn], x[turn + 1]
     column = (np.where(right < left, right, right - 1) + 0.5) / 5 - 0.5
@@ -219,31 +198,19 @@ def _fill(points, height, width):
     return inside.reshape((height, width), order="F")
 
 
-def segmentation_to_mask(segmentation, height, width):
-    """A COCO segmentation, polygons, one RLE or a list of RLEs -> bool (height, width), the union of the parts."""
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if not isinstance(parts, list):
-        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(segmentation)}")
-    polygons = [part for part in parts if not isinstance(part, dict)]
-    masks = (rle_decode(part, (height, width)) for part in parts if isinstance(part, dict))  # can be thousands
-    if len(polygons) < len(parts):
-        mask = reduce(np.logical_or, masks)
-        return mask | polygons_to_mask(polygons, height, width) if polygons else mask
-    return polygons_to_mask(polygons, height, width)
-
-
 # ---- pictures from files ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def _reading(path, what):
-    """Every error while a file is read becomes one line: decoders raise nearly every kind for a damaged file."""
+def _reading(where, what=None):
+    """Every error while something is read becomes one line: decoders raise nearly every kind for a damaged file."""
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such {what}") from None
     except Exception as error:
-        raise ValueError(f"{path}: broken {what} ({error})") from None
+        if isinstance(error, FileNotFoundError) and str(error.filename) == str(where):
+            raise FileNotFoundError(f"{where}: no such {what}") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{where}: " + (f"broken {what} ({reason})" if what else f"{reason}")) from None
 
 
 def open_picture(source):
@@ -357,7 +324,6 @@ class Scenes:
     SPLITS = {"train": 1_000_000, "val": 2_000, "test": 2_000, "novel": 2_000}
 
     def __init__(self, split="train", name="scenes", phrases=1):
-        _check_split(name, split, self.SPLITS)
         self.split, self.world, self.phrases = split, WORLDS[name], phrases
         self._recent = None, None  # the last scene: the P phrases of a picture are asked in a row
 
@@ -369,10 +335,9 @@ class Scenes:
         if self._recent[0] != index:
             rng = np.random.default_rng([list(self.SPLITS).index(self.split), index, self.world.seed])
             novel = self.split == "novel"
-            while True:  # an object can end up almost hidden behind later ones: draw another scene
+            picture, owner, objects = draw_scene(rng, self.world, novel)
+            while not measure(owner, objects):  # an object is almost hidden behind later ones: draw another scene
                 picture, owner, objects = draw_scene(rng, self.world, novel)
-                if measure(owner, objects):
-                    break
             picked = pick_phrases(objects, *owner.shape, self.phrases, rng, must=0 if novel else None)
             self._recent = index, (Image.fromarray(picture), owner, objects, picked)
         return self._recent[1]
@@ -402,11 +367,6 @@ def _find(root, *candidates):
     raise FileNotFoundError(f"{root}: holds none of {', '.join(map(str, candidates))}")
 
 
-def _check_split(name, split, splits=("train", "val")):
-    if split not in splits:
-        raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
-
-
 # --- label maps: one example for each picture and class
 
 
@@ -427,27 +387,21 @@ def read_label_map(path):
 class LabelMaps:
     """Examples of pictures with a map of classes: picture, class name, the pixels of that class.
 
-    pictures, maps: folders; the files of a picture are STEM.jpg and STEM + `end`, its id is `prefix` + STEM.
-    names: {value in the map: class name}; ignored: values that are not scored; cache: file for the values in each map.
-    classes: "present" asks for the classes that a picture has; "all" asks for every class, with an empty mask where it
-    is absent.
+    name: of LAYOUTS. classes: "present" asks for the classes that a picture has; "all" asks for every class, with an
+    empty mask where it is absent.
     """
 
-    def __init__(self, stems, pictures, maps, names, ignored, cache, classes, end=".png", prefix=""):
-        if classes not in ("present", "all"):
-            raise BadUsage(f"classes {classes!r}: choose present or all")
-        if len(set(stems)) < len(stems):
-            raise ValueError(f"{maps}: the split's list names a picture twice")
-        self.items = [(prefix + stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
-        self.names, self.ignored, self.counts = names, ignored, {"pictures": len(stems)}
-        values = _values_of_maps(self.items, cache)
+    def __init__(self, split, name, root, classes="present"):
+        stems, pictures, maps, end, self.names, self.ignored = LAYOUTS[name](split, name, root)
+        self.items = [(stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
+        self.counts, cache = {"pictures": len(stems)}, maps.with_name(f"{maps.name}.{name}-{split}.index.json")
         self.pairs = []
-        for i, (picture_id, _, file) in enumerate(self.items):
-            unknown = sorted(set(values[picture_id]) - set(names) - set(ignored))
+        for i, values in enumerate(_values_of_maps(self.items, cache)):
+            unknown = sorted(set(values) - set(self.names) - set(self.ignored))
             if unknown:
-                raise ValueError(f"{file}: value {unknown[0]} is none of the {len(names)} classes")
-            present = [value for value in values[picture_id] if value in names]
-            self.pairs += [(i, value) for value in (names if classes == "all" and present else present)]
+                raise ValueError(f"{self.items[i][2]}: value {unknown[0]} is none of the {len(self.names)} classes")
+            present = [value for value in values if value in self.names]
+            self.pairs += [(i, value) for value in (self.names if classes == "all" and present else present)]
         self._recent = None, None, None
 
     def __len__(self):
@@ -469,32 +423,22 @@ class LabelMaps:
 
 
 def _values_of_maps(items, cache):
-    """{picture id: sorted values in its label map}. They take long to find, so they are kept in the file `cache`, with
-    a hash of them and of the name, size and time of each map."""
-    try:
-        stats = [(file.name, file.stat()) for _, _, file in items]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename}: no such label map, though the split's list names it") from None
-    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    """The sorted values in each label map. They take long to find, so they are kept in the file `cache`, with a hash of
+    them and of the name, size and time of each map."""
+    stamps = [(file.name, stat.st_size, stat.st_mtime_ns) for _, _, file in items for stat in [file.stat()]]
 
     def digest(values):
         return hashlib.sha256(json.dumps([stamps, values]).encode()).hexdigest()
 
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # there is none yet, or it is not ours
         content = parse_json(regular(cache).read_bytes())
         if content["stamp"] == digest(content["values"]):
             return content["values"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # there is none yet, or it is not ours: make it
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
         rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
-        bar = tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200)
-        values = {picture_id: row for (picture_id, _, _), row in zip(items, bar)}
-    try:
-        with whole(cache) as temporary:
-            temporary.write_text(json.dumps({"stamp": digest(values), "values": values}))
-    except OSError:
-        pass  # the folder cannot be written to: they are found out again next time
+        values = list(tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200))
+    with suppress(OSError), whole(cache) as temporary:  # in a folder that cannot be written to they are found again
+        temporary.write_text(json.dumps({"stamp": digest(values), "values": values}))
     return values
 
 
@@ -506,94 +450,79 @@ def _stems(folder, end):
     return stems
 
 
-def _ade20k(split, name, root, classes="present"):
+# The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, {value in a map: class name}, values
+# that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
+
+
+def _ade20k(split, name, root):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
-    _check_split(name, split)
     folder = {"train": "training", "val": "validation"}[split]
-    if (root / "index_ade20k.pkl").exists() or any(root.glob("ADE20K_20*")):
-        raise ValueError(f"{root}: the full ADE20K; the benchmark of 150 classes is ADEChallengeData2016.zip")
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
     maps, names = base / "annotations" / folder, dict(enumerate(_names("ade20k_150.txt"), 1))
-    return LabelMaps(_stems(maps, ".png"), base / "images" / folder, maps, names, (0,),
-                     maps.with_name(f"{folder}.index.json"), classes)
+    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", names, (0,)
 
 
-def _cocostuff(split, name, root, classes="present", labels=None, label_root=None):
+def _cocostuff(split, name, root):
     """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
-    _check_split(name, split)
     folder = f"{split}2017"
     if any(root.glob("annotations/COCO_train2014_*.mat")) or (root / "imageLists").exists():
         raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
                          "and the pictures of COCO 2017")
-    usual = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
-             "stuffthingmaps_detectron2")
-    places = [label_root] if label_root else [place for place in usual if (root / place / folder).is_dir()]
-    if len(places) != 1:
-        raise ValueError(f"{root}: " + (f"label maps in {' and '.join(places)}: say which with label_root=" if places
-                         else f"no folder of label maps, as in annotations/{folder}"))
-    maps = root / places[0] / folder
-    plain = [stem for stem in _stems(maps, ".png") if not stem.endswith("_labelTrainIds")]
-    end = ".png" if plain else "_labelTrainIds.png"
-    stems = plain or _stems(maps, end)
-    names, used = _names("cocostuff_171.txt"), [int(value) for value in _names("cocostuff_171_pixel_values.txt")]
-    labels = labels or _cocostuff_kind(maps, [maps / f"{stem}{end}" for stem in stems], used)
-    if labels not in ("raw", "converted"):
-        raise BadUsage(f"labels {labels!r}: choose raw or converted")
-    return LabelMaps(stems, _find(root, f"images/{folder}", folder), maps,
-                     dict(zip(used, names)) if labels == "raw" else dict(enumerate(names)), (255,),
-                     maps.with_name(f"{folder}.index.json"), classes, end, f"{folder}/")
-
-
-def _cocostuff_kind(maps, files, used):
-    """Raw maps have values above 170, converted ones have values that no raw map has. The first map that tells decides;
-    where none of `files` does, those of the other split are looked at."""
-    never = set(range(171)) - set(used)  # ids without pixels
-    for file in chain(files, maps.parent.glob("*2017/*.png")):
+    places = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
+              "stuffthingmaps_detectron2")
+    found = [place for place in places if (root / place / folder).is_dir()]
+    if len(found) != 1:
+        raise ValueError(f"{root}: label maps in {' and '.join(found) or 'no folder'}, expected them in exactly one of "
+                         f"{', '.join(places)}")
+    maps, end = root / found[0], "_labelTrainIds.png"  # converted maps may lie beside the raw ones, which are read then
+    raw = [stem for stem in _stems(maps / folder, ".png") if not stem.endswith("_labelTrainIds")]
+    stems = [f"{folder}/{stem}" for stem in raw or _stems(maps / folder, end)]
+    end = ".png" if raw else end
+    names, used = _names("cocostuff_171.txt"), list(map(int, _names("cocostuff_171_pixel_values.txt")))
+    never = set(range(171)) - set(used)  # ids without pixels in raw maps
+    for file in chain((maps / f"{stem}{end}" for stem in stems), maps.glob(f"*2017/*[0-9]{end}")):
         values = set(values_in(read_label_map(file))) - {255}
-        raw, converted = max(values, default=0) > 170, bool(values & never)
-        if raw and converted:
-            raise ValueError(f"{file}: it has values of the raw 182 ids and of the converted 171")
-        if raw or converted:
-            return "raw" if raw else "converted"
-    raise ValueError(f"{maps.parent}: its maps do not tell whether they are raw (182 ids) or converted (171): in "
-                     "Python, say labels='raw' or 'converted' to load_dataset")
+        if max(values, default=0) > 170 or values & never:  # the first map that tells decides
+            used = used if max(values) > 170 else range(171)
+            break
+    else:
+        raise ValueError(f"{maps}: its maps do not tell whether they are raw (182 ids) or converted (171)")
+    return stems, _find(root, f"images/{folder}", folder).parent, maps, end, dict(zip(used, names)), (255,)
 
 
-def _voc20(split, name, root, classes="present"):
+def _voc20(split, name, root):
     """PASCAL VOC 2012, 20 classes: background and void are not scored ("PAS-20")."""
-    _check_split(name, split)
     base = _find(root, "VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets").parent
     stems = _find(base, f"ImageSets/Segmentation/{split}.txt").read_text(errors="replace").split()
-    return LabelMaps(stems, base / "JPEGImages", base / "SegmentationClass",
-                     dict(enumerate(_names("pascal_voc_20.txt"), 1)), (0, 255),
-                     base / f"SegmentationClass.{split}.index.json", classes)
+    names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
+    return stems, base / "JPEGImages", base / "SegmentationClass", ".png", names, (0, 255)
 
 
-def _pascal_context(split, name, root, classes="present"):
+def _pascal_context(split, name, root):
     """PASCAL Context, 59 or all 459 classes, in whichever of its published forms is there.
 
     The 59 are in rising order of their 459 ids, as mmsegmentation, SAN and CAT-Seg have them; the maps that OVSeg
     prepares lie in a folder of the same name in another order and cannot be told from these.
     """
-    _check_split(name, split)
     base = _find(root, "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages", "JPEGImages").parent
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt", base / f"pascalcontext_{split}.txt"]
-    listed = next((file.read_text(errors="replace").split() for file in lists if file.exists()), None)
-    prepared = f"annotations_detectron2/{name}_{split}"  # One folder per split: needs no list.
-    if name == "pc59":
-        names, ids = _names("pascal_context_59.txt"), [int(value) for value in _names("pascal_context_59_ids.txt")]
-        forms = [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
-                 ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))]
-    else:
-        names = _names("pascal_context_459.txt")
-        forms = [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]
+    listed = next(filter(Path.exists, lists), None)
+    prepared = f"annotations_detectron2/{name}_{split}"  # one folder per split: needs no list
+    ids = list(map(int, _names("pascal_context_59_ids.txt")))
+    forms = {"pc59": [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
+                      ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))],
+             "pc459": [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]}[name]
     for folder, end, values, ignored in forms:
         maps = base / folder
-        if maps.is_dir() and (listed or folder == prepared):
-            stems = _stems(maps, end) if folder == prepared else listed
-            return LabelMaps(stems, base / "JPEGImages", maps, dict(zip(values, names)), ignored,
-                             base / f"{name}_{split}.{maps.name}.index.json", classes, end)
+        if maps.is_dir() and (folder == prepared or listed):
+            stems = _stems(maps, end) if folder == prepared else listed.read_text(errors="replace").split()
+            names = dict(zip(values, _names(f"pascal_context_{name[2:]}.txt")))
+            return stems, base / "JPEGImages", maps, end, names, ignored
     raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
+
+
+LAYOUTS = {"ade20k": _ade20k, "cocostuff": _cocostuff, "voc20": _voc20, "pc59": _pascal_context,
+           "pc459": _pascal_context}
 
 
 # --- referring expressions: one example for each sentence
@@ -604,9 +533,6 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"refused: it names {module}.{name}")
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError(f"refused: it names the object {pid!r}")
 
 
 def read_refs(file):
@@ -633,39 +559,24 @@ class Refer:
         if split_by not in self.SPLITTERS[name]:
             raise BadUsage(f"{name} has no split_by {split_by!r}: choose {' or '.join(self.SPLITTERS[name])}")
         self.file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
-        if not self.file.exists():
-            found = sorted(path.name for path in (root / name).glob("refs(*).p"))
-            raise FileNotFoundError(f"{self.file}: no such file" + (f", found {', '.join(found)}" if found else ""))
-        try:
+        refs = read_refs(self.file)
+        with _reading(self.instances, "instances of a refer set"):
             content = parse_json(regular(self.instances).read_bytes())
             images = {image["id"]: image for image in content["images"]}
             annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.instances}: not the instances of a refer set ({error!r})") from None
         self.pictures = _find(root, *(["images/saiapr_tc-12"] if name == "refclef" else
                                       ["images/mscoco/images/train2014", "images/train2014", "train2014"]))
-        self.rows, self.refs, splits, seen = [], 0, set(), set()
-        for ref in read_refs(self.file):
-            try:
-                splits.add(str(ref["split"]))
-                if not self._in(str(ref["split"]), split):
-                    continue
-                self.refs += 1
-                image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
-                for sentence in ref["sentences"]:
-                    row = image, annotation, sentence["sent"], sentence["sent_id"], ref.get("ref_id")
-                    if (image["id"], row[3]) in seen:
-                        raise TypeError(f"sentence {row[3]} comes twice")
-                    seen.add((image["id"], row[3]))
-                    self.rows.append(row)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.file}: ref {short(ref.get('ref_id'))}: not as the refer sets have it, or not "
-                                 f"in {self.instances.name} ({error!r})") from None
-        self.counts = {"refs": self.refs, "pictures": len({image["id"] for image, *_ in self.rows}),
-                       "sentences": len(self.rows)}
-        usual = ("testA", "testB", "testC", "testAB", "testBC") if name == "refclef" else ("testA", "testB")
-        if not self.rows and split not in ("train", "val", "test", *usual):  # those are empty, as refer.py has it
-            raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of {', '.join(sorted(splits))}")
+        with _reading(self.file, "refs file"):
+            chosen = [ref for ref in refs if self._in(ref["split"], split)]
+            self.rows = [(images[ref["image_id"]], annotations[ref["ann_id"]], sentence["sent"], sentence["sent_id"])
+                         for ref in chosen for sentence in ref["sentences"]]
+            ids = {(image["id"], sentence_id) for image, _, _, sentence_id in self.rows}
+            if len(ids) < len(self.rows):
+                raise ValueError("a sentence comes twice")
+        if not self.rows:
+            raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of "
+                           f"{', '.join(sorted({str(ref['split']) for ref in refs}))}")
+        self.counts = {"refs": len(chosen), "pictures": len({number for number, _ in ids}), "sentences": len(ids)}
 
     @staticmethod
     def _in(split, asked):
@@ -678,27 +589,23 @@ class Refer:
 
     def phrase(self, i):
         """The sentence of example i; ValueError if it has no words. This opens no picture."""
-        _, _, sentence, sentence_id, ref = self.rows[i]
-        try:
+        _, _, sentence, sentence_id = self.rows[i]
+        with _reading(f"{self.file}: sentence {sentence_id}"):
             return _words(sentence)
-        except ValueError as error:
-            raise ValueError(f"{self.file}: ref {ref}: sentence {sentence_id}: {error}") from None
 
     def __getitem__(self, i):
-        image, annotation, _, sentence_id, _ = self.rows[i]
+        image, annotation, _, sentence_id = self.rows[i]
         phrase, number = self.phrase(i), image["id"]
-        try:
+        with _reading(f"{self.instances}: annotation {annotation['id']}"):
             files = (image["file_name"], f"{number // 1000:02d}/images/{number}.jpg", f"{number}.jpg")  # they vary
             file = next((file for file in files if (self.pictures / file).exists()), files[0])
             picture = open_picture(self.pictures / file)
             if picture.size != (image["width"], image["height"]):
-                raise ValueError(f"{self.pictures / file}: {picture.size[0]} x {picture.size[1]} pixels, the "
-                                 f"annotation is of {image['width']} x {image['height']}")
+                raise ValueError(f"{file}: {picture.size[0]} x {picture.size[1]} pixels, the annotation is of "
+                                 f"{image['width']} x {image['height']}")
             # parts of fewer than three points enclose nothing
             parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
-            mask = segmentation_to_mask(parts, image["height"], image["width"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.instances}: annotation {annotation['id']}: {error}") from None
+            mask = segmentation_to_mask(parts, *picture.size[::-1])
         return Example(picture, phrase, mask, f"{number}:{sentence_id}", "referring")
 
 
@@ -725,7 +632,6 @@ class JSONLines:
     Optional: id, a string or a number (default: the line's number); task (default: referring); label, a string (the
     class name, for mIoU). Lines with the same label need different ids, which is checked when the file is opened.
     A line that is broken in another way raises ValueError when it is read.
-
     picture_of: int64 per line, a hash of `image`, the same in every process; 0 for a broken line.
 
     SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl (or, for train, ROOT/sa-ovrs.jsonl) of such lines, images
@@ -737,11 +643,9 @@ class JSONLines:
             path = _find(root, f"{split}.jsonl", *["sa-ovrs.jsonl"] * (split == "train"))
         else:
             path = Path(name.removeprefix("jsonl:"))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         self.path, self.root = path, root or path.parent
         rows, start = array("q"), 0  # 32 bytes per line
-        with open(path, "rb") as file:
+        with _reading(path, "file"), open(regular(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -755,23 +659,19 @@ class JSONLines:
         order = np.argsort(keys, kind="stable")
         again = np.flatnonzero((np.diff(keys[order]) == 0) & (keys[order][1:] != 0))
         if len(again):
-            lines = " and ".join(str(self.numbers[i]) for i in order[again[0]:again[0] + 2])
-            record = self._record(order[again[0]])
-            raise ValueError(f"{path}: lines {lines} have the same id {short(record['id'])} and label "
-                             f"{short(record['label'])} (the id of a line without one is its number)")
+            first, second = self.numbers[order[again[0] : again[0] + 2]]
+            raise ValueError(f"{path}: lines {first} and {second} have the same id and label (an id left out is the "
+                             "line's number)")
 
     def __len__(self):
         return len(self.starts)
 
-    def _record(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return _record(file.readline(), int(self.numbers[i]))
-
     def __getitem__(self, i):
-        number = self.numbers[i]
-        try:
-            record = self._record(i)
+        number = int(self.numbers[i])
+        with _reading(f"{self.path}: line {number}"):
+            with open(self.path, "rb") as file:
+                file.seek(self.starts[i])
+                record = _record(file.readline(), number)
             image, phrase, task = record["image"], _words(record["phrase"]), record.get("task", "referring")
             mask = record["segmentation"] if "segmentation" in record else record["mask"]
             if task not in ("semantic", "referring", "reasoning"):
@@ -781,10 +681,6 @@ class JSONLines:
             mask = read_mask(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
             if mask.shape != size:
                 raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]}, {image} is {size[1]} x {size[0]}")
-        except KeyError as error:
-            raise ValueError(f"{self.path}: line {number}: no {error}") from None
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{self.path}: line {number}: {error}") from None
         return Example(picture, phrase, mask, record["id"], task, record["label"])
 
 
@@ -795,10 +691,8 @@ def _record(line, number):
         raise ValueError(f"{short(record)}: expected an object whose image is a path")
     id, label = record.get("id"), record.get("label")
     id = number if id is None else id
-    if not isinstance(id, (str, int, float)) or isinstance(id, bool):
-        raise ValueError(f"id {short(id)}: expected a string or a number")
-    if not isinstance(label, (str, type(None))):
-        raise ValueError(f"label {short(label)}: expected a string")
+    if type(id) not in (str, int, float) or not isinstance(label, (str, type(None))):
+        raise ValueError(f"id {short(id)}, label {short(label)}: expected a string or a number, and a string")
     return record | {"id": str(id), "label": label}
 
 
@@ -809,37 +703,35 @@ def _hash(text):
 
 # --- by name
 
-DATASETS = {**dict.fromkeys(WORLDS, Scenes), "ade20k": _ade20k, "cocostuff": _cocostuff, "voc20": _voc20,
-            "pc59": _pascal_context, "pc459": _pascal_context, **dict.fromkeys(Refer.SPLITTERS, Refer),
-            "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
+DATASETS = {**dict.fromkeys(WORLDS, Scenes), **dict.fromkeys(LAYOUTS, LabelMaps),
+            **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
 
 
 def load_dataset(name, split, root=None, **options):
     """Open a data set: a sequence of Example.
 
     name, with its splits and options:
-        scenes scenes-rich          train val test novel; phrases=
-        ade20k cocostuff            train val; classes="present" | "all". cocostuff: labels="raw" | "converted" where
-                                    the label maps do not tell, label_root=FOLDER where there are several
-        voc20 pc59 pc459            train val; classes=
-        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them;
-                                    split_by="unc" | "google" | "umd" | "berkeley"
-        sa-ovrs                     any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
-        jsonl:PATH                  your own data, see JSONLines; the split is not used
+        scenes scenes-rich                   train val test novel; phrases=
+        ade20k cocostuff voc20 pc59 pc459    train val; classes="present" | "all"
+        refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them; split_by=
+        sa-ovrs                              any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
+        jsonl:PATH                           your own data, see JSONLines; the split is not used
     root: the folder in which the official archives were unpacked; the drawn worlds need none.
     FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
     """
     kind = "jsonl:PATH" if name.startswith("jsonl:") else name
     if kind not in DATASETS:
         raise BadUsage(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    known = [option for option in signature(DATASETS[kind]).parameters if option not in ("split", "name", "root")]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise BadUsage(f"{name} has no option {unknown[0]!r}: it takes {' and '.join(known) or 'none'}")
+    for option in options:
+        if option not in signature(DATASETS[kind]).parameters:
+            raise BadUsage(f"{name} has no option {option!r}")
+    if root is None and kind == name and name not in WORLDS:
+        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
+    splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
+    if split not in splits:
+        raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     if name in WORLDS:
         return Scenes(split, name, **options)
-    if root is None and kind == name:
-        raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     return DATASETS[kind](split, name, root and Path(root), **options)
@@ -848,7 +740,7 @@ def load_dataset(name, split, root=None, **options):
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
-class Mixture:
+class Mixture(ConcatDataset):
     """Several data sets; of each sum(weights) training examples weights[k] are of datasets[k], in a fixed pattern.
 
     Each data set goes through its own epochs: none of its examples comes twice in one of them. As a sequence it is
@@ -856,17 +748,8 @@ class Mixture:
     """
 
     def __init__(self, datasets, weights):
-        self.datasets, self.weights = datasets, weights
-
-    def __len__(self):
-        return sum(map(len, self.datasets))
-
-    def __getitem__(self, i):
-        for dataset in self.datasets:
-            if i < len(dataset):
-                return dataset[i]
-            i -= len(dataset)
-        raise IndexError("beyond the end of the mixture")
+        super().__init__(datasets)
+        self.weights = weights
 
     def file_hashes(self):
         """[[name, SHA-256], ...] of its files of JSON lines, which people edit: caches and checkpoints record them."""
@@ -878,9 +761,7 @@ def load_mixture(text, split, root=None, **options):
     """"refcoco" or "ade20k:1,refcoco:2", names with weights -> Mixture of one split. `options`: of drawn worlds."""
     datasets, weights = [], []
     for part in text.split(","):
-        name, weight = re.fullmatch(r"(.*?)(?::(\d+))?", part.strip()).groups()
-        if weight and not 1 <= int(weight) <= 1000:
-            raise BadUsage(f"{part}: a weight is 1 to 1000")
+        name, weight = re.fullmatch(r"(.*?)(?::([1-9]\d{0,2}))?", part.strip()).groups()  # a weight is 1 to 999
         datasets.append(load_dataset(name, split, root, **(options if name in WORLDS else {})))
         weights.append(int(weight or 1))
         if len(datasets[-1]) == 0:
@@ -900,14 +781,12 @@ def hold_out(datasets, share=0.05):
         return datasets, first
     held = pictures[: max(1, round(share * len(pictures)))]
 
-    def subset(dataset, wanted):
-        return torch.utils.data.Subset(dataset, np.flatnonzero(np.isin(dataset.picture_of, held) == wanted))
-
-    train = [subset(dataset, False) if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
-    return train, subset(first, True)
+    train = [Subset(dataset, np.flatnonzero(~np.isin(dataset.picture_of, held)))
+             if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
+    return train, Subset(first, np.flatnonzero(np.isin(first.picture_of, held)))
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches(Dataset):
     """Training micro-batches of one rank: item k is a function of (seed, k, rank) alone. A run can therefore stop and
     go on anywhere, on any number of workers, with no random state to keep.
 
@@ -988,8 +867,8 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
     A tile keeps its aspect, on grey. headings: what the tiles of a cell are, written once above each column of cells.
     """
     font = ImageFont.load_default(11)
-    count = max(len(tiles) for _, tiles in cells)
-    width, height, gap, top = count * (tile + 2) + 10, tile + 24, 4, 18 if headings else 4
+    width, height = max(len(tiles) for _, tiles in cells) * (tile + 2) + 10, tile + 24
+    gap, top = 4, 18 if headings else 4
     sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + top), "white")
     draw = ImageDraw.Draw(sheet)
     for column in range(min(columns, len(cells))):
@@ -1020,8 +899,8 @@ def write_picture(image, path):
 # What each split is published to hold: pictures, or for the referring sets refs, pictures and sentences; None: unknown.
 PUBLISHED = {
     "ade20k": {"train": [20210], "val": [2000]}, "cocostuff": {"train": [118287], "val": [5000]},
-    "voc20": {"train": [1464], "val": [1449]}, "pc59": {"train": [4998], "val": [5105]},
-    "pc459": {"train": [4998], "val": [5105]},
+    "voc20": {"train": [1464], "val": [1449]}, "sa-ovrs": {"train": None, "val": None},
+    "pc59": {"train": [4998], "val": [5105]}, "pc459": {"train": [4998], "val": [5105]},
     "refcoco unc": {"train": [42404, 16994, 120624], "val": [3811, 1500, 10834],
                     "testA": [1975, 750, 5657], "testB": [1810, 750, 5095]},
     "refcoco google": {"train": [40000, 19213, None], "val": [5000, 4559, None], "test": [5000, 4527, None]},
@@ -1043,9 +922,7 @@ def check(args):
     options = {"split_by": args.split_by} if args.split_by else {}
     splitter = args.split_by or Refer.SPLITTERS.get(args.name, [""])[0]
     published = PUBLISHED.get(f"{args.name} {splitter}".strip(), {})
-    splits = [args.split] if args.split else [*(published or (Scenes.SPLITS if args.name in WORLDS else ["train"]))]
-    if args.name == "sa-ovrs" and args.root and not args.split:
-        splits += [split for split in ("val", "test") if (args.root / f"{split}.jsonl").exists()]
+    splits = [args.split] if args.split else published or (Scenes.SPLITS if args.name in WORLDS else ["train"])
     opened = broken = 0
     for split in splits:
         try:
@@ -1056,26 +933,20 @@ def check(args):
             print(printable(f"{args.name}:{split}: {error}"))
             broken += 1
             continue
-        known = published.get(split, [None] * 3)
-        counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})"
-                  for (kind, count), wanted in zip(getattr(dataset, "counts", {}).items(), known)]
+        counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})" for (kind, count), wanted
+                  in zip(getattr(dataset, "counts", {}).items(), published.get(split) or [None] * 3)]
         print(printable(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}"))
         step = 1 if args.all else max(1, len(dataset) // args.count)
-        looked_at = range(0, len(dataset), 1 if isinstance(dataset, Refer) else step)
+        opened += len(range(0, len(dataset), step))
+        looked_at = range(0, len(dataset), 1 if isinstance(dataset, Refer) else step)  # all phrases: it takes no time
         for i in tqdm(looked_at, desc=f"open {split}", disable=len(looked_at) < 200):
             try:
-                if i % step:
-                    dataset.phrase(i)  # looking at all phrases takes no time
-                else:
-                    opened += 1
-                    dataset[i]
+                dataset.phrase(i) if i % step else dataset[i]
             except (ValueError, OSError) as error:
                 tqdm.write(printable(f"broken: {error}"))
                 broken += 1
-    if not opened and not broken:
-        raise ValueError(f"{args.name}: no examples" + (f" in {args.root}" if args.root else ""))
     print(f"{opened:,} examples opened, {broken} broken")
-    return 1 if broken else 0
+    return 1 if broken or not opened else 0
 
 
 def preview(args):
@@ -1094,31 +965,28 @@ def main(argv=None):
     """The command line; returns the exit code: 0, 1 for bad data, 2 for bad usage (argparse)."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("preview", help="write a contact sheet", description=preview.__doc__)
-    p.add_argument("--split", default="train", help="default: train")
-    p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
-    p.add_argument("--count", type=int, default=24, help="how many (default: 24)")
-    p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
-    p.set_defaults(job=preview, parser=p)
-    p = commands.add_parser("check", help="count a data set, open its files, name the broken ones",
-                            description=check.__doc__)
-    p.add_argument("--split", help="default: all that the data set has")
-    p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
-    p.add_argument("--count", type=int, default=100, help="examples to open of each split (default: 100)")
-    p.add_argument("--all", action="store_true", help="open every example")
-    p.set_defaults(job=check, parser=p)
-    for p in commands.choices.values():
+    for job, split, count, summary in (
+            (preview, "train", 24, "write a contact sheet"),
+            (check, None, 100, "count a data set, open its files, name the broken ones")):
+        p = commands.add_parser(job.__name__, help=summary, description=job.__doc__)
         p.add_argument("name", help="data set: scenes, ade20k, refcoco, jsonl:PATH ... (README has the table)")
         p.add_argument("--root", type=Path, help="folder in which the official archives were unpacked")
+        p.add_argument("--split", default=split, help=f"default: {split or 'all that the data set has'}")
+        p.add_argument("--count", type=int, default=count, help=f"how many examples (default: {count})")
+        p.set_defaults(job=job, parser=p)
+    p.add_argument("--split-by", help="splitter of the referring sets, as in refs(umd).p")
+    p.add_argument("--all", action="store_true", help="open every example")
+    p = commands.choices["preview"]
+    p.add_argument("--first", type=int, default=0, help="first example (default: 0)")
+    p.add_argument("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
     args = parser.parse_args(argv)
     if args.count < 1 or getattr(args, "first", 0) < 0:
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     if args.command == "preview" and args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
-    every = " --all" if getattr(args, "all", False) else ""
     reads = {"root": args.name not in WORLDS, "split": not args.name.startswith("jsonl:"),
-             "split_by": args.name in Refer.SPLITTERS, "count": not every}
-    args.parser.check_read(args, f"{args.command} {args.name}{every}", [f for f in vars(args) if reads.get(f, True)])
+             "split_by": args.name in Refer.SPLITTERS, "count": not getattr(args, "all", False)}
+    args.parser.check_read(args, " ".join(argv or sys.argv[1:]), [f for f in vars(args) if reads.get(f, True)])
     return parser.run(args.job, args)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 # ---- vocabulary ------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "hexagon")
+RICH_SHAPES = SHAPES + ("diamond", "crescent", "arrow")
 
 # name: hue in degrees, saturation, value. Ranges are wide on purpose: they hold the usual RGB of each name.
 COLORS = {
@@ -24,9 +25,6 @@ COLORS = {
     "cyan": ((170, 192), (0.55, 1.0), (0.75, 1.0)),
     "pink": ((315, 355), (0.22, 0.6), (0.9, 1.0)),
 }
-
-RICH_SHAPES = SHAPES + ("diamond", "crescent", "arrow")
-
 RICH_COLORS = COLORS | {
     "brown": ((18, 30), (0.5, 0.8), (0.3, 0.5)),
     "white": ((0, 360), (0.0, 0.05), (0.93, 1.0)),
@@ -52,7 +50,6 @@ SHAPE_RIDDLES = {
     "crescent": ("the moon when it is not full", "something shaped like a banana"),
     "arrow": ("something that shows the way", "what an archer shoots"),
 }
-
 COLOR_RIDDLES = {
     "red": ("whatever has the color of blood", "whatever has the color of a ripe tomato"),
     "green": ("whatever has the color of grass", "whatever has the color of leaves"),
@@ -86,11 +83,11 @@ WORLDS = {  # by the names of their data sets
     "scenes-rich": World(1, RICH_SHAPES, RICH_COLORS, ("plain", "plain", "striped", "dotted"), True, 8),
 }
 
-
 # ---- drawing ---------------------------------------------------------------------------------------------
 
-
 SUPERSAMPLE = 4  # The edges of objects are drawn on a canvas this many times as fine.
+
+REGULAR = {"circle": (48,), "ring": (48,), "square": (4, 45), "triangle": (3,)}  # arguments of _regular
 
 
 @dataclass
@@ -107,49 +104,39 @@ class Shape:
     box: tuple = (0, 0, 0, 0)  # of the visible pixels: left, top, right, bottom
 
 
-def _regular(n, inner=None, start=-90.0):
-    """Points of a regular polygon of n corners on the unit circle, or of a star with radius `inner`."""
-    count = n if inner is None else 2 * n
-    angle = np.radians(start + 360.0 / count * np.arange(count))
-    radius = np.ones(count)
-    if inner is not None:
-        radius[1::2] = inner
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+def _regular(n, start=-90.0):
+    """The n corners of a regular polygon on the unit circle, the first one at `start` degrees: (n, 2)."""
+    angle = np.radians(start + 360.0 / n * np.arange(n))
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
 def outline(kind, rng):
-    """Outline of a shape within the unit circle, y down: (points (n, 2), points of a hole or None)."""
-    if kind == "circle":
-        return _regular(48), None
-    if kind == "square":
-        return _regular(4, start=45), None
-    if kind == "triangle":
-        return _regular(3), None
+    """The outline of a shape within the unit circle, y down: points (n, 2)."""
+    if kind in REGULAR:
+        return _regular(*REGULAR[kind])
     if kind == "star":
-        return _regular(5, inner=rng.uniform(0.38, 0.5)), None
+        points = _regular(10)
+        points[1::2] *= rng.uniform(0.38, 0.5)
+        return points
     if kind == "hexagon":
-        return _regular(6, start=rng.choice([0, 30])), None
-    if kind == "ring":
-        return _regular(48), _regular(48) * rng.uniform(0.5, 0.68)
+        return _regular(6, start=rng.choice([0, 30]))
     if kind == "heart":
         t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-        return np.stack([16 * np.sin(t) ** 3, -y - 2.5], 1) / 17, None
+        return np.stack([16 * np.sin(t) ** 3, -y - 2.5], 1) / 17
     if kind == "cross":
         a, b = 0.95, rng.uniform(0.28, 0.38)
         return np.array([(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
-                         (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]), None
+                         (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)])
     if kind == "diamond":
-        return _regular(4) * (rng.uniform(0.55, 0.75), 1.0), None
+        return _regular(4) * (rng.uniform(0.55, 0.75), 1.0)
     if kind == "crescent":  # the outer arc, then back along an arc that is set off to the right
         t = np.radians(np.linspace(50, 310, 40))
         edge = np.stack([np.cos(t), np.sin(t)], 1)
         back = edge[::-1] * (rng.uniform(0.35, 0.55), 1.0)
-        return np.concatenate([edge, back + (edge[-1] - back[0])]), None
-    if kind == "arrow":
-        b = rng.uniform(0.2, 0.3)
-        return np.array([(1, 0), (0.2, -0.75), (0.2, -b), (-1, -b), (-1, b), (0.2, b), (0.2, 0.75)]), None
-    raise ValueError(f"unknown shape {kind!r}: choose one of {', '.join(RICH_SHAPES)}")
+        return np.concatenate([edge, back + (edge[-1] - back[0])])
+    b = rng.uniform(0.2, 0.3)  # an arrow
+    return np.array([(1, 0), (0.2, -0.75), (0.2, -b), (-1, -b), (-1, b), (0.2, b), (0.2, 0.75)])
 
 
 def _hsv_to_rgb(hue, saturation, value):
@@ -164,14 +151,11 @@ def _background(height, width, rng):
     def tone():
         return _hsv_to_rgb(rng.uniform(0, 360), rng.uniform(0, 0.2), rng.uniform(0.05, 1.0))
 
-    base = tone()
-    style = rng.choice(["flat", "gradient", "noisy", "blotchy"])
-    picture = np.empty((height, width, 3), np.float32)
-    picture[:] = base
+    base, style = tone(), rng.choice(["flat", "gradient", "noisy", "blotchy"])
+    picture = np.tile(base, (height, width, 1))
     if style == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
-        ramp = (np.cos(angle) * np.linspace(-1, 1, width)[None, :]
-                + np.sin(angle) * np.linspace(-1, 1, height)[:, None])
+        ramp = np.cos(angle) * np.linspace(-1, 1, width) + np.sin(angle) * np.linspace(-1, 1, height)[:, None]
         ramp = ((ramp - ramp.min()) / np.ptp(ramp)).astype(np.float32)[..., None]
         picture += ramp * (tone() - base)
     elif style == "noisy":
@@ -189,9 +173,10 @@ def _pattern(fill, height, width, rng):
     """Where the second colour of a striped or dotted object goes: float32 (height, width) in [0, 1]."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
     y, x = np.mgrid[:height, :width]
-    u = (np.cos(angle) * x + np.sin(angle) * y) * (2 * np.pi / period)
-    v = (np.cos(angle) * y - np.sin(angle) * x) * (2 * np.pi / period)
-    wave = np.sin(u) if fill == "striped" else np.sin(u) + np.sin(v) - 1.0
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    wave = np.sin(u * (2 * np.pi / period))
+    if fill == "dotted":
+        wave = wave + np.sin(v * (2 * np.pi / period)) - 1.0
     return np.clip(wave * 2 + 0.5, 0, 1).astype(np.float32)
 
 
@@ -238,8 +223,8 @@ def draw_scene(rng, world, novel=False):
     owner = np.full((height, width), -1, np.int8)
 
     objects = []
-    for index in range(int(rng.integers(1, world.most_objects + 1))):
-        color, kind = _choose_class(objects, world, novel, index, rng)
+    for _ in range(int(rng.integers(1, world.most_objects + 1))):
+        color, kind = _choose_class(objects, world, novel, rng)
         place = _place(width, height, objects, rng)
         if place is None:
             continue
@@ -253,15 +238,12 @@ def draw_scene(rng, world, novel=False):
 
     if rng.random() < 0.5:  # grain over everything
         picture += rng.uniform(0.005, 0.05) * rng.standard_normal((height, width, 1), np.float32)
-    np.clip(picture, 0, 1, out=picture)
-    picture *= 255
-    picture += 0.5
-    return picture.astype(np.uint8), owner, objects
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), owner, objects
 
 
-def _choose_class(objects, world, novel, index, rng):
+def _choose_class(objects, world, novel, rng):
     """(color, kind) of the next object, often those of one before it: look-alikes give "the large" a meaning."""
-    if novel and index == 0:
+    if novel and not objects:
         pairs = sorted(NOVEL)
         return pairs[rng.integers(len(pairs))]
     colors = tuple(world.colors)
@@ -277,29 +259,28 @@ def _choose_class(objects, world, novel, index, rng):
 def _coverage(shape, height, width, rng):
     """Draw the outline of a Shape, turned a little: (the part of the picture with it, as two slices, and the share of
     each of its pixels inside the outline, float32 (h, w) in [0, 1])."""
-    points, hole = outline(shape.kind, rng)
+    parts = [outline(shape.kind, rng)]
+    if shape.kind == "ring":
+        parts.append(parts[0] * rng.uniform(0.5, 0.68))  # its hole
     turn = np.radians(rng.uniform(-18, 18))
     matrix = shape.radius * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    points, hole = (p if p is None else p @ matrix + (shape.x, shape.y) for p in (points, hole))
-    left, top = np.maximum(np.floor(points.min(0)) - 1, 0).astype(int)
-    right, bottom = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (width, height))
+    parts = [points @ matrix + (shape.x, shape.y) for points in parts]
+    left, top = np.maximum(np.floor(parts[0].min(0)) - 1, 0).astype(int)
+    right, bottom = np.minimum(np.ceil(parts[0].max(0)).astype(int) + 2, (width, height))
     canvas = Image.new("L", ((right - left) * SUPERSAMPLE, (bottom - top) * SUPERSAMPLE))
-    for corners, value in ((points, 255), (hole, 0)):
-        if corners is not None:
-            corners = (corners - (left, top)) * SUPERSAMPLE - 0.5
-            ImageDraw.Draw(canvas).polygon([tuple(p) for p in corners.tolist()], fill=value)
-    seen = slice(top, bottom), slice(left, right)
-    return seen, np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
+    for points, value in zip(parts, (255, 0)):
+        points = (points - (left, top)) * SUPERSAMPLE - 0.5
+        ImageDraw.Draw(canvas).polygon([tuple(p) for p in points.tolist()], fill=value)
+    return (slice(top, bottom), slice(left, right)), np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
 
 
 def _paint(region, cover, shape, ranges, tint, rng):
     """Paint a Shape in place into its part of the picture, float32 (h, w, 3); cover: from _coverage; ranges: of its
     color in COLORS; tint: the mean of the background, float32 (3,)."""
     for _ in range(10):  # a colour that stands out from the background
-        rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
+        paint = rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
         if np.abs(rgb - tint).max() > 0.25:
             break
-    paint = rgb
     if shape.fill != "plain":
         other = rgb * 0.35 if rgb.mean() > 0.4 else rgb * 0.5 + 0.5
         paint = rgb + _pattern(shape.fill, *cover.shape, rng)[..., None] * (other - rgb)
@@ -315,12 +296,11 @@ WHOLE_AREA = {"circle": 3.1, "square": 2.0, "triangle": 1.3, "star": 1.2, "heart
 
 def measure(owner, objects):
     """Fill in each object's visible area and box; False if one is hidden by more than 60 % or below 24 px."""
-    areas = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
     for index, shape in enumerate(objects):
-        shape.area = int(areas[index])
+        seen = owner == index
+        shape.area = int(seen.sum())
         if shape.area < 24 or shape.area < 0.4 * WHOLE_AREA[shape.kind] * shape.radius**2:
             return False
-        seen = owner == index
         rows, cols = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
         shape.box = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
     return True
@@ -334,7 +314,6 @@ PHRASE_SHARE = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.
 
 # word: (axis, sign) of the centre of an object's visible box
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
-
 # words: (axis, sign) of the object's centre minus the other's
 RELATIONS = {("left of", "to the left of"): (0, -1), ("right of", "to the right of"): (0, 1),
              ("above",): (1, -1), ("below",): (1, 1)}
@@ -351,37 +330,11 @@ def scene_phrases(objects, height, width):
     def add(group, phrases, task, label, indices):
         groups[group] += [(phrase, task, label, tuple(indices)) for phrase in phrases]
 
-    named = _add_classes(add, objects)
-    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
-    _add_relations(add, named, centers, (width, height))
-    everything = tuple(range(len(objects)))
-    add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
-    if len(objects) == 1:
-        for word in EXTREMES:
-            add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
-    else:
-        named |= {"object": everything, "shape": everything}
-    _add_sizes(add, named, objects, (width, height))
-    _add_extremes(add, named, objects, centers, (width, height))
-    return groups
-
-
-def _add_classes(add, objects):
-    """Phrases that name a shape, a colour or both. Returns what can stand after "the large": {noun: indices}."""
-
-    def forms(noun):  # of one thing, of several
-        article = "an" if noun[0] in "aeiou" else "a"
-        nouns = noun + ("es" if noun.endswith("s") else "s")
-        return f"the {noun}", (noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
-
-    def task_of(indices):
-        return "referring" if len(indices) == 1 else "semantic"
-
-    named = {}
+    named = {}  # what can stand after "the large": {noun: indices}
     for kind in sorted({s.kind for s in objects}):
         indices = named[kind] = [i for i, s in enumerate(objects) if s.kind == kind]
-        one, several = forms(kind)
-        add("shape", [one], task_of(indices), kind, indices)
+        one, several = _forms(kind)
+        add("shape", [one], "referring" if len(indices) == 1 else "semantic", kind, indices)
         add("shape", several, "semantic", kind, indices)
         add("reasoning", SHAPE_RIDDLES[kind], "reasoning", None, indices)
     for color in sorted({s.color for s in objects}):
@@ -393,55 +346,63 @@ def _add_classes(add, objects):
         add("reasoning", COLOR_RIDDLES[color], "reasoning", None, indices)
         for kind in sorted({objects[i].kind for i in indices}):
             both = named[f"{color} {kind}"] = [i for i in indices if objects[i].kind == kind]
-            one, several = forms(f"{color} {kind}")
-            add("color shape", [one] * 3, task_of(both), kind, both)
+            one, several = _forms(f"{color} {kind}")
+            add("color shape", [one] * 3, "referring" if len(both) == 1 else "semantic", kind, both)
             add("color shape", several[:1] + several, "semantic", kind, both)
     for fill in ("striped", "dotted"):
         indices = [i for i, s in enumerate(objects) if s.fill == fill]
         if indices:
             add("color", (f"everything {fill}", f"the {fill} objects"), "semantic", None, indices)
-    return named
 
-
-def _winner(values, clear):
-    """Of {index: value} the index of the largest, if it is a clear winner: clear(best, second best); else None."""
-    ranked = sorted(values, key=values.get, reverse=True)
-    return ranked[0] if clear(values[ranked[0]], values[ranked[1]]) else None
-
-
-def _add_sizes(add, named, objects, extent):
-    """ "the large circle": one that is large in its picture, or clearly the largest of several."""
+    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
+    _add_relations(add, named, centers, (width, height))
+    everything = range(len(objects))
+    add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
+    if len(objects) == 1:
+        for word in EXTREMES:
+            add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
+    else:
+        named |= {"object": everything, "shape": everything}
     for noun, indices in named.items():
-        if len(indices) == 1:
+        if len(indices) == 1:  # large or small in its picture
             radius = objects[indices[0]].radius
-            if radius > 0.28 * min(extent):
-                add("size", [f"the large {noun}", f"the big {noun}"], "referring", None, indices)
-            elif radius < 0.18 * min(extent):
-                add("size", [f"the small {noun}", f"the little {noun}"], "referring", None, indices)
-            continue
-        for sign, words in ((1, ("large", "big", "biggest", "largest")), (-1, ("small", "little", "smallest"))):
-            # A ring or a star has less area than a circle of its extent, so area and radius must say the same.
-            area = _winner({i: sign * objects[i].area for i in indices}, _times(1.35))
-            radius = _winner({i: sign * objects[i].radius for i in indices}, _times(1.15))
-            if area is not None and area == radius:
-                add("size", [f"the {word} {noun}" for word in words], "referring", None, [area])
+            words = (("large", "big") if radius > 0.28 * min(height, width) else
+                     ("small", "little") if radius < 0.18 * min(height, width) else ())
+            add("size", [f"the {word} {noun}" for word in words], "referring", None, indices)
+        else:
+            _add_sizes(add, noun, indices, objects)
+            _add_extremes(add, noun, indices, objects, centers, (width, height))
+    return groups
 
 
-def _times(ratio):
-    """For _winner: is one of two numbers of the same sign more than `ratio` times the other?"""
-    return lambda a, b: max(abs(a), abs(b)) > ratio * min(abs(a), abs(b))
+def _forms(noun):
+    """A noun with "the", which can mean one object, and the forms that mean every one of them."""
+    article = "an" if noun[0] in "aeiou" else "a"
+    nouns = noun + ("es" if noun.endswith("s") else "s")
+    return f"the {noun}", (noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
 
 
-def _add_extremes(add, named, objects, centers, extent):
+def _add_sizes(add, noun, indices, objects):
+    """ "the large circle": the one that is clearly the largest of several."""
+    areas = sorted(indices, key=lambda i: objects[i].area)
+    radii = sorted(indices, key=lambda i: objects[i].radius)
+    for first, second, words in ((-1, -2, ("large", "big", "biggest", "largest")),
+                                 (0, 1, ("small", "little", "smallest"))):
+        area = sorted(objects[areas[place]].area for place in (first, second))
+        radius = sorted(objects[radii[place]].radius for place in (first, second))
+        # A ring or a star has less area than a circle of its extent, so area and radius must say the same.
+        if areas[first] == radii[first] and area[1] > 1.35 * area[0] and radius[1] > 1.15 * radius[0]:
+            add("size", [f"the {word} {noun}" for word in words], "referring", None, [areas[first]])
+
+
+def _add_extremes(add, noun, indices, objects, centers, extent):
     """ "the leftmost circle": of several, the one that is so by its centre with a margin, and by its edge too."""
-    for noun, indices in named.items():
-        for word, (axis, sign) in EXTREMES.items() if len(indices) > 1 else ():
-            margin = 0.05 * extent[axis]
-            places = {i: sign * centers[i][axis] for i in indices}
-            first = _winner(places, lambda best, second, margin=margin: best - second > margin)
-            edges = {i: sign * objects[i].box[axis + (2 if sign > 0 else 0)] for i in indices}
-            if first is not None and edges[first] == max(edges.values()):
-                add("extreme", [f"the {word} {noun}"], "referring", None, [first])
+    for word, (axis, sign) in EXTREMES.items():
+        *_, second, first = sorted(indices, key=lambda i: sign * centers[i][axis])
+        edges = {i: sign * objects[i].box[axis + (2 if sign > 0 else 0)] for i in indices}
+        clear = abs(centers[first][axis] - centers[second][axis]) > 0.05 * extent[axis]
+        if clear and edges[first] == max(edges.values()):
+            add("extreme", [f"the {word} {noun}"], "referring", None, [first])
 
 
 def _add_relations(add, named, centers, extent):
@@ -459,16 +420,15 @@ def _add_relations(add, named, centers, extent):
 
 def pick_phrases(objects, height, width, count, rng, must=None):
     """`count` phrases for a scene, different ones while there are; `must`: an object that each must name."""
-    groups = scene_phrases(objects, height, width)
-    if must is not None:
-        groups = {g: [p for p in phrases if must in p[3]] for g, phrases in groups.items()}
-    names = [g for g in groups if groups[g]]
-    share = np.array([PHRASE_SHARE[g] for g in names])
+    groups = [(PHRASE_SHARE[group], [phrase for phrase in phrases if must is None or must in phrase[3]])
+              for group, phrases in scene_phrases(objects, height, width).items()]
+    groups = [(share, phrases) for share, phrases in groups if phrases]
+    share = np.array([share for share, _ in groups])
     share /= share.sum()
     picked = []
     for _ in range(count):
         for _ in range(5):
-            options = groups[names[rng.choice(len(names), p=share)]]
+            options = groups[rng.choice(len(groups), p=share)][1]
             choice = options[rng.integers(len(options))]
             if choice not in picked:
                 break

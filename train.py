@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, LabelMaps, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
+from data import Batches, LabelMaps, Mixture, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
 from metrics import Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
@@ -428,9 +428,9 @@ def load_data(args):
     if args.val or not first.startswith("jsonl:"):
         return train_set, load_mixture(args.val or first, "val", args.root)
     count = len(train_set.datasets[0])
-    train_set.datasets, val_set = hold_out(train_set.datasets)
+    parts, val_set = hold_out(train_set.datasets)
     say(f"validation: {len(val_set)} of the {count} lines of {first}; --val gives others")
-    return train_set, val_set
+    return Mixture(parts, train_set.weights), val_set
 
 
 def make_batches(args, segmenter, train_set, rank, world_size):
