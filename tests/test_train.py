@@ -755,7 +755,7 @@ def test_activation_checkpointing_changes_no_loss(small, tmp_path):
 
 def test_a_phrase_goes_through_the_frozen_text_encoder_once():
     encoder = SigLIP(SigLIPConfig(vision_layers=1, vision_width=16, vision_heads=1, vision_mlp=16, vocab_size=40,
-                                  text_width=32, text_layers=2, text_heads=2, text_mlp=32), vision=False)
+                                  text_width=32, text_layers=2, text_heads=2, text_mlp=32))
     asked, real = [], encoder.encode_text
     encoder.encode_text = lambda ids: asked.append(len(ids)) or real(ids)
     features = train.TextFeatures(encoder, "cpu", room=5)
