@@ -16,7 +16,7 @@ from torch import nn
 
 from model import (
     UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_fields, check_indices, llama_config,
-    phrases_per_picture, reading,
+    reading,
 )
 from weights import WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights
 
@@ -153,7 +153,7 @@ class JanusSeg(MaskWriter):
 
     def prefix(self, text_ids, pixels, text_features=None):
         """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture."""
-        N, shared = self.config.siglip.image_tokens, phrases_per_picture(text_ids, pixels)
+        N, shared = self.config.siglip.image_tokens, len(text_ids) // len(pixels)
         places = text_ids == self.config.image_id  # (B,L)
         if text_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (places.sum(1) != N).any():
             raise ValueError(f"text_ids have {places.sum(1).tolist()} image placeholders ({self.config.image_id}), "

@@ -11,8 +11,7 @@ Shapes used below, with their sizes in the embedded model:
     S side of the picture in pixels (128), P side of a patch in pixels (16), nh heads, nkv key/value heads,
     hd width of a head
 
-It reads from the top: how a mask is learned and written (MaskWriter, LlamaSeg), the LLaMA with its KV cache, the
-ways to decode, what each device does fastest, SigLIP, official configs, presets, helpers.
+From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to decode, devices, SigLIP, configs, helpers.
 """
 
 import math
@@ -143,8 +142,8 @@ class MaskWriter(nn.Module):
         whatever else is in its batch; only rounding, which depends on the batch size, can tip a draw.
         draft: how greedy decoding guesses tokens to verify several per pass, see `decode_drafted`: "jacobi", "hidden",
         "none" (or None) for one token per pass, "auto" for the fastest. window: tokens per pass, with a draft.
-        In float32 the mask does not depend on the draft. In bfloat16 rounding depends on the shape of a pass and the
-        logits of two tokens are often one rounding step apart: 6 to 8 of 200 masks of the default changed.
+        In float32 the mask does not depend on the draft. In bfloat16, where rounding depends on the shape of a pass, 6
+        to 8 of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
         ValueError for an argument that is unknown or out of range.
@@ -208,16 +207,13 @@ class MaskWriter(nn.Module):
         """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
         (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5."""
         prefix = self.prefix(text_ids, pixels)
-        x, c = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.config.llama
-        T, last = x.shape[1], self.llama.layers[-1]
-        context = self.llama.context(x, blocks=self.blocks(text_ids, T))
+        x, last = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.llama.layers[-1]
+        context = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1]))
         for index, layer in enumerate(self.llama.layers[:-1]):
             x = layer(x, index, **context)
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
-        k = k.repeat_interleave(c.heads // c.kv_heads, dim=1)
-        scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
-        visible = x.new_ones(T, T, dtype=torch.bool).tril() if context["causal"] else context["mask"]
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
+        values = torch.eye(x.shape[1], device=x.device).expand(*k.shape[:2], -1, -1)  # so that the weights come out
+        weights = attention(q.float(), k.float(), values, context["causal"], context["mask"]).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def save_pretrained(self, path, dtype=None):
@@ -269,14 +265,11 @@ class LlamaSeg(MaskWriter):
         Each run of B/b phrases shares a picture, which is encoded once. text_features: encoder.encode_text(text_ids),
         for a caller that has it already.
         """
-        B, shared = text_ids.shape[0], phrases_per_picture(text_ids, pixels)
-        # no gradient, even if a caller turned requires_grad on again
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
-            text = self.encoder.encode_text(text_ids) if text_features is None else text_features
-            image = self.encoder.encode_image(pixels)
-        text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
-        text = self.text_adaptor(text)  # (B,L,D)
-        image = self.image_adaptor(image).repeat_interleave(shared, dim=0)  # (B,N,D)
+        B, dtype = len(text_ids), self.boi.dtype  # a frozen encoder may be in bfloat16
+        text = self.encoder.encode_text(text_ids) if text_features is None else text_features
+        text = self.text_adaptor(text.to(dtype))  # (B,L,D)
+        image = self.image_adaptor(self.encoder.encode_image(pixels).to(dtype))  # (b,N,D)
+        image = image.repeat_interleave(B // len(pixels), dim=0)  # (B,N,D)
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
@@ -346,13 +339,6 @@ class LlamaSeg(MaskWriter):
         return model
 
 
-def phrases_per_picture(text_ids, pixels):
-    """text_ids (B,L), pixels (b,...) -> B / b; ValueError if B is no multiple of b."""
-    if len(pixels) == 0 or len(text_ids) % len(pixels):
-        raise ValueError(f"{len(text_ids)} phrases are no multiple of {len(pixels)} pictures")
-    return len(text_ids) // len(pixels)
-
-
 # ---- Llama: the decoder ---------------------------------------------------------------------------------------------
 
 # The block id of padding, see Llama.forward. It is above all others, so only padding sees padding.
@@ -382,18 +368,15 @@ class LlamaConfig:
 
 
 def attention(q, k, v, causal, mask=None):
-    """softmax(q k^T / sqrt(hd)) v: q (B,nh,T,hd), k and v (B,nkv,keys,hd) -> (B,nh,T,hd).
-
-    A token sees itself and all before if `causal`, else the keys where mask (B,1,T,keys) is True, or all of them.
-    """
+    """softmax(q k^T / sqrt(hd)) v: q (B,nh,T,hd), k and v (B,nkv,keys,hd) -> (B,nh,T,hd). A token sees itself and all
+    before if `causal`, else the keys where mask (B,1,T,keys) is True, or all of them."""
     if mask is None and written_out_is_faster(q, k):
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
         if causal:
             later = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
         return scores.softmax(-1).type_as(v) @ v
-    grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -640,10 +623,8 @@ def decode_plain(model, logits, cache, pick=lambda logits, t: logits.argmax(-1))
 
 
 def draw(logits, decode, top_k, top_p, temperature, uniform):
-    """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw.
-
-    uniform (B,): numbers in [0, 1). A row draws the first token at which the summed probabilities exceed its number.
-    """
+    """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw. uniform: (B,)
+    in [0, 1), a row draws the first token at which the summed probabilities exceed its number."""
     probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # no infinity
     if decode in ("top-k", "top-p"):
         probs, index = probs.sort(dim=-1, descending=True, stable=True)
@@ -995,7 +976,7 @@ def siglip_config(directory):
         for name, tower in (("vision", vision), ("text", text)):
             check_config(path, tower, {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
             for size, official, default in (("width", "hidden_size", 768), ("layers", "num_hidden_layers", 12),
-                                             ("heads", "num_attention_heads", 12), ("mlp", "intermediate_size", 3072)):
+                                            ("heads", "num_attention_heads", 12), ("mlp", "intermediate_size", 3072)):
                 sizes[f"{name}_{size}"] = tower.get(official, default)
         return SigLIPConfig(**sizes)
 
@@ -1044,15 +1025,11 @@ def check_fields(config):
 
 # ---- presets --------------------------------------------------------------------------------------------------------
 
-# The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. Both towers have
-# the same shape.
+# The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. A shape holds
+# width, layers, heads and mlp of both towers.
 SIGLIP2 = {
-    f"siglip2-{size}-patch16-{image_size}": SigLIPConfig(
-        image_size=image_size, vision_width=width, vision_layers=layers, vision_heads=heads, vision_mlp=mlp,
-        vocab_size=256000, text_width=width, text_layers=layers, text_heads=heads, text_mlp=mlp,
-    )
-    for size, width, layers, heads, mlp in (("base", 768, 12, 12, 3072), ("large", 1024, 24, 16, 4096),
-                                            ("so400m", 1152, 27, 16, 4304))
+    f"siglip2-{name}-patch16-{image_size}": SigLIPConfig(image_size, 16, *shape, 256000, 64, *shape)
+    for name, *shape in (("base", 768, 12, 12, 3072), ("large", 1024, 24, 16, 4096), ("so400m", 1152, 27, 16, 4304))
     for image_size in (256, 384)
 }
 
@@ -1123,10 +1100,7 @@ def pick_device(name="auto"):
 
 
 def compute_dtype(device, name="auto"):
-    """The dtype for autocast on a device, and why: (torch.bfloat16 or torch.float32, a phrase to print).
-
-    name: "auto", "bfloat16" or "float32". Weights, norms and loss stay in float32 either way.
-    """
+    """"auto", "bfloat16" or "float32" -> the dtype for autocast on a device, and why, as a phrase to print."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name], "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
