@@ -58,7 +58,6 @@ class LlamaSegConfig:
 
 
 HEAD_PART = 1024  # mask tokens whose logits are in memory at once, with llama.recompute
-
 DECODES = ("greedy", "beam", "top-k", "top-p", "random")
 DRAFTS = ("auto", "none", "jacobi", "hidden")
 
@@ -85,11 +84,9 @@ class MaskWriter(nn.Module):
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
         pixels may have fewer rows than text_ids, and text_features saves the text encoder, see `prefix`.
         hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase alone must
-        tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; train.py does it for
-        the small preset.
-        background_weight: weight in the loss of targets that are code 0, which is plain background in a mask
-        tokenizer trained by this repository. One edge has many codes that look alike and plain background has one,
-        so the likeliest single token is background too often; less weight sets that right. Paper: 1.
+        tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the small preset does.
+        background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
+        look alike and background has one, so the likeliest token is background too often. Paper: 1.
         ValueError for a wrong shape or index.
         """
         B, M = text_ids.shape[0], self.config.mask_tokens
@@ -199,8 +196,7 @@ class MaskWriter(nn.Module):
     @torch.no_grad()
     def confidence(self, text_ids, pixels, tokens):
         """The probability that the model gives each of the mask tokens (B,M), given those before it: (B,M) float32."""
-        logits, _ = self(text_ids, pixels, tokens)
-        return logits.float().softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
+        return self(text_ids, pixels, tokens)[0].float().softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
 
     @torch.no_grad()
     def mask_attention(self, text_ids, pixels, tokens):
@@ -233,11 +229,8 @@ class MaskWriter(nn.Module):
 
 
 class LlamaSeg(MaskWriter):
-    """LlamaSeg: phrase and picture in, mask tokens out.
-
-    encoder: a pretrained SigLIP of the shape config.siglip; None makes one with random weights.
-    frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, what it was trained with and does not hold.
-    """
+    """Phrase and picture in, mask tokens out. encoder: a pretrained SigLIP of the shape config.siglip; None makes one
+    with random weights. frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, trained with and not held."""
 
     file_format = "llamaseg"
 
@@ -364,7 +357,7 @@ class LlamaConfig:
         check_fields(self)
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}, or head_dim "
-                             f"{self.head_dim} is odd, but rotary positions turn pairs")
+                             f"{self.head_dim} is odd")
 
 
 def attention(q, k, v, causal, mask=None):
@@ -534,8 +527,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
-        self.recompute = False
+        self.config, self.recompute = config, False
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -546,8 +538,7 @@ class Llama(nn.Module):
         which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
         With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them.
         slots: int64 (B,T), where in the cache each embedding stands if rows are of unequal length. B may be less than
-        the rows of the cache; its first B are used then. blocks must be None.
-        ValueError if the cache is full.
+        the rows of the cache; its first B are used then. blocks must be None. ValueError if the cache is full.
         """
         context = self.context(embeddings, cache, blocks, slots)
         x = embeddings
@@ -833,8 +824,7 @@ class SigLIPConfig:
 
     @property
     def image_tokens(self):
-        """N; a rest that fills no patch is left out, as in so400m-patch14-384."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // self.patch_size) ** 2  # N; a rest that fills no patch is left out
 
 
 class SigLIPAttention(nn.Module):
@@ -1006,10 +996,7 @@ def reading(path, expected):
 
 def check_fields(config):
     """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
-
-    Integers and floats are positive. No integer may be above 2^20, so that the size of a tensor, a product of three at
-    most, fits 63 bits.
-    """
+    Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
     parts = {"siglip": SigLIPConfig, "llama": LlamaConfig}
     for f in fields(config):
         value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2**20
@@ -1045,8 +1032,7 @@ def _paper(layers, width, heads, image_size):
 
 
 PRESETS = {  # by name; mllm.py has its own
-    # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. A step on 64 phrases
-    # of 16 pictures takes about 1.5 s on two CPU cores in bfloat16. LOG.md has the run and the cIoU that it reached.
+    # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. LOG.md has the run.
     "scenes": LlamaSegConfig(
         siglip=SigLIPConfig(
             image_size=128, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
