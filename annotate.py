@@ -62,8 +62,8 @@ from tqdm import tqdm
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
-from data import open_picture, pack_counts, rle_decode, to_rgb, unpack_counts
-from metrics import BadUsage, Parser, printable, whole, write_json
+from data import merge_runs, object_runs, open_picture, rle_decode, to_rgb
+from metrics import BadUsage, Parser, box_areas, box_iou, printable, whole, write_json
 
 
 class Failure(Exception):
@@ -384,14 +384,6 @@ def original(picture, max_side=0):
     return *encode(upright, max_side), size
 
 
-def decode(content):
-    """Bytes of a picture file -> upright PIL RGB, or Failure."""
-    try:
-        return open_picture(io.BytesIO(content))
-    except ValueError as error:
-        raise Failure("broken_picture", error) from None
-
-
 def encode(image, max_side=0):
     """PIL RGB, made smaller in place if a side is above `max_side` (0: any) -> (bytes, media type)."""
     if max_side:
@@ -584,20 +576,6 @@ ASK_SCORE = 0.25  # of the detector; paper: not stated; a weak box tells of an i
 SAME_BOX_IOU = 0.5
 
 
-def box_areas(boxes):
-    """Boxes (M, 4), x0 y0 x1 y1 -> areas (M,); 0 if x1 <= x0 or y1 <= y0."""
-    return (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
-
-
-def box_iou(a, b):
-    """Boxes (D, 4) and (M, 4), x0 y0 x1 y1 -> IoU (D, M) float64; 0 where both are empty."""
-    x0, y0, x1, y1 = a.T[:, :, None]
-    inter = ((np.minimum(x1, b[:, 2]) - np.maximum(x0, b[:, 0])).clip(0)
-             * (np.minimum(y1, b[:, 3]) - np.maximum(y0, b[:, 1])).clip(0))
-    union = box_areas(a)[:, None] + box_areas(b) - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
-
-
 def suppress(detections):
     """Non-maximum suppression: detections of one label -> those that no better one covers, the best first."""
     order, kept = sorted(detections, key=lambda d: (-d["score"], d["box"])), []
@@ -664,33 +642,6 @@ def masks_of_label(boxes, mask_boxes):
         return {}, "low_iou"
     # Two boxes cannot take one mask: both would have IoU > 0.9 with it, and with each other more than SAME_BOX_IOU.
     return {int(m): (float(boxes[i]["score"]), float(iou[i, m])) for i, m in enumerate(best)}, None
-
-
-def object_runs(rle):
-    """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
-
-    `match_masks` works on runs, because decoding the masks of a large picture takes fifty times as long. Raises
-    ValueError for counts that do not fill the size, and for a mask without a pixel.
-    """
-    counts, pixels = rle["counts"], math.prod(rle["size"])
-    counts = unpack_counts(counts) if isinstance(counts, str) else np.asarray(counts)
-    if counts.ndim != 1 or counts.dtype.kind != "i" or counts.min(initial=0) < 0 or counts.sum() != pixels:
-        raise ValueError(f"run-length counts that do not add up to {rle['size']}")
-    ends = counts.cumsum()
-    runs = np.stack([ends - counts, ends], 1)[1::2][counts[1::2] > 0]
-    if not len(runs):
-        raise ValueError("a mask without a pixel")
-    return runs
-
-
-def merge_runs(runs, size):
-    """Runs (n, 2) of one or several masks and their size [H, W] -> the COCO run-length mask of their union."""
-    runs = runs[np.argsort(runs[:, 0])]
-    reach = np.maximum.accumulate(runs[:, 1])
-    gap = runs[1:, 0] > reach[:-1]  # between a run and all the runs before it
-    edges = np.stack([runs[np.append(True, gap), 0], reach[np.append(gap, True)]], 1)
-    counts = np.diff(edges.ravel(), prepend=0, append=math.prod(size))
-    return {"size": size, "counts": pack_counts(counts if counts[-1] else counts[:-1])}
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
@@ -786,7 +737,10 @@ def refer(picture, past, args, log):
     expression must fit none of them. A label with one object has nothing to be checked against.
     """
     written, groups = [], things(past)
-    image = decode(picture.read("picture")) if groups else None
+    try:
+        image = open_picture(io.BytesIO(picture.read("picture"))) if groups else None
+    except ValueError as error:
+        raise Failure("broken_picture", error) from None
     for label, objects in groups.items():
         # paper: the line's width is not stated; we use 1/300 of the short side
         lines = [outline(rle_decode(o["segmentation"]), max(1, round(min(image.size) / 300))) for o in objects]

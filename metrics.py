@@ -165,6 +165,20 @@ def _ahd_256(pred, gt):
     return _ahd(pred[grid], gt[grid])
 
 
+def box_areas(boxes):
+    """Boxes (M, 4), x0 y0 x1 y1 -> areas (M,); 0 if x1 <= x0 or y1 <= y0."""
+    return (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
+
+
+def box_iou(a, b):
+    """Boxes (D, 4) and (M, 4), x0 y0 x1 y1 -> IoU (D, M) float64; 0 where both are empty."""
+    x0, y0, x1, y1 = a.T[:, :, None]
+    inter = ((np.minimum(x1, b[:, 2]) - np.maximum(x0, b[:, 0])).clip(0)
+             * (np.minimum(y1, b[:, 3]) - np.maximum(y0, b[:, 1])).clip(0))
+    union = box_areas(a)[:, None] + box_areas(b) - inter
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
 class SegmentationMetrics:
     """Gathers examples one by one and gives the numbers of the whole set.
 

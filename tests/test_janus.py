@@ -33,6 +33,10 @@ def janus():
     return model
 
 
+def lora_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+
+
 def close(a, b, tolerance):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
@@ -137,8 +141,8 @@ def test_official_files_of_every_kind_load_the_same(janus, tmp_path):
     (lambda c, w: c["gen_vision_config"].update(cls="VQ-8"), "gen_vision_config.cls is 'VQ-8'"),
     (lambda c, w: c.pop("gen_head_config"), "KeyError.*gen_head_config"),
     (lambda c, w: c.update(model_type="llama"), "model_type is 'llama'"),
-    (lambda c, w: c["gen_head_config"].update(params=None), "config.json: AttributeError"),
-    (lambda c, w: c.update(language_config=5), "config.json: AttributeError"),
+    (lambda c, w: c["gen_head_config"].update(params=None), "config.json: .*AttributeError"),
+    (lambda c, w: c.update(language_config=5), "config.json: .*AttributeError"),
     (lambda c, w: c["vision_config"]["params"].update(mlp_ratio=1e308), "OverflowError.*float infinity"),
     (lambda c, w: w.update({"gen_embed.weight": torch.full((96, 8), float("nan"))}), "not finite: gen_embed.weight"),
 ], ids=range(11))
@@ -171,15 +175,15 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(janus, io):
     before = janus(*ask)[0]
     janus.add_lora(rank=4, alpha=8.0, targets=["q_proj", "v_proj", "down_proj"])
     assert torch.equal(janus(*ask)[0], before)
-    assert len(janus.lora_layers()) == 6  # three in each of two layers
-    for layer in janus.lora_layers():
+    assert len(lora_layers(janus)) == 6  # three in each of two layers
+    for layer in lora_layers(janus):
         layer.lora_b.normal_(std=0.3)
     apart = janus(*ask)[0]
     assert (apart - before).abs().max() > 0.01
     for _ in range(2):  # a second time changes nothing
         janus.merge()
         close(janus(*ask)[0], apart, 1e-3)
-    assert not janus.lora_layers()
+    assert not lora_layers(janus)
 
 
 @torch.no_grad()
@@ -188,7 +192,7 @@ def test_fused_and_merged_in_any_order_the_outputs_are_the_same(janus, io, targe
     ask = io["gen_input_ids"], io["pixel_values"][:1, 0], io["tf_image_tokens"]
     before = janus(*ask)[0]
     janus.add_lora(rank=4, alpha=8.0, targets=targets)
-    for layer in janus.lora_layers():
+    for layer in lora_layers(janus):
         layer.lora_b.normal_(std=0.3)
     apart = janus(*ask)[0]
     assert (apart - before).abs().max() > 0.1
@@ -203,7 +207,7 @@ def test_fused_and_merged_in_any_order_the_outputs_are_the_same(janus, io, targe
 
 def test_lora_stays_in_float32_beside_weights_in_bfloat16(janus, tmp_path):
     janus.add_lora(rank=2)
-    torch.nn.init.normal_(janus.lora_layers()[0].lora_b)
+    torch.nn.init.normal_(lora_layers(janus)[0].lora_b)
     janus.save_pretrained(tmp_path / "lora.safetensors")
     again = JanusSeg.from_pretrained(tmp_path / "lora.safetensors", FIXTURE, torch.bfloat16)
     assert again.lm_head.weight.dtype == torch.bfloat16
@@ -223,7 +227,7 @@ def test_only_lora_receives_gradients(janus, io):
 def test_a_lora_file_is_small_and_knows_its_base(janus, io, tmp_path):
     janus.add_lora(rank=2, alpha=3.0, targets=["o_proj"])
     with torch.no_grad():
-        for layer in janus.lora_layers():
+        for layer in lora_layers(janus):
             layer.lora_b.normal_()
     janus.save_pretrained(tmp_path / "lora.safetensors")
     assert (tmp_path / "lora.safetensors").stat().st_size < 10_000
@@ -247,7 +251,7 @@ def test_a_lora_file_is_small_and_knows_its_base(janus, io, tmp_path):
     (None, {}, "must be a mapping"), (5, {}, "must be a mapping"), ({"rank": 10**9}, {}, "want an integer from 1 to"),
     ({"rank": 1.5}, {}, "LoRA rank 1.5"), ({"alpha": "x"}, {}, "not supported"), ({"alpha": math.inf}, {}, "alpha inf"),
     ({"targets": 5}, {}, "not iterable"), ({"targets": ["lm_head"]}, {}, "targets lm_head"), ({"new": 1}, {}, "new"),
-    ({"rank": 3}, {}, "wrong shape"), ({}, None, "does not name the Janus model"),
+    ({"rank": 3}, {}, "wrong shape"), ({}, None, "expected a header that names its Janus model"),
 ], ids=str)
 def test_a_lora_file_that_does_not_fit_ends_in_one_line(janus, tmp_path, lora, frozen, message):
     janus.add_lora(rank=2)
