@@ -14,10 +14,10 @@ from PIL import Image
 
 README = (REPO / "README.md").read_text()
 # What each script does with its flags, by the names of its functions; these would need hours, weights or data.
-JOBS = {"train": ("train", "merge"), "weights": ("download",),
+JOBS = {"train": ("train", "merge", "print_config"), "weights": ("download",),
         "tokenizer": ("train", "encode"), "annotate": ("annotate", "export")}
-RUN = ("python sample.py --image", "cat x.png", "python sample.py --checkpoint out --image", "python data.py", "--plot",
-       "--print-config", "python metrics.py")
+RUN = ("python sample.py --image", "cat x.png", "python sample.py --checkpoint out --image", "python data.py",
+       "python metrics.py")
 
 
 def commands():

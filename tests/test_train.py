@@ -122,7 +122,7 @@ def learning_rate(at, args):
             while not came:
                 time.sleep(0.01)
     if step == at + 1 and number < 0:
-        sys.setswitchinterval(2)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
+        sys.setswitchinterval(1)  # seconds that a thread keeps Python's lock: who needs it to end waits longest here
     return rate(at, args)
 train.learning_rate = learning_rate
 train.matmul_rate, train.training_flops = lambda *_: 1e11, lambda *_: 1e9
