@@ -5,8 +5,11 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
 
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
-Shapes used below, with their sizes in the embedded model:
-    B batch, L text tokens (24), N image tokens (64), M mask tokens (mask_grid squared, 64),
+The mask tokenizer (tokenizer.VQGAN) makes the M mask tokens of a mask, rows of its codebook, and a mask of mask tokens.
+In the mask tokenizers that this repository trains, code 0 is plain background.
+
+Shapes used below, with their sizes in the preset scenes:
+    B batch, b pictures, L text tokens (24), N image tokens (64), M mask tokens (mask_grid squared, 64),
     T tokens of a sequence or of a pass, D width of the network at hand (256), K codebook size (4096),
     S side of the picture in pixels (128), P side of a patch in pixels (16), nh heads, nkv key/value heads,
     hd width of a head
@@ -45,7 +48,7 @@ class LlamaSegConfig:
     codebook_size: int = 16384  # K, rows of the mask tokenizer's codebook
     mask_grid: int = 16  # h = w tokens
     freeze_encoders: bool = True  # no gradient for SigLIP
-    hide: bool = False  # trained with hidden mask tokens (see forward), so it can guess all mask tokens at once
+    hide: bool = False  # train.py sets it: trained with hide_tokens (see forward), so it can guess all tokens at once
 
     def __post_init__(self):
         check_fields(self)
@@ -74,7 +77,8 @@ class MaskWriter(nn.Module):
     """
 
     def blocks(self, text_ids, length):
-        """What the tokens of a sequence that begins with the prefix see, as Llama.forward takes it: causal."""
+        """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal. JanusSeg has
+        them for padding, and a cache keeps them."""
         return None
 
     def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0):
@@ -84,7 +88,7 @@ class MaskWriter(nn.Module):
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
         pixels may have fewer rows than text_ids, see `prefix`.
         hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase alone must
-        tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the small preset does.
+        tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the preset scenes does.
         background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
         look alike and background has one, so the likeliest token is background too often. Paper: 1.
         ValueError for a wrong shape or index.
@@ -120,7 +124,7 @@ class MaskWriter(nn.Module):
     def generate_naive(self, text_ids, pixels):
         """Greedy decoding without cache, the reference for `generate`: (B,L), (b,3,S,S) -> (B,M) int64."""
         prefix = self.prefix(text_ids, pixels)
-        tokens = text_ids[:, :0]
+        tokens = text_ids[:, :0]  # (B,0): no mask token yet
         for _ in range(self.config.mask_tokens):
             sequence = torch.cat([prefix, self.mask_embedding(tokens)], dim=1)
             hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))
@@ -150,7 +154,7 @@ class MaskWriter(nn.Module):
         check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window)
         if draft == "auto":
             draft = fastest_draft(self.config.hide, B, device)
-        window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1
+        window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1  # 1: a token per pass
         start = clock(device)
         logits, cache, guesses = self.prefill(text_ids, pixels, M - 1 + window, draft == "hidden" and window > 1)
         prefilled = clock(device)
@@ -178,7 +182,7 @@ class MaskWriter(nn.Module):
         sequence = prefix = self.prefix(text_ids, pixels)
         B, prefix_length, D = prefix.shape
         cache = self.new_cache(prefix, more)
-        if guess:
+        if guess:  # zeros, as hide_tokens makes them in forward: each token is guessed from prefix and place alone
             sequence = torch.cat([prefix, prefix.new_zeros(B, self.config.mask_tokens - 1, D)], dim=1)
         hidden = self.llama(sequence, cache, self.blocks(text_ids, sequence.shape[1]))
         cache.position = prefix_length  # takes back the hidden mask tokens
@@ -535,8 +539,9 @@ class Llama(nn.Module):
         A token sees all tokens whose block id is not above its own. blocks: int64 (B,T); None stands for the positions,
         which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
         With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them.
-        slots: int64 (B,T), where in the cache each embedding stands if rows are of unequal length. B may be less than
-        the rows of the cache; its first B are used then. blocks must be None. ValueError if the cache is full.
+        slots: int64 (B,T), where in the cache each embedding stands if rows are of unequal length. What lies in slots
+        above a row's own is stale, and its block ids hide it. B may be less than the rows of the cache; its first B are
+        used then. blocks must be None. ValueError if the cache is full.
         """
         context = self.context(embeddings, cache, blocks, slots)
         x = embeddings
@@ -665,16 +670,19 @@ def decode_drafted(model, logits, cache, window, guesses=None):
     In a batch each mask advances at its own pace, and a mask that is done leaves.
     """
     B, M, device, prefix_length = len(logits), model.config.mask_tokens, logits.device, cache.position
-    tokens = torch.zeros(B, M + window, dtype=torch.long, device=device)  # sure, then guessed, then room for a window
+    # Sure tokens, then guesses, then room: a row near its end chooses beyond M, which nobody reads.
+    tokens = torch.zeros(B, M + window, dtype=torch.long, device=device)
     if guesses is not None:
         tokens[:, :M] = guesses
     tokens[:, 0] = logits.argmax(-1)
-    sure = guessed = torch.ones(B, 1, dtype=torch.long, device=device)  # how many are sure; how many at least guessed
+    # Of each row: how many tokens are sure, and below which place a token is at least the choice of an earlier pass.
+    sure = guessed = torch.ones(B, 1, dtype=torch.long, device=device)
     result, passes = torch.empty(B, M, dtype=torch.long, device=device), [0] * B
-    masks, counts, width = list(range(B)), [1] * B, window  # of each row: which mask stands there, `sure` on the host
+    masks, counts, width = list(range(B)), [1] * B, window  # of each row: its place in the batch, `sure` on the host
     while masks:
         width = min(width, M - min(counts))
-        cache.position = prefix_length + max(counts) - 1  # of the longest row; its last sure token is not read yet
+        # Rejected guesses are taken back. The longest row counts; its last sure token is not read yet.
+        cache.position = prefix_length + max(counts) - 1
         chosen_at = sure + torch.arange(width, device=device)  # (rows,width): the tokens that this pass chooses
         if guesses is None:
             tokens.scatter_(1, chosen_at, guess_from_above(tokens, chosen_at, guessed, model.config.mask_grid))
@@ -683,7 +691,7 @@ def decode_drafted(model, logits, cache, window, guesses=None):
         sure = sure + right + 1
         before, counts = sum(counts), sure.flatten().tolist()  # the host waits here, once per pass
         gained = (sum(counts) - before) / len(counts)
-        width = min(window, max(window // 2, math.ceil(2 * gained) + 2))  # narrower where few guesses were right
+        width = min(window, max(window // 2, math.ceil(2 * gained) + 2))  # narrower where few were right; measured
         for mask in masks:
             passes[mask] += 1
         done = [row for row, count in enumerate(counts) if count >= M]
@@ -698,18 +706,19 @@ def decode_drafted(model, logits, cache, window, guesses=None):
 def verify(model, cache, tokens, chosen_at, prefix_length):
     """One pass: put the model's choices at chosen_at (rows,width) of `tokens` in place of the guesses; return how many
     guesses were right before the first wrong one, (rows,1)."""
-    # Slot prefix_length + t of the cache holds mask token t, and reading it chooses token t + 1.
+    # Slot prefix_length + t of the cache holds mask token t, and reading it chooses token t + 1. The inputs are the
+    # last sure token and all guesses but the last. Whether the last guess was right does not matter: it was not read.
     inputs, guesses = tokens.gather(1, chosen_at - 1), tokens.gather(1, chosen_at)
     hidden = model.llama(model.mask_embedding(inputs), cache, slots=prefix_length + chosen_at - 1)
     chosen = model.head(hidden).float().argmax(-1)  # (rows,width)
     tokens.scatter_(1, chosen_at, chosen)
-    return (guesses == chosen)[:, :-1].cumprod(1).sum(1, keepdim=True)  # nothing after the last one depends on it
+    return (guesses == chosen)[:, :-1].cumprod(1).sum(1, keepdim=True)
 
 
 def guess_from_above(tokens, places, guessed, grid):
     """The tokens at places (rows,width). From `guessed` (rows,1) on it is the nearest known token above in the mask;
     in the first row of the mask, which has none above, the last known token."""
-    above = places - grid * ((places - guessed) // grid + 1)
+    above = places - grid * ((places - guessed) // grid + 1)  # as few rows up as lead below `guessed`
     above = torch.where(above < 0, guessed - 1, above)
     return tokens.gather(1, torch.where(places < guessed, places, above))
 
