@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 # Pillow refuses pictures above 179 megapixels. Its warning about those above 89 would only disturb the output.
@@ -146,6 +145,8 @@ def _ahd(pred, gt):
 def _nearest(x, y):
     """Distance of each point of x (n, 2) to the nearest of y (m, 2), and the other way round; float64."""
     if len(x) * len(y) > 4_000_000 or max(x.max(), y.max()) > 2000:
+        from scipy.spatial import cKDTree  # takes a third of a second
+
         return cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
     # For the usual few hundred points a table of all squared distances takes 0.6 of the trees' time. It is one matrix
     # product, (r, c, r^2 + c^2, 1) of x times (-2 r, -2 c, 1, r^2 + c^2) of y: integers that float32 holds exactly.
