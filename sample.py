@@ -447,6 +447,8 @@ def score(args):
     with one_rank_first():
         dataset = load_dataset(args.dataset, args.split, args.root, **options)
     count = min(args.count or len(dataset), len(dataset))
+    if count == 0:
+        raise ValueError(f"{args.dataset}:{args.split} has no examples")
     segmenter = load(args, device)
     lines = [dataset.path] if isinstance(dataset, JSONLines) else []
     run = run_header(args, options, count, lines, segmenter)

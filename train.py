@@ -670,7 +670,7 @@ def evaluate_after(run, step):
     if run.log:
         tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
         run.log.write(json.dumps({"step": step, **scores, "tasks": tasks}) + "\n")
-        contact_sheet(cells, run.args.out_dir / f"grid-{step:06d}.png")
+        contact_sheet(cells, run.args.out_dir / f"grid-{step:06d}.png", headings=("picture", "predicted", "truth"))
         shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
         say(f"step {step}: {' '.join(shown)}")
         if (scores[run.metric] or 0.0) > run.best:
@@ -902,7 +902,8 @@ def main(argv=None):
 def job(args):
     """Do what the flags ask for."""
     if args.print_config:
-        print_config(args)
+        if int(os.environ.get("RANK", 0)) == 0:  # once, not once per process of torchrun
+            print_config(args)
     elif args.plot:
         print(f"wrote {plot(args.plot)}")
     elif args.merge:

@@ -1,7 +1,7 @@
 """Is this checkout slower than another one, and are its masks the same?
 
-    git clone . /tmp/before && git -C /tmp/before checkout REVISION
-    python tests/bench_before.py /tmp/before --pairs 7
+    git clone . ../before && git -C ../before checkout REVISION
+    python tests/bench_before.py ../before --pairs 7
 
 Each measurement runs in a process of its own, in the two checkouts in turn, because the speed of a busy machine changes
 from minute to minute. The table gives the ratio of the best times and of the medians. A ratio above 1 means that this

@@ -842,3 +842,10 @@ def test_confidence_of_a_padded_picture_leaves_the_padding_out(sample, tmp_path,
     whole = np.asarray(confidence_picture(grid.ravel(), (80, 80)))
     resized = np.asarray(Image.fromarray(grid).resize((80, 80), Image.Resampling.BILINEAR))
     assert (whole == (resized.clip(0, 1) * 255).round()).all()
+
+
+def test_a_data_set_without_examples_is_named(sample, tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    done = sample("sample.py", "--dataset", f"jsonl:{tmp_path / 'none.jsonl'}", "--out", tmp_path / "out")
+    assert done.returncode == 1 and b"none.jsonl:test has no examples" in done.stderr
+    assert not (tmp_path / "out").exists()
