@@ -662,15 +662,12 @@ class JSONLines:
     A line that is broken in another way raises ValueError when it is read.
     picture_of: int64 per line, a hash of `image`, the same in every process; 0 for a broken line.
 
-    SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl (or, for train, ROOT/sa-ovrs.jsonl) of such lines, images
-    from ROOT. There the mask is called `segmentation`; annotation_ids, score and provenance are not read here.
+    SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl of such lines, images from ROOT. There the mask is called
+    `segmentation`; annotation_ids, score and provenance are not read here.
     """
 
     def __init__(self, split, name, root=None):
-        if name == "sa-ovrs":  # annotate.py leaves sa-ovrs.jsonl, which is for training
-            path = _find(root, f"{split}.jsonl", *["sa-ovrs.jsonl"] * (split == "train"))
-        else:
-            path = Path(name.removeprefix("jsonl:"))
+        path = root / f"{split}.jsonl" if name == "sa-ovrs" else Path(name.removeprefix("jsonl:"))
         self.path, self.root = path, root or path.parent
         rows, start = array("q"), 0  # 32 bytes per line
         with _reading(path, "file"), open(regular(path), "rb") as file:
@@ -742,7 +739,7 @@ def load_dataset(name, split, root=None, **options):
         scenes scenes-rich                   train val test novel; phrases=
         ade20k cocostuff voc20 pc59 pc459    train val; classes="present" | "all"
         refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them; split_by=
-        sa-ovrs                              any split of which ROOT holds SPLIT.jsonl; train: or sa-ovrs.jsonl
+        sa-ovrs                              any split of which ROOT holds SPLIT.jsonl
         jsonl:PATH                           your own data, see JSONLines; the split is not used
     root: the folder in which the official archives were unpacked; the drawn worlds need none.
     FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.

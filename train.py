@@ -744,8 +744,11 @@ def plot(out_dir):
     for name, base, top, curves in (  # base: the row of the picture where 0 is, top: the largest value
             ("loss", 272, max(loss for _, loss in losses) or 1.0, [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
             ("cIoU, validation", 592, 1.0, [(scores, "#c03020")])):
-        draw.rectangle([48, base - 224, 912, base], outline="#c0c0c0")
-        draw.text((48, base - 240), f"{name}, up to {top:.2f}, over {last} steps", fill="black")
+        draw.text((48, base - 248), f"{name} over steps", fill="black")
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            draw.line([48, base - share * 224, 912, base - share * 224], fill="#e0e0e0")
+            draw.text((40, base - share * 224), f"{share * top:.2f}", "black", anchor="rm")
+            draw.text((48 + share * 864, base + 8), f"{share * last:.0f}", "black", anchor="ma")
         for points, color in curves:
             spots = [(48 + step / last * 864, base - value / top * 224) for step, value in points]
             draw.line(spots, fill=color, width=2)
