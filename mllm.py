@@ -118,8 +118,7 @@ class JanusSeg(MaskWriter):
     file_format = "janusseg"
 
     def __init__(self, config: JanusConfig):
-        super().__init__()
-        self.config, self.frozen = config, {}
+        super().__init__(config)
         D = config.llama.width
         self.vision = SigLIP(config.siglip, text=False)
         self.aligner = projector(config.siglip.vision_width, D, config.projector_layers)

@@ -17,6 +17,7 @@ Shapes used below, with their sizes in the preset scenes:
 From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to decode, devices, SigLIP, configs, helpers.
 """
 
+import copy
 import math
 import re
 import resource
@@ -68,13 +69,18 @@ DRAFTS = ("auto", "none", "jacobi", "hidden")
 class MaskWriter(nn.Module):
     """Mask tokens after a prefix: how they are learned (`forward`) and written (`generate_naive`, `generate`).
 
-    LlamaSeg (below) and JanusSeg (mllm.py) differ in the prefix and agree in all after it. A subclass has config
-    (codebook_size, mask_grid, mask_tokens, hide), llama, file_format, and
+    LlamaSeg (below) and JanusSeg (mllm.py) differ in the prefix and agree in all after it. A subclass has llama,
+    file_format, a config with codebook_size, mask_grid, mask_tokens and hide, and
         prefix(text_ids, pixels) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K): modules or methods
         trained_state() -> the part of its state dict that a checkpoint holds
         fuse() -> None, lays out the weights for decoding
     """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.frozen = config, {}
+        self.decoders = {}  # CompiledDecoder by shape
 
     def blocks(self, text_ids, length):
         """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal. JanusSeg has
@@ -133,7 +139,7 @@ class MaskWriter(nn.Module):
 
     @torch.no_grad()
     def generate(self, text_ids, pixels, decode="greedy", beams=3, top_k=3, top_p=0.9, temperature=1.0,
-                 seed=0, draft="auto", window=None, stats=None):
+                 seed=0, draft="auto", window=None, compiled=False, stats=None):
         """text_ids (B,L), pixels (b,3,S,S) -> mask tokens (B,M) int64, one after the other with a KV cache.
 
         decode: "greedy"; "beam", the best of `beams` sequences kept by summed log-probability; or a draw at
@@ -143,15 +149,18 @@ class MaskWriter(nn.Module):
         whatever else is in its batch; only rounding, which depends on the batch size, can tip a draw.
         draft: how greedy decoding guesses tokens to verify several per pass, see `decode_drafted`: "jacobi", "hidden",
         "none" (or None) for one token per pass, "auto" for the fastest. window: tokens per pass, with a draft.
-        In float32 the mask does not depend on the draft. In bfloat16, where rounding depends on the shape of a pass, 6
-        to 8 of 200 masks of the default changed.
+        compiled: greedy decoding in compiled passes, see CompiledDecoder, which pays for many masks on a GPU: the first
+        call for a batch size takes about a minute.
+        In float32 the mask depends on none of these. In bfloat16, where rounding depends on the shape of a pass, 6 to 8
+        of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
         ValueError for an argument that is unknown or out of range.
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
         seeds = seed if isinstance(seed, list) else [seed] * B
-        check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window)
+        check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window,
+                       compiled)
         if draft == "auto":
             draft = fastest_draft(self.config.hide, B, device)
         window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1  # 1: a token per pass
@@ -161,6 +170,11 @@ class MaskWriter(nn.Module):
         mask_passes = [M - 1] * B
         if decode == "beam":
             tokens = decode_beam(self, logits, cache, beams)
+        elif compiled:
+            shape = B, window, cache.length, guesses is None
+            if shape not in self.decoders:
+                self.decoders[shape] = CompiledDecoder(self, cache, window, guesses is None)
+            tokens, mask_passes = self.decoders[shape].decode(logits, cache, guesses)
         elif window > 1:
             tokens, mask_passes = decode_drafted(self, logits, cache, window, guesses)
         elif decode == "greedy":
@@ -239,8 +253,7 @@ class LlamaSeg(MaskWriter):
     file_format = "llamaseg"
 
     def __init__(self, config: LlamaSegConfig, encoder=None):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         D, K, siglip = config.llama.width, config.codebook_size, config.siglip
         if encoder is not None and encoder.config != siglip:
             raise ValueError(f"the encoder has the shape {encoder.config}, the model wants {siglip}")
@@ -403,33 +416,32 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the tokens seen so far. The caller makes it, passes it to Llama and owns it.
 
-    It is allocated once for `length` tokens and written in place. `position`, the number of tokens seen, is a Python
-    int that the host knows without waiting for the device. To take tokens back, lower it: they are overwritten. Where
-    rows are of unequal length (decode_drafted), `position` is that of the longest.
+    It is allocated once for `length` tokens and written in place: per layer (B,nkv,length,hd). `position`, the number
+    of tokens seen, is a Python int that the host knows without waiting for the device. To take tokens back, lower it:
+    they are overwritten. Drafted decoding, whose rows are of unequal length, says itself where each token stands.
     """
 
     def __init__(self, config: LlamaConfig, batch, length, device=None, dtype=torch.float32):
-        shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.kv_heads, length, config.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+                                  for _ in range(2))
         self.rope = rope_tables(torch.arange(length, device=device), config.head_dim, config.rope_theta)
         self.blocks = None  # (B,length) block id of each token, see Llama.forward; None: its position
         self.length, self.position = length, 0
 
-    def update(self, layer, k, v):
-        """Write k, v (B,nkv,T,hd) of a layer at `position`; return all valid ones, (B,nkv,position+T,hd)."""
-        end = self.position + k.shape[2]
-        self.keys[layer, :, :, self.position:end] = k
-        self.values[layer, :, :, self.position:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def update_slots(self, layer, k, v, slots):
-        """`update` for rows of unequal length: write at slots (B,T) of the first B rows, all below position+T."""
-        B, end = len(slots), self.position + slots.shape[1]
-        rows = torch.arange(B, device=slots.device)[:, None]
-        self.keys[layer][rows, :, slots] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, slots] = v.transpose(1, 2).to(self.keys.dtype)
-        return self.keys[layer, :B, :, :end], self.values[layer, :B, :, :end]
+    def update(self, layer, k, v, slots=None):
+        """Write k, v (B,nkv,T,hd) of a layer at `position`; return all valid ones, (B,nkv,position+T,hd).
+        slots: int64 (B,T), write there instead, of the first B rows, and return all slots, (B,nkv,length,hd)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if slots is None:
+            end = self.position + k.shape[2]
+            keys[:, :, self.position:end] = k
+            values[:, :, self.position:end] = v
+            return keys[:, :, :end], values[:, :, :end]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
+        return keys[:len(slots)], values[:len(slots)]
 
     def update_blocks(self, blocks):
         """Write block ids (B,T) at `position`; return those of all slots (B,length). None, if all are positions."""
@@ -439,16 +451,20 @@ class KVCache:
             self.blocks[:, self.position:self.position + blocks.shape[1]] = blocks
         return self.blocks
 
+    def tensors(self):
+        """All that a pass changes."""
+        return [*self.keys, *self.values, *([] if self.blocks is None else [self.blocks])]
+
     def repeat(self, n):
         """From now on every row stands n times in a row (the beams of one example)."""
-        self.keys, self.values = (x.repeat_interleave(n, dim=1) for x in (self.keys, self.values))
+        self.keys, self.values = ([x.repeat_interleave(n, dim=0) for x in part] for part in (self.keys, self.values))
         if self.blocks is not None:
             self.blocks = self.blocks.repeat_interleave(n, dim=0)
 
     def copy_rows(self, sources, targets, start=0):
         """The rows `targets` go on from what `sources` hold; tokens before `start` must be common to both."""
-        for x in (self.keys, self.values):
-            x[:, targets, :, start:self.position] = x[:, sources, :, start:self.position]
+        for x in self.keys + self.values:
+            x[targets, :, start:] = x[sources, :, start:]
         if self.blocks is not None:
             self.blocks[targets] = self.blocks[sources]
 
@@ -478,10 +494,8 @@ class LlamaAttention(nn.Module):
     def forward(self, x, index, rope, causal, mask, cache, slots):
         """x (B,T,D) -> (B,T,D). index: of the layer, from 0; the rest is what Llama.context gives."""
         q, k, v = self.queries_keys_values(x, rope)
-        if slots is not None:
-            k, v = cache.update_slots(index, k, v, slots)
-        elif cache is not None:
-            k, v = cache.update(index, k, v)
+        if cache is not None:
+            k, v = cache.update(index, k, v, slots)
         y = attention(q.to(k.dtype), k, v, causal, mask)  # a cache may be in float32 beside weights in bfloat16
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
@@ -538,10 +552,11 @@ class Llama(nn.Module):
 
         A token sees all tokens whose block id is not above its own. blocks: int64 (B,T); None stands for the positions,
         which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
-        With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them.
-        slots: int64 (B,T), where in the cache each embedding stands if rows are of unequal length. What lies in slots
-        above a row's own is stale, and its block ids hide it. B may be less than the rows of the cache; its first B are
-        used then. blocks must be None. ValueError if the cache is full.
+        With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them; ValueError if
+        it is full. slots: int64 (B,T), where in the cache each embedding stands instead, if rows are of unequal length.
+        The slots above a row's own hold what is stale or not written yet, and their block ids hide it. B may be less
+        than the rows of the cache; its first B are used then. The shapes of such a pass do not depend on how many
+        tokens there are, so that it can be compiled. blocks must be None, and `cache.position` stays.
         """
         context = self.context(embeddings, cache, blocks, slots)
         x = embeddings
@@ -550,7 +565,7 @@ class Llama(nn.Module):
                 x = checkpoint(layer, x, index, use_reentrant=False, **context)
             else:
                 x = layer(x, index, **context)
-        if cache is not None:
+        if cache is not None and slots is None:
             cache.position += embeddings.shape[1]
         return self.norm(x)
 
@@ -560,18 +575,23 @@ class Llama(nn.Module):
         device, start = embeddings.device, 0 if cache is None else cache.position
         if cache is None:
             rope = rope_tables(torch.arange(T, device=device), self.config.head_dim, self.config.rope_theta)
+        elif slots is not None:
+            positions = torch.arange(cache.length, device=device).expand(B, -1)
+            blocks = positions if cache.blocks is None else cache.blocks[:B]
+            rope = [table[slots][:, None] for table in cache.rope]
+            mask = blocks[:, None, None, :] <= blocks.gather(1, slots)[:, None, :, None]  # (B,1,T,length)
+            return {"rope": rope, "cache": cache, "slots": slots, "causal": False, "mask": mask}
         else:
             if start + T > cache.length:
                 raise ValueError(f"{start} + {T} tokens do not fit a KV cache of {cache.length}")
             blocks = cache.update_blocks(blocks)
-            rope = [table[start:start + T] if slots is None else table[slots][:, None] for table in cache.rope]
-        shared = {"rope": rope, "cache": cache, "slots": slots}  # rope: cos and sin, (T,hd) or (B,1,T,hd)
-        if blocks is None and slots is None and (start == 0 or T == 1):
+            rope = [table[start:start + T] for table in cache.rope]
+        shared = {"rope": rope, "cache": cache, "slots": None}  # rope: cos and sin, (T,hd) or (B,1,T,hd)
+        if blocks is None and (start == 0 or T == 1):
             # Causal attention, for which PyTorch has a faster kernel. A single new token sees all.
             return {**shared, "causal": start == 0, "mask": None}
-        keys = torch.arange(start + T, device=device).expand(B, -1) if blocks is None else blocks[:B, :start + T]
-        queries = keys[:, start:] if slots is None else keys.gather(1, slots)  # block ids (B,T)
-        return {**shared, "causal": False, "mask": keys[:, None, None, :] <= queries[:, None, :, None]}
+        keys = torch.arange(start + T, device=device).expand(B, -1) if blocks is None else blocks[:, :start + T]
+        return {**shared, "causal": False, "mask": keys[:, None, None, :] <= keys[:, None, start:, None]}
 
     @property
     def fused(self):
@@ -681,8 +701,6 @@ def decode_drafted(model, logits, cache, window, guesses=None):
     masks, counts, width = list(range(B)), [1] * B, window  # of each row: its place in the batch, `sure` on the host
     while masks:
         width = min(width, M - min(counts))
-        # Rejected guesses are taken back. The longest row counts; its last sure token is not read yet.
-        cache.position = prefix_length + max(counts) - 1
         chosen_at = sure + torch.arange(width, device=device)  # (rows,width): the tokens that this pass chooses
         if guesses is None:
             tokens.scatter_(1, chosen_at, guess_from_above(tokens, chosen_at, guessed, model.config.mask_grid))
@@ -701,6 +719,69 @@ def decode_drafted(model, logits, cache, window, guesses=None):
             tokens, sure, guessed = tokens[stay], sure[stay], guessed[stay]
             masks, counts = [masks[row] for row in stay], [counts[row] for row in stay]
     return result, passes
+
+
+class CompiledDecoder:
+    """Greedy decoding in passes of one shape, so that a pass is one compiled graph and, on a GPU, one CUDA graph.
+
+    It is decode_drafted, with window 1 decode_plain, but for this: a pass always reads `window` tokens of all masks. A
+    mask that is done goes on behind its end, where nobody reads, so the masks are the same. A CUDA graph knows its
+    tensors by their addresses: this object keeps them, and the weights of the model must not be replaced.
+    """
+
+    @torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients
+    @torch.no_grad()
+    def __init__(self, model, cache, window, from_above):
+        """cache: after a prefill of the shape to come. from_above: guess each token from the one above it."""
+        B, device, self.M = len(cache.keys[0]), cache.keys[0].device, model.config.mask_tokens
+        self.model, self.window, self.from_above, self.prefix_length = model, window, from_above, cache.position
+        self.cache = copy.deepcopy(cache)
+        self.tokens = torch.zeros(B, self.M + window, dtype=torch.long, device=device)
+        self.sure, self.guessed, self.passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(3))
+        self.step = torch.compile(self.one_pass, fullgraph=True, dynamic=False)
+        if device.type == "cuda":
+            self.step = cuda_graph(self.step, device)
+
+    def one_pass(self):
+        """See decode_drafted for the algorithm and the names."""
+        chosen_at = self.sure + torch.arange(self.window, device=self.sure.device)  # (B,window)
+        if self.from_above:
+            guess = guess_from_above(self.tokens, chosen_at, self.guessed, self.model.config.mask_grid)
+            self.tokens.scatter_(1, chosen_at, guess)
+        right = verify(self.model, self.cache, self.tokens, chosen_at, self.prefix_length)
+        self.passes += self.sure < self.M
+        self.guessed.copy_(torch.maximum(self.guessed, self.sure + self.window))
+        self.sure.copy_((self.sure + right + 1).clamp(max=self.M))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def decode(self, logits, cache, guesses=None):
+        """The arguments and results of decode_drafted."""
+        for mine, theirs in zip(self.cache.tensors(), cache.tensors()):
+            mine.copy_(theirs)
+        self.tokens[:, :self.M] = 0 if guesses is None else guesses
+        self.tokens[:, 0] = logits.argmax(-1)
+        self.sure.fill_(1), self.guessed.fill_(1), self.passes.fill_(0)
+        for _ in range(self.M - 1):
+            self.step()
+            if self.window > 1 and (self.sure == self.M).all():  # the host waits here, once per pass
+                break
+        return self.tokens[:, :self.M].clone(), self.passes.flatten().tolist()
+
+
+def cuda_graph(step, device):
+    """Record what `step` does on a GPU; the function that is returned does it again with one launch."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles it, and makes what a recording may not make
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    return graph.replay
 
 
 def verify(model, cache, tokens, chosen_at, prefix_length):
@@ -735,7 +816,7 @@ def leave(cache, count, done):
     return rows
 
 
-def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window):
+def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled):
     """ValueError unless `generate` can do what its arguments ask for."""
     drafts = DRAFTS if decode == "greedy" else ("auto", "none")
     known_seeds = len(seeds) == B and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
@@ -744,6 +825,7 @@ def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft,
         ("draft", draft, draft in drafts, f"one of {', '.join(drafts)} where decode is {decode}"),
         ("window", window, window in (None, 1) or window > 1 and decode == "greedy" and draft != "none",
          "at least 1, and no more without a draft"),
+        ("compiled", compiled, not compiled or decode == "greedy", f"False where decode is {decode}"),
         ("beams", beams, 1 <= beams <= K, f"1 to {K}, the codebook size"),
         ("top_k", top_k, 1 <= top_k <= K, f"1 to {K}, the codebook size"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),

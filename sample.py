@@ -51,9 +51,9 @@ KINDS = ("mask", "overlay")  # the two pictures of each mask
 EXAMPLE = ASSETS / "example.png"
 EXAMPLE_PROMPTS = ("the red circle", "the blue square", "something to wear on a finger", "a sign of love")
 # The flags that each way to decode reads. Paper: 3 beams, top 3, top 0.9; the temperature is not stated, we use 1.
-DECODING = {"greedy": ("draft",), "beam": ("beams",), "top-k": ("top_k", "temperature", "seed"),
+DECODING = {"greedy": ("draft", "compiled"), "beam": ("beams",), "top-k": ("top_k", "temperature", "seed"),
             "top-p": ("top_p", "temperature", "seed"), "random": ("temperature", "seed")}
-USUAL = {"draft": "auto", "beams": 3, "top_k": 3, "top_p": 0.9, "temperature": 1.0, "seed": 0}
+USUAL = {"draft": "auto", "compiled": False, "beams": 3, "top_k": 3, "top_p": 0.9, "temperature": 1.0, "seed": 0}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MOST_BYTES = 192_000_000  # of the pictures that are in memory together, with their masks
 SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
@@ -469,7 +469,7 @@ def score(args):
 def run_header(args, options, count, lines, segmenter):
     """All that the numbers of a run depend on, and what they mean in words: records of another run are not its own."""
     dtype = next(segmenter.model.parameters()).dtype
-    same = {"draft"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on it
+    same = {"draft", "compiled"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on them
     file = checkpoint_file(args.checkpoint)
     classes = "every class" if args.classes == "all" else "the classes present in each picture"
     return {
@@ -709,6 +709,8 @@ def make_parser():
     add("--seed", type=int, metavar="N", help="the same seed draws the same mask of a picture (default: %(default)s)")
     add("--draft", choices=DRAFTS, help="how greedy decoding guesses tokens to verify several in a pass (default: "
         "auto, the fastest); the mask is the same in float32, in bfloat16 rounding can change it")
+    add("--compile", dest="compiled", action="store_true", help="compile greedy decoding, which pays for many masks on "
+        "a GPU: about a minute for each batch size; the mask is the same in float32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="of the weights; auto: bfloat16 "
         "where the device multiplies it fast (default: %(default)s)")

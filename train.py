@@ -215,7 +215,7 @@ def train(args, at_end):
         sums, seen = torch.zeros(3, device=run.device), []  # loss, gradient norm, ranks that were asked to stop
         for micro in range(run.accumulation):
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                if run.world_size > 1:  # gradients are summed over ranks only once per step
+                if dist.is_initialized():  # gradients are summed over ranks only once per step
                     model.require_backward_grad_sync = micro == run.accumulation - 1
                 loss = model(**batch)[1]
             (loss / run.accumulation).backward()
@@ -247,7 +247,7 @@ def train(args, at_end):
         started = time.perf_counter()
     if run.log and run.first_step < args.max_steps:
         plot(args.out_dir)
-    if run.world_size > 1:
+    if dist.is_initialized():
         del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
         dist.destroy_process_group()
 
@@ -300,7 +300,7 @@ def parallel(run):
     if run.args.compile:
         say("compiling, about a minute: the first step takes that much longer")
         model = torch.compile(model)
-    if run.world_size > 1:  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
+    if dist.is_initialized():  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None,
@@ -743,7 +743,7 @@ def plot(out_dir):
     draw = ImageDraw.Draw(picture)
     for name, base, top, curves in (  # base: the row of the picture where 0 is, top: the largest value
             ("loss", 272, max(loss for _, loss in losses) or 1.0, [(losses, "#c8d4f0"), (smooth, "#2050c0")]),
-            ("cIoU, validation", 592, 1.0, [(scores, "#c03020")])):
+            ("validation cIoU", 592, 1.0, [(scores, "#c03020")])):
         draw.text((48, base - 248), f"{name} over steps", fill="black")
         for share in (0, 0.25, 0.5, 0.75, 1):
             draw.line([48, base - share * 224, 912, base - share * 224], fill="#e0e0e0")

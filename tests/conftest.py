@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,50 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="run the tests that take the fixture `device`, and no others, on this device")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device"):
+        items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+@pytest.fixture
+def device(request):
+    """A torch.device, the CPU without --device. Products of float32 are whole there, not TF32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(request.config.getoption("--device") or "cpu")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers in every run."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_graph(monkeypatch):
+    """with one_graph(): the block compiles one graph, without a break, and does not compile it anew in later calls.
+    graphs: so many instead, where shapes change."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    @contextmanager
+    def block(backend="aot_eager", graphs=1):  # this backend writes no code, so that it is quick
+        real = torch.compile
+        reset()
+        counters.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", lambda call, **more: real(call, backend=backend, **more))
+            yield
+        assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+        reset()
+
+    return block
 
 
 @pytest.fixture

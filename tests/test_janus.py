@@ -59,10 +59,12 @@ def test_features_embeddings_and_logits_are_the_official_ones(janus, io):
 
 
 @pytest.mark.parametrize("draft", ["none", "jacobi", "hidden"])
-def test_greedy_mask_tokens_are_the_official_ones(janus, io, draft):
-    tokens = janus.generate(io["gen_input_ids"], io["pixel_values"][:1, 0], draft=draft)
-    assert torch.equal(tokens, io["greedy_image_tokens"])
-    assert torch.equal(janus.generate_naive(io["gen_input_ids"], io["pixel_values"][:1, 0]), tokens)
+def test_greedy_mask_tokens_are_the_official_ones(janus, io, device, draft):
+    janus.to(device)
+    text_ids, pixels = io["gen_input_ids"].to(device), io["pixel_values"][:1, 0].to(device)
+    tokens = janus.generate(text_ids, pixels, draft=draft)
+    assert torch.equal(tokens.cpu(), io["greedy_image_tokens"])
+    assert torch.equal(janus.generate_naive(text_ids, pixels), tokens)
 
 
 def test_greedy_text_is_the_official_one_with_and_without_padding(janus, io):
@@ -84,6 +86,16 @@ def test_prompts_of_several_lengths_together_equal_each_alone(janus, io, decode)
     together = janus.generate(torch.cat([long, short]), pixels, decode=decode)
     assert torch.equal(together[:1], janus.generate(long, pixels[:1], decode=decode))
     assert torch.equal(together[1:], janus.generate(short[:, 4:], pixels[1:], decode=decode))
+
+
+def test_compiled_passes_know_the_padding(janus, io, one_graph):
+    text_ids, pixels = io["gen_input_ids"].repeat(2, 1), io["pixel_values"][:2, 0]
+    text_ids[0] = torch.cat([text_ids.new_full((4,), janus.config.pad_id), text_ids[0, :-4]])
+    with one_graph():
+        for _ in range(2):
+            tokens = janus.generate(text_ids, pixels, draft="none", compiled=True)
+            assert torch.equal(tokens, janus.generate(text_ids, pixels, draft="none"))
+            text_ids = text_ids.roll(1, 0)
 
 
 def test_preprocessing_is_the_official_one(io):
@@ -303,7 +315,7 @@ def losses(out):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
-def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path):
+def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path, one_graph):
     flags = ["--preset", "llamaseg-janus", "--encoder", str(directory), "--batch-size", "16", "--lr", "3e-3",
              "--phrases", "2", "--max-steps", "18", "--warmup-steps", "2", "--eval-every", "18", "--eval-count", "2",
              "--save-every", "12", "--device", "cpu", "--dtype", "float32", "--lora-rank", "8"]
@@ -315,7 +327,9 @@ def test_train_resume_sample_chat_and_merge(directory, sample, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copyfile(older, broken / older.name)
-    assert train.main([*flags, "--out-dir", str(broken), "--resume", "auto", "--activation-checkpointing"]) == 0
+    more = ["--resume", "auto", "--activation-checkpointing", "--compile"]
+    with one_graph(graphs=2):  # prompts of a batch are as long as its longest: a second graph is for any length
+        assert train.main([*flags, "--out-dir", str(broken), *more]) == 0
     assert all(losses(broken)[s] == pytest.approx(found[s], abs=1e-5) for s in range(13, 19))
 
     picture = REPO / "assets" / "example.png"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,10 +64,19 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     assert not any(name.endswith(".tmp") for name in names)
 
 
+@pytest.fixture
+def exact(device, monkeypatch):
+    """The name of the device, whose kernels give the same digits in every run."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield str(device)
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, optimizer):
+def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, exact, optimizer):
     def call(out, *more):
-        assert train.main(small(out, "--optimizer", optimizer, *more)) == 0
+        assert train.main(small(out, "--optimizer", optimizer, "--device", exact, *more)) == 0
 
     call(tmp_path / "whole")
     # Stopped after step 3: the schedule must be the whole run's, so the stop is a kill, not a smaller --max-steps.
@@ -78,7 +88,7 @@ def test_a_resumed_run_gives_the_losses_of_the_unbroken_run(small, tmp_path, opt
 
     train.save_checkpoint = save_and_die
     try:
-        assert train.main(small(tmp_path / "broken", "--optimizer", optimizer)) == 130
+        assert train.main(small(tmp_path / "broken", "--optimizer", optimizer, "--device", exact)) == 130
     finally:
         train.save_checkpoint = real
     assert max(losses(tmp_path / "broken")) == 3
@@ -103,6 +113,19 @@ def test_accumulation_gives_the_same_losses(small, tmp_path):
     assert train.main(small(tmp_path / "b", "--micro-batch-size", "4")) == 0
     a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert all(abs(a[s] - b[s]) < 1e-4 for s in a)
+
+
+def test_one_process_of_torchrun_gives_the_losses_of_none(small, tmp_path, exact, monkeypatch):
+    """DistributedDataParallel with gloo, or NCCL on a GPU."""
+    assert train.main(small(tmp_path / "none", "--micro-batch-size", "4", "--device", exact)) == 0
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    assert train.main(small(tmp_path / "one", "--micro-batch-size", "4", "--device", exact)) == 0
+    none, one = losses(tmp_path / "none"), losses(tmp_path / "one")
+    assert len(one) == 6 and all(one[step] == pytest.approx(none[step], abs=1e-5) for step in none)
 
 
 LAUNCH = """
@@ -741,6 +764,22 @@ def test_activation_checkpointing_changes_no_loss(small, tmp_path):
     assert all(a[step] == pytest.approx(b[step], abs=1e-5) for step in a)
     whole, parts = (train.activation_bytes(train.PRESETS["llamaseg-b"], 32, recompute) for recompute in (False, True))
     assert parts < whole / 4
+
+
+@pytest.mark.parametrize("more", [[], ["--activation-checkpointing", "--phrases", "2", "--dtype", "bfloat16"]])
+def test_a_compiled_step_is_one_graph(small, tmp_path, one_graph, more):
+    with one_graph():
+        assert train.main(small(tmp_path / "compiled", "--compile", "--micro-batch-size", "4", *more)) == 0
+    assert train.main(small(tmp_path / "plain", "--micro-batch-size", "4", *more)) == 0
+    compiled, plain = losses(tmp_path / "compiled"), losses(tmp_path / "plain")
+    tolerance = 0.05 if "bfloat16" in more else 1e-4
+    assert len(plain) == 6 and all(compiled[step] == pytest.approx(plain[step], abs=tolerance) for step in plain)
+
+
+def test_a_compiled_step_on_official_parts_is_one_graph(official, tmp_path, one_graph):
+    with one_graph():
+        assert train.main([*official, "--compile", "--dtype", "bfloat16", "--out-dir", str(tmp_path)]) == 0
+    assert len(losses(tmp_path)) == 4
 
 
 def test_the_first_step_which_may_compile_is_not_in_the_time_left(small, tmp_path, monkeypatch, capsys):
