@@ -1,7 +1,6 @@
 """What training costs and whether it survives. Not a test: minutes to half an hour; LOG.md has runs.
 
     python tests/bench_train.py step       # a step of the LLaMA part beside transformers (pip install transformers)
-    python tests/bench_train.py memory     # --print-config's estimate beside the measured peak, LlamaSeg-B; 20 GB
     python tests/bench_train.py kills      # 20 times kill -9, half of them in the middle of a save
 """
 
@@ -22,10 +21,7 @@ import torch.nn.functional as F
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-import model as M  # noqa: E402
-import train  # noqa: E402
-from model import Llama, LlamaConfig, LlamaSeg, clock, pick_device  # noqa: E402
-from tokenizer import VQGAN, VQGANConfig  # noqa: E402
+from model import Llama, LlamaConfig, clock, pick_device  # noqa: E402
 
 CODES, TOKENS, BATCH = 16384, 577, 4
 
@@ -85,39 +81,6 @@ def bench_step(rounds=2):
                   f"ms, ratio {a / b:.2f}; losses {losses['transformers']:.4f} {losses['ours']:.4f}", flush=True)
 
 
-def bench_memory(flags):
-    """One process per case, because a process's peak never falls."""
-    if flags is None:
-        for more in ([], ["--activation-checkpointing"]):
-            case = ["--preset", "llamaseg-b", "--micro-batch-size", "2", *more]
-            subprocess.run([sys.executable, __file__, "memory", "--case", json.dumps(case)], check=True)
-        return
-    args = train.parse_args(flags)
-    config, device = train.PRESETS[args.preset], pick_device()
-    if device.type == "cpu":  # as on a GPU: PyTorch's fused kernel
-        M.written_out_is_faster = lambda q, k: False
-    before = train.peak_memory(device)
-    model, mask_tokenizer = LlamaSeg(config).to(device), VQGAN(VQGANConfig()).requires_grad_(False).to(device)
-    model.encoder.to(torch.bfloat16)
-    model.llama.recompute = args.activation_checkpointing
-    optimizers, b = train.make_optimizers(model, args), args.micro_batch_size
-    text_ids, pixels = torch.zeros(b, 64, dtype=torch.long, device=device), torch.zeros(b, 3, 256, 256, device=device)
-    for _ in range(2):
-        for _ in range(2):  # micro-batches: gradients stay from one to the next
-            with torch.no_grad():
-                tokens = mask_tokenizer.encode(pixels)
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(text_ids, pixels, tokens)[1]
-            loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    measured = train.peak_memory(device) - (before if device.type == "cpu" else 0)
-    estimate = train.memory_of_a_rank(model, mask_tokenizer, args)["peak"]
-    print(f"{' '.join(flags)}: estimate {estimate / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB, "
-          f"ratio {estimate / measured:.2f}", flush=True)
-
-
 def bench_kills(times=20, steps=80):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -163,7 +126,5 @@ def bench_kills(times=20, steps=80):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "memory", "kills"))
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    {"step": bench_step, "memory": lambda: bench_memory(asked.case), "kills": bench_kills}[asked.what]()
+    parser.add_argument("what", choices=("step", "kills"))
+    {"step": bench_step, "kills": bench_kills}[parser.parse_args().what]()

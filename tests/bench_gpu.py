@@ -1,0 +1,323 @@
+"""The figures that only a GPU can give: correctness, decoding, training, learning. `bash tests/gpu.sh` runs all parts.
+
+    python tests/bench_gpu.py decode-b out_gpu               # one part, at most 9 minutes; writes out_gpu/decode-b.json
+    python tests/bench_gpu.py decode-b out_gpu --rehearse    # the same at toy sizes, in seconds on a CPU
+    python tests/bench_gpu.py table out_gpu                  # of the parts that are there: gpu.json, gpu.md for LOG.md
+
+correct     the tests that take --device; masks that bfloat16 changes; mask tokens beside those of the CPU
+decode-b    LlamaSeg-B of random weights: ms per pass beside the bytes that it reads over the measured copy bandwidth
+train-b     a training step: samples/s, MFU (of the rate of one large matrix product), peak memory beside the estimate
+            of --print-config, with and without activation checkpointing; the largest micro-batch that fits
+decode-l, train-l    the same of LlamaSeg-L
+learn       the embedded default trained from nothing, in out_gpu/learn; run it again to go on
+loader      drawn pictures/s of so many workers beside what train-b consumed
+
+Random weights do not change the time of a pass. How many passes a drafted mask takes is that of the embedded default.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import timeit
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import model as M  # noqa: E402
+import train  # noqa: E402
+from bench_decode import accepted_tokens, compare_drafts  # noqa: E402
+from data import Batches, load_dataset, load_mixture, resize_mask  # noqa: E402
+from metrics import write_json  # noqa: E402
+from model import PRESETS, LlamaSeg, SigLIPConfig, clock, peak_memory, pick_device  # noqa: E402
+from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image  # noqa: E402
+from weights import ASSETS  # noqa: E402
+
+LIMIT = 450  # seconds after which a part begins no further measurement: what is left is "not run"
+TOY = replace(PRESETS["scenes"], siglip=SigLIPConfig(32, 8, 32, 1, 2, 32, 768, 24, 32, 1, 2, 32), freeze_encoders=True,
+              llama=replace(PRESETS["scenes"].llama, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=48),
+              codebook_size=64, mask_grid=2)
+
+
+def parts(config, args):
+    """A LlamaSeg and a mask tokenizer with random weights, on the device."""
+    small = {"channels": 32, "channel_mult": (1, 1, 1, 1, 1), "res_blocks": 1} if args.rehearse else {}
+    with torch.device(args.device):
+        return LlamaSeg(config), VQGAN(VQGANConfig(codebook_size=config.codebook_size, **small)).requires_grad_(False)
+
+
+def correct(args):
+    """The suite's tests on the device, and what differs in bfloat16."""
+    only = ["-k", "cached_greedy"] if args.rehearse else []
+    command = [sys.executable, "-m", "pytest", "--device", str(args.device), *only, str(REPO / "tests")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    print(done.stdout[-4000:])
+    count = 2 if args.rehearse else 512
+    dataset, tokenizer = load_dataset("scenes", "test"), VQGAN.from_pretrained(ASSETS / "mask_tokenizer.safetensors")
+    masks = torch.from_numpy(np.stack([resize_mask(dataset[i].mask, 128) for i in range(count)])).bool()
+    with torch.inference_mode():
+        here = tokenizer.encode(mask_to_image(masks))
+        there = tokenizer.to(args.device).encode(mask_to_image(masks.to(args.device))).cpu()
+    ways = [(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
+    drafts = [row for way in (ways[2:3] if args.rehearse else ways)
+              for row in compare_drafts(count, *way, args.device, batches=(32,))]
+    return {"tests": done.stdout.strip().splitlines()[-1], "exit code": done.returncode,
+            "mask tokens other than the CPU's": (here != there).sum().item(), "of": here.numel(), "rows": drafts}
+
+
+def copy_bandwidth(device):
+    """Bytes/s, read and written, of a large copy: what a pass that only reads its weights is compared with."""
+    x = torch.ones(2**31 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / min(timeit.repeat(lambda: (y.copy_(x), clock(device)), number=1, repeat=10))
+
+
+@torch.inference_mode()
+def decode(preset, args):
+    """Rows of plain and drafted, eager and compiled passes at 256 and 384 px; the most important ones first."""
+    batches, names = ((2,), [preset]) if args.rehearse else ((1, 8, 32), [preset, f"{preset}-384"])
+    bandwidth, accepted = copy_bandwidth(args.device), accepted_tokens(args.device, str(args.dtype)[6:])
+    result = {"copy bandwidth GB/s": bandwidth / 1e9, "dtype": str(args.dtype)[6:], "rows": []}
+    for batch in batches:
+        for name in names:
+            model, mask_tokenizer = parts(TOY if args.rehearse else PRESETS[name], args)
+            model.to(args.dtype).fuse()
+            for draft, compiled in (("none", False), ("none", True), ("jacobi", True), ("jacobi", False)):
+                row = {"preset": name, "batch": batch, "draft": draft, "compiled": compiled}
+                if time.perf_counter() - args.began < LIMIT:
+                    row |= decode_row(model, mask_tokenizer, batch, draft, compiled, bandwidth, accepted[draft])
+                print(row, flush=True)
+                result["rows"].append(row)
+                model.decoders.clear()
+                torch._dynamo.reset()
+    return result
+
+
+def decode_row(model, mask_tokenizer, batch, draft, compiled, bandwidth, accepted):
+    """What one way to decode takes: the best of two rounds after one that warms up or compiles."""
+    siglip, count, device = model.config.siglip, model.config.mask_tokens, model.boi.device
+    text_ids = torch.zeros(batch, siglip.text_length, dtype=torch.long, device=device)
+    pixels, rounds = torch.rand(batch, 3, siglip.image_size, siglip.image_size, device=device), []
+    for _ in range(3):
+        start = clock(device)
+        rounds.append({})
+        tokens = model.generate(text_ids, pixels, draft=draft, compiled=compiled, stats=rounds[-1])
+        written = clock(device)
+        mask_tokenizer.decode(tokens)
+        rounds[-1] |= {"seconds": written - start, "vqgan_ms": 1000 * (clock(device) - written)}
+    pass_ms = min(stats["decode_ms"] / stats["passes"] for stats in rounds[1:])
+    c, P = model.config.llama, siglip.text_length + siglip.image_tokens + 2
+    cache = 2 * c.layers * batch * c.kv_heads * c.head_dim * (P + count) * model.boi.element_size()
+    read = sum(p.nbytes for part in (model.llama, model.head) for p in part.parameters()) + cache
+    prefill_ms, vqgan_ms = (min(stats[name] for stats in rounds[1:]) for name in ("prefill_ms", "vqgan_ms"))
+    passes = math.ceil((count - 1) / accepted)
+    return {"first call s": rounds[0]["seconds"], "prefill ms": prefill_ms, "ms per pass": pass_ms,
+            "floor ms": 1000 * read / bandwidth, "share of bandwidth": 1000 * read / bandwidth / pass_ms,
+            "passes per mask": passes, "vqgan ms": vqgan_ms,
+            "masks/s": 1000 * batch / (prefill_ms + passes * pass_ms + vqgan_ms), "peak GB": peak_memory(device) / 1e9}
+
+
+def step_of(preset, args, micro_batch, recompute, compiled):
+    """(a training step of two micro-batches, what --print-config counts for its memory, FLOP per sample)."""
+    config, device = TOY if args.rehearse else PRESETS[preset], args.device
+    M.written_out_is_faster = lambda q, k: False  # on a CPU too the attention of a GPU, whose memory is counted
+    model, mask_tokenizer = parts(config, args)
+    model.encoder.to(args.dtype)
+    flops = train.training_flops(model, phrases=1)
+    model.llama.recompute = recompute
+    flags = ["--preset", preset, "--micro-batch-size", str(micro_batch), "--encoder", "none"]
+    flags = train.parse_args([*flags, "--mask-tokenizer", "none", *["--activation-checkpointing"] * recompute])
+    optimizers, side = train.make_optimizers(model, flags), 16 * config.mask_grid
+    text_ids = torch.zeros(micro_batch, config.siglip.text_length, dtype=torch.long, device=device)
+    pixels = torch.rand(micro_batch, 3, config.siglip.image_size, config.siglip.image_size, device=device)
+    masks = torch.rand(micro_batch, side, side, device=device) < 0.5
+    called = torch.compile(model) if compiled else model
+
+    def step():
+        for _ in range(2):  # gradients stay from one micro-batch to the next
+            with torch.no_grad():
+                mask_tokens = mask_tokenizer.encode(mask_to_image(masks))
+            with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
+                loss = called(text_ids, pixels, mask_tokens)[1]
+            loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step, train.memory_of_a_rank(model, mask_tokenizer, flags)["peak"], flops
+
+
+def train_steps(preset, args):
+    """Rows of training steps, and the largest micro-batch that fits. --alone: one row, in a process of its own."""
+    if args.alone:
+        return train_row(preset, args, *args.alone)
+    config, common = (TOY, 2) if args.rehearse else (PRESETS[preset], 32)
+    rows = [alone(args, common, *how) for how in ([(1, 1)] if args.rehearse else [(0, 1), (1, 1), (0, 0)])]
+    for recompute in (0, 1) if args.device.type == "cuda" else ():  # as many as should fit, or 5 % fewer, ...
+        per_sample = train.activation_bytes(config, 1, recompute)
+        fixed = rows[recompute].get("estimate GB", math.inf) * 1e9 - train.activation_bytes(config, common, recompute)
+        room = torch.cuda.get_device_properties(args.device).total_memory - fixed
+        size = 8 * int(max(0, room) / per_sample / 8)
+        while size > common and time.perf_counter() - args.began < LIMIT:
+            rows.append(alone(args, size, recompute, 0))
+            if "samples/s" in rows[-1]:
+                break
+            size = 8 * int(size * 0.95 / 8)
+    return {"dtype": str(args.dtype)[6:], "matrix product TFLOP/s": train.matmul_rate(args.device, args.dtype) / 1e12,
+            "rows": rows}
+
+
+def alone(args, *sizes):
+    """A row in a process of its own, whose peak of memory is the row's."""
+    row = {"micro-batch": sizes[0], "activation checkpointing": bool(sizes[1]), "compiled": bool(sizes[2])}
+    if time.perf_counter() - args.began > LIMIT:
+        return row
+    command = [sys.executable, __file__, args.part, str(args.out), "--device", str(args.device),
+               "--alone", *map(str, sizes), *["--rehearse"] * args.rehearse]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        row["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
+    else:
+        row |= json.loads(done.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+def train_row(preset, args, micro_batch, recompute, compiled):
+    """samples/s and memory of one step."""
+    before = peak_memory(args.device) if args.device.type == "cpu" else 0
+    step, estimate, flops = step_of(preset, args, micro_batch, bool(recompute), bool(compiled))
+    times = []
+    for _ in range(3 if args.rehearse else 12):
+        start = clock(args.device)
+        step()
+        times.append(clock(args.device) - start)
+    rate, measured = 2 * micro_batch / statistics.median(times[2:]), peak_memory(args.device) - before
+    return {"samples/s": rate, "MFU": rate * flops / train.matmul_rate(args.device, args.dtype),
+            "first step s": times[0], "measured GB": measured / 1e9, "estimate GB": estimate / 1e9,
+            "estimate/measured": estimate / max(1, measured)}
+
+
+def learn(args):
+    """train.py for LIMIT seconds, or to its end; then what the drawing and the step take alone."""
+    out, workers = args.out / "learn", args.workers
+    # a guess for a GPU: 16 times the batch of the CPU's recipe at the same learning rate
+    flags = ["--out-dir", str(out), "--resume", "auto", "--batch-size", "1024", "--max-steps", "6000", "--warmup-steps",
+             "200", "--workers", str(workers), "--eval-every", "500", "--eval-count", "500", "--compile"]
+    if args.rehearse:
+        flags = [*flags[:4], "--batch-size", "8", "--max-steps", "3", "--eval-count", "2", "--workers", "0"]
+    flags += ["--device", str(args.device)]
+    timer = threading.Timer(LIMIT, os.kill, (os.getpid(), signal.SIGTERM))  # train.py saves and ends
+    timer.daemon = True
+    timer.start()
+    code = train.main(flags)
+    timer.cancel()
+    records = train.read_log(out / "log.jsonl")
+    steps, scores = ([r for r in records if name in r] for name in ("samples_per_s", "cIoU"))
+    batch, phrases = int(flags[flags.index("--batch-size") + 1]), 4
+    result = {"exit code": code, "steps": steps[-1]["step"], "samples": steps[-1]["step"] * batch,
+              "samples/s": statistics.median(r["samples_per_s"] for r in steps), "MFU": steps[-1]["mfu"],
+              "drawing alone, samples/s": phrases * drawing_rate(args, 128, 8, batch, phrases)}
+    curve = [{"step": r["step"], "cIoU": r["cIoU"], "gIoU": r["gIoU"], "mAHD@0.5": r["mAHD@0.5"]} for r in scores]
+    return result | {"rows": curve}
+
+
+def drawing_rate(args, side, grid, batch, phrases):
+    """Pictures/s that the workers draw when nobody waits for a model."""
+    mixture, text_tokenizer = load_mixture("scenes", "train", phrases=phrases), TextTokenizer(ASSETS / "text.model", 24)
+    batches = Batches(mixture, text_tokenizer, side, grid**2, batch, batch, phrases, 0, 1, 0, True, 16 * grid)
+    count = 2 if args.rehearse else 40
+    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(count + 1),
+                                              num_workers=0 if args.rehearse else args.workers))
+    next(loader)
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return count * batch / phrases / (time.perf_counter() - start)
+
+
+def loader(args):
+    """Pictures/s for LlamaSeg-B beside what the part train-b consumed."""
+    found = args.out / "train-b.json"
+    rows = json.loads(found.read_text())["rows"] if found.exists() else []
+    best = max((row.get("samples/s", 0) for row in rows), default=None)
+    return {"workers": args.workers, "drawn pictures/s at 256 px": drawing_rate(args, 256, 16, 32, 1),
+            "train-b samples/s": best}
+
+
+def table(args):
+    """gpu.json and gpu.md of the parts in OUT."""
+    parts = {name: json.loads((args.out / f"{name}.json").read_text())
+             for name in PARTS if (args.out / f"{name}.json").exists()}
+    lines = []
+    for name, part in parts.items():
+        lines += [f"### {name}", "", ", ".join(f"{key} {show(value)}" for key, value in part.items() if key != "rows")]
+        rows = part.get("rows", [])
+        keys = list(dict.fromkeys(key for row in rows for key in row))  # in order
+        if keys:
+            lines += ["", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
+            lines += [f"| {' | '.join(show(row.get(key)) for key in keys)} |" for row in rows]
+        lines.append("")
+    write_json(args.out / "gpu.json", parts)
+    (args.out / "gpu.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def show(value):
+    """A value as a cell of the table."""
+    return "not run" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+PARTS = {
+    "correct": correct, "decode-b": functools.partial(decode, "llamaseg-b"),
+    "decode-l": functools.partial(decode, "llamaseg-l"), "train-b": functools.partial(train_steps, "llamaseg-b"),
+    "train-l": functools.partial(train_steps, "llamaseg-l"), "learn": learn, "loader": loader,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "table"])
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes; what is compiled gives no code")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that draw (default: one per core)")
+    parser.add_argument("--alone", type=int, nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.device, args.began = pick_device(args.device), time.perf_counter()
+    args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    torch.set_float32_matmul_precision("high")
+    if args.part == "table":
+        return table(args)
+    real = torch.compile
+    if args.rehearse:  # small tensors gain nothing from more threads; code for a CPU takes a minute
+        torch.set_num_threads(1)
+        torch.compile = functools.partial(real, backend="aot_eager")
+    try:
+        result = PARTS[args.part](args)
+    finally:
+        torch.compile = real
+    if args.alone:
+        return print(json.dumps(result))
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+    head = {"device": name, "torch": torch.__version__, "rehearsal": args.rehearse,
+            "seconds": time.perf_counter() - args.began}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / f"{args.part}.json", head | result)
+    print(f"wrote {args.out / args.part}.json")
+
+
+if __name__ == "__main__":
+    main()
