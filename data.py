@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
 from scenes import WORLDS, draw_scene, measure, pick_phrases
-from weights import sha256_of
+from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
 
@@ -71,6 +71,8 @@ def instruct(phrase, template):
 
 # ---- run-length encoding, as COCO stores masks: runs down the columns, the first one of background -------
 
+MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
+
 
 def rle_encode(mask):
     """bool (H, W) -> {"size": [H, W], "counts": compressed COCO string}."""
@@ -85,15 +87,19 @@ def rle_encode(mask):
     return {"size": list(mask.shape), "counts": pack_counts(counts)}
 
 
-MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
-
-
 def rle_decode(rle, size=None):
     """COCO run-length encoding, compressed (str or bytes) or a plain list of counts -> bool (H, W).
 
     size: the (H, W) that it must declare, where it is known; another one is then never allocated.
     ValueError for anything else, and where the counts do not fill the size.
     """
+    shape, counts = _read_rle(rle, size)
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(shape, order="F")
+
+
+def _read_rle(rle, size=None):
+    """A run-length mask as rle_decode takes it -> its (H, W) and its counts, int64 (n,), which fill it."""
     try:
         height, width = map(index, rle["size"])
         counts = rle["counts"]
@@ -107,8 +113,7 @@ def rle_decode(rle, size=None):
                          + (f"{list(size)}" if size else f"at most {MOST_PIXELS:,} pixels"))
     if (counts < 0).any() or (counts > MOST_PIXELS).any() or counts.sum() != height * width:
         raise ValueError(f"run-length counts that do not fill {height} x {width} pixels")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape((height, width), order="F")
+    return (height, width), counts
 
 
 def pack_counts(counts):
@@ -145,13 +150,10 @@ def unpack_counts(text):
 def object_runs(rle):
     """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
 
-    annotate.py works on runs, because decoding the masks of a large picture takes fifty times as long. ValueError for
-    counts that do not fill the size, and for a mask without a pixel.
+    annotate.py works on runs, because decoding the masks of a large picture takes fifty times as long. ValueError as in
+    rle_decode, and for a mask without a pixel.
     """
-    counts, pixels = rle["counts"], math.prod(rle["size"])
-    counts = unpack_counts(counts) if isinstance(counts, str) else np.asarray(counts)
-    if counts.ndim != 1 or counts.dtype.kind != "i" or counts.min(initial=0) < 0 or counts.sum() != pixels:
-        raise ValueError(f"run-length counts that do not add up to {rle['size']}")
+    _, counts = _read_rle(rle)
     ends = counts.cumsum()
     runs = np.stack([ends - counts, ends], 1)[1::2][counts[1::2] > 0]
     if not len(runs):
@@ -170,33 +172,28 @@ def merge_runs(runs, size):
 
 
 def polygons_to_mask(polygons, height, width):
-    """Polygons [[x0, y0, x1, y1, ...], ...] in pixels -> bool (height, width), the union of the parts.
+    """A COCO segmentation in pixels -> bool (height, width), the union of its parts: a list of polygons
+    [x0, y0, x1, y1, ...] and run-length masks, or one run-length mask.
 
-    Each part is filled by even-odd at pixel centres as pycocotools does it (cocoapi, common/maskApi.c): vertices on a
+    A polygon is filled by even-odd at pixel centres as pycocotools does it (cocoapi, common/maskApi.c): vertices on a
     grid five times as fine, the outline walked there, its crossings of pixel columns kept.
     ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
-    return segmentation_to_mask(list(polygons), height, width)
-
-
-def segmentation_to_mask(segmentation, height, width):
-    """A COCO segmentation, one RLE or a list of polygons and RLEs -> bool (height, width), the union of the parts."""
-    if isinstance(segmentation, dict):
-        return rle_decode(segmentation, (height, width))
-    if not isinstance(segmentation, list):
-        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(segmentation)}")
+    if isinstance(polygons, dict):
+        return rle_decode(polygons, (height, width))
+    if not isinstance(polygons, (list, tuple, np.ndarray)):
+        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(polygons)}")
     mask = np.zeros((height, width), bool, order="F")
-    for part in segmentation:
+    for part in polygons:
         mask |= rle_decode(part, (height, width)) if isinstance(part, dict) else _fill(part, height, width)
     return mask
 
 
 def _fill(polygon, height, width):
     """One polygon [x0, y0, x1, y1, ...] -> bool (height, width)."""
-    try:
+    points = np.zeros((0, 2))
+    with suppress(TypeError, ValueError, OverflowError):
         points = np.array(polygon, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError, OverflowError):
-        points = np.zeros((0, 2))
     # Our bounds: coordinates up to twice the longer side, an outline of up to a million pixels. Walking a longer one
     # would take too long; real annotations stay far below both.
     if (len(points) < 3 or not (np.abs(points) <= 2 * max(height, width)).all()  # NaN too
@@ -380,11 +377,8 @@ class Scenes:
 
 # ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
 
-LABELS = Path(__file__).parent / "assets" / "labels"
-
-
 def _names(file):
-    return (LABELS / file).read_text().splitlines()
+    return (ASSETS / "labels" / file).read_text().splitlines()
 
 
 def _find(root, *candidates):
@@ -441,8 +435,7 @@ class LabelMaps:
             _, picture, file = self.items[index]
             image, labels = open_picture(picture), read_label_map(file)
             if labels.shape != image.size[::-1]:
-                raise ValueError(f"{file}: {labels.shape[1]} x {labels.shape[0]} labels for {picture} of "
-                                 f"{image.size[0]} x {image.size[1]} pixels")
+                raise ValueError(f"{file}: labels of size {labels.shape[::-1]}, {picture} has {image.size}")
             self._recent = index, image, labels
         _, image, labels = self._recent
         name, ignore = self.names[value], np.isin(labels, self.ignored)
@@ -452,27 +445,24 @@ class LabelMaps:
 
 def _values_of_maps(items, cache):
     """The sorted values in each label map. They take long to find, so they are kept in the file `cache`, with a hash of
-    them and of the name, size and time of each map."""
-    stamps = [(file.name, stat.st_size, stat.st_mtime_ns) for _, _, file in items for stat in [file.stat()]]
-
-    def digest(values):
-        return hashlib.sha256(json.dumps([stamps, values]).encode()).hexdigest()
-
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # there is none yet, or it is not ours
+    the name, size and time of each map."""
+    stats = [(file.name, stat.st_size, stat.st_mtime_ns) for _, _, file in items for stat in [file.stat()]]
+    stamp = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is not ours
         content = parse_json(regular(cache).read_bytes())
-        if content["stamp"] == digest(content["values"]):
+        if content["stamp"] == stamp:
             return content["values"]
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
         rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
         values = list(tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200))
     with suppress(OSError), whole(cache) as temporary:  # in a folder that cannot be written to they are found again
-        temporary.write_text(json.dumps({"stamp": digest(values), "values": values}))
+        temporary.write_text(json.dumps({"stamp": stamp, "values": values}))
     return values
 
 
 def _stems(folder, end):
-    """The names of the files in a folder that end in `end`, without it, sorted."""
-    stems = [file.name.removesuffix(end) for file in sorted(folder.glob(f"*{end}"))]
+    """The names of the files in a folder that end in a digit and `end`, without `end`, sorted."""
+    stems = [file.name.removesuffix(end) for file in sorted(folder.glob(f"*[0-9]{end}"))]
     if not stems:
         raise FileNotFoundError(f"{folder}: no *{end}, expected label maps")
     return stems
@@ -493,19 +483,12 @@ def _ade20k(split, name, root):
 def _cocostuff(split, name, root):
     """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
     folder = f"{split}2017"
-    if any(root.glob("annotations/COCO_train2014_*.mat")) or (root / "imageLists").exists():
-        raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
-                         "and the pictures of COCO 2017")
     places = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
               "stuffthingmaps_detectron2")
-    found = [place for place in places if (root / place / folder).is_dir()]
-    if len(found) != 1:
-        raise ValueError(f"{root}: label maps in {' and '.join(found) or 'no folder'}, expected them in exactly one of "
-                         f"{', '.join(places)}")
-    maps, end = root / found[0], "_labelTrainIds.png"  # converted maps may lie beside the raw ones, which are read then
-    raw = [stem for stem in _stems(maps / folder, ".png") if not stem.endswith("_labelTrainIds")]
-    stems = [f"{folder}/{stem}" for stem in raw or _stems(maps / folder, end)]
-    end = ".png" if raw else end
+    maps = _find(root, *(f"{place}/{folder}" for place in places)).parent
+    # converted maps may lie beside the raw ones, which are read then
+    end = ".png" if any(maps.glob(f"{folder}/*[0-9].png")) else "_labelTrainIds.png"
+    stems = [f"{folder}/{stem}" for stem in _stems(maps / folder, end)]
     names, used = _names("cocostuff_171.txt"), list(map(int, _names("cocostuff_171_pixel_values.txt")))
     never = set(range(171)) - set(used)  # ids without pixels in raw maps
     for file in chain((maps / f"{stem}{end}" for stem in stems), maps.glob(f"*2017/*[0-9]{end}")):
@@ -566,10 +549,7 @@ class PlainUnpickler(pickle.Unpickler):
 def read_refs(file):
     """refs(SPLITTER).p, a Python 2 pickle -> list of dicts; ValueError if anything but plain values is in it."""
     with _reading(file, "refs file"), open(regular(file), "rb") as opened:
-        refs = PlainUnpickler(opened, encoding="latin1").load()
-        if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-            raise ValueError("not a list of refs")
-    return refs
+        return PlainUnpickler(opened, encoding="latin1").load()
 
 
 class Refer:
@@ -598,13 +578,11 @@ class Refer:
             chosen = [ref for ref in refs if self._in(ref["split"], split)]
             self.rows = [(images[ref["image_id"]], annotations[ref["ann_id"]], sentence["sent"], sentence["sent_id"])
                          for ref in chosen for sentence in ref["sentences"]]
-            ids = {(image["id"], sentence_id) for image, _, _, sentence_id in self.rows}
-            if len(ids) < len(self.rows):
-                raise ValueError("a sentence comes twice")
         if not self.rows:
             raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of "
                            f"{', '.join(sorted({str(ref['split']) for ref in refs}))}")
-        self.counts = {"refs": len(chosen), "pictures": len({number for number, _ in ids}), "sentences": len(ids)}
+        pictures = {image["id"] for image, *_ in self.rows}
+        self.counts = {"refs": len(chosen), "pictures": len(pictures), "sentences": len(self.rows)}
 
     @staticmethod
     def _in(split, asked):
@@ -629,11 +607,10 @@ class Refer:
             file = next((file for file in files if (self.pictures / file).exists()), files[0])
             picture = open_picture(self.pictures / file)
             if picture.size != (image["width"], image["height"]):
-                raise ValueError(f"{file}: {picture.size[0]} x {picture.size[1]} pixels, the annotation is of "
-                                 f"{image['width']} x {image['height']}")
+                raise ValueError(f"{file} has size {picture.size}, expected {image['width'], image['height']}")
             # parts of fewer than three points enclose nothing
             parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
-            mask = segmentation_to_mask(parts, *picture.size[::-1])
+            mask = polygons_to_mask(parts, *picture.size[::-1])
         return Example(picture, phrase, mask, f"{number}:{sentence_id}", "referring")
 
 
@@ -641,7 +618,6 @@ def _words(phrase):
     """A phrase without the white space around it; ValueError if it is no text or has no words."""
     if not isinstance(phrase, str) or not phrase.strip():
         raise ValueError(f"phrase {short(phrase)}: expected words")
-    phrase.encode()  # half of a surrogate pair is no text: UnicodeEncodeError, a ValueError
     return phrase.strip()
 
 
@@ -703,9 +679,9 @@ class JSONLines:
                 raise ValueError(f"task {short(task)}: expected semantic, referring or reasoning")
             picture = open_picture(self.root / image)
             size = picture.size[::-1]
-            mask = read_mask(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
+            mask = read_mask(self.root / mask) if isinstance(mask, str) else polygons_to_mask(mask, *size)
             if mask.shape != size:
-                raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]}, {image} is {size[1]} x {size[0]}")
+                raise ValueError(f"a mask of size {mask.shape[::-1]}, {image} has {picture.size}")
         return Example(picture, phrase, mask, record["id"], task, record["label"])
 
 
@@ -757,8 +733,6 @@ def load_dataset(name, split, root=None, **options):
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     if name in WORLDS:
         return Scenes(split, name, **options)
-    if root is not None and not Path(root).is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
     return DATASETS[kind](split, name, root and Path(root), **options)
 
 
@@ -805,7 +779,6 @@ def hold_out(datasets, share=0.05):
     if len(pictures) < 2:
         return datasets, first
     held = pictures[: max(1, round(share * len(pictures)))]
-
     train = [Subset(dataset, np.flatnonzero(~np.isin(dataset.picture_of, held)))
              if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
     return train, Subset(first, np.flatnonzero(np.isin(first.picture_of, held)))
@@ -846,30 +819,27 @@ class Batches(Dataset):
     def __getitem__(self, k):
         step, micro = divmod(k, self.accumulation)
         first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        b, S, m = self.micro_batch_size, self.size, self.mask_size
-        pictures = np.empty((b // self.phrases, S, S, 3), np.uint8)
-        masks = np.empty((b if self.mask_tokens is None else 0, m, m), bool)
-        text, hidden, ids, indices = [], [], [], []
-        for row, position in enumerate(range(first, first + b)):
+        indices = [self._index(position) for position in range(first, first + self.micro_batch_size)]
+        pictures, masks, text, hidden, ids = [], [], [], [], []
+        for position, i in enumerate(indices, first):
             rng = np.random.default_rng([self.seed, position])
-            indices.append(self._index(position))
-            example = self.dataset[indices[-1]]
+            example = self.dataset[i]
             choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
-                pictures[row // self.phrases] = (pad_picture(example.image, S) if self.padded else
-                                                 resize_pixels(np.array(to_rgb(example.image)), S))
+                pictures.append(pad_picture(example.image, self.size) if self.padded else
+                                resize_pixels(np.array(to_rgb(example.image)), self.size))
             if self.mask_tokens is None:
-                masks[row] = (pad_mask if self.padded else resize_mask)(example.mask, m)
+                masks.append((pad_mask if self.padded else resize_mask)(example.mask, self.mask_size))
             # Share of the mask tokens that the model does not get to see as input (LlamaSeg.forward, `hide`):
             # none for a fifth of the examples, all for a fifth, anything between for the rest.
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
             hidden.append(rng.random(self.tokens) < share)
             ids.append(example.id)
-        batch = {"text_ids": self.text_tokenizer(text), "pictures": torch.from_numpy(pictures),
-                 "hide": torch.from_numpy(np.stack(hidden)), "ids": ids}
+        batch = {"text_ids": self.text_tokenizer(text), "pictures": torch.from_numpy(np.array(pictures)),
+                 "hide": torch.from_numpy(np.array(hidden)), "ids": ids}
         if self.mask_tokens is None:
-            return batch | {"masks": torch.from_numpy(masks)}
+            return batch | {"masks": torch.from_numpy(np.array(masks))}
         return batch | {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}
 
     def _index(self, position):
@@ -950,14 +920,7 @@ def check(args):
     splits = [args.split] if args.split else published or (Scenes.SPLITS if args.name in WORLDS else ["train"])
     opened = broken = 0
     for split in splits:
-        try:
-            dataset = load_dataset(args.name, split, args.root, **options)
-        except BadUsage:
-            raise
-        except (ValueError, OSError) as error:
-            print(printable(f"{args.name}:{split}: {error}"))
-            broken += 1
-            continue
+        dataset = load_dataset(args.name, split, args.root, **options)
         counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})" for (kind, count), wanted
                   in zip(getattr(dataset, "counts", {}).items(), published.get(split) or [None] * 3)]
         print(printable(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}"))
