@@ -12,7 +12,6 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -375,8 +374,8 @@ class Scenes:
 
 # ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
 
-def _names(file):
-    return (ASSETS / "labels" / file).read_text().splitlines()
+def _lines(file):
+    return (ASSETS / "labels" / f"{file}.txt").read_text().splitlines()
 
 
 def _find(root, *candidates):
@@ -412,7 +411,8 @@ class LabelMaps:
     """
 
     def __init__(self, split, name, root, classes="present"):
-        stems, pictures, maps, end, self.names, self.ignored = LAYOUTS[name](split, name, root)
+        stems, pictures, maps, end, values, self.ignored = LAYOUTS[name](split, name, root)
+        self.names = dict(zip(values, _lines(name)))
         self.items = [(stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
         self.counts, cache = {"pictures": len(stems)}, maps.with_name(f"{maps.name}.{name}-{split}.index.json")
         self.pairs = []
@@ -450,7 +450,7 @@ def _values_of_maps(items, cache):
         content = parse_json(regular(cache).read_bytes())
         if content["stamp"] == stamp:
             return content["values"]
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
+    with ThreadPool(8) as pool:  # Pillow decodes without holding the interpreter's lock
         rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
         values = list(tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200))
     with suppress(OSError), whole(cache) as temporary:  # in a folder that cannot be written to they are found again
@@ -466,16 +466,16 @@ def _stems(folder, end):
     return stems
 
 
-# The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, {value in a map: class name}, values
-# that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
+# The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, the values in a map of the classes,
+# values that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
 
 
 def _ade20k(split, name, root):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
     folder = {"train": "training", "val": "validation"}[split]
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
-    maps, names = base / "annotations" / folder, dict(enumerate(_names("ade20k_150.txt"), 1))
-    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", names, (0,)
+    maps = base / "annotations" / folder
+    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", range(1, 151), (0,)
 
 
 def _cocostuff(split, name, root):
@@ -487,7 +487,7 @@ def _cocostuff(split, name, root):
     # converted maps may lie beside the raw ones, which are read then
     end = ".png" if any(maps.glob(f"{folder}/*[0-9].png")) else "_labelTrainIds.png"
     stems = [f"{folder}/{stem}" for stem in _stems(maps / folder, end)]
-    names, used = _names("cocostuff_171.txt"), list(map(int, _names("cocostuff_171_pixel_values.txt")))
+    used = list(map(int, _lines("cocostuff_raw_ids")))
     never = set(range(171)) - set(used)  # ids without pixels in raw maps
     for file in chain((maps / f"{stem}{end}" for stem in stems), maps.glob(f"*2017/*[0-9]{end}")):
         values = set(values_in(read_label_map(file))) - {255}
@@ -496,15 +496,14 @@ def _cocostuff(split, name, root):
             break
     else:
         raise ValueError(f"{maps}: its maps do not tell whether they are raw (182 ids) or converted (171)")
-    return stems, _find(root, f"images/{folder}", folder).parent, maps, end, dict(zip(used, names)), (255,)
+    return stems, _find(root, f"images/{folder}", folder).parent, maps, end, used, (255,)
 
 
 def _voc20(split, name, root):
     """PASCAL VOC 2012, 20 classes: background and void are not scored ("PAS-20")."""
     base = _find(root, "VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets").parent
     stems = _find(base, f"ImageSets/Segmentation/{split}.txt").read_text(errors="replace").split()
-    names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
-    return stems, base / "JPEGImages", base / "SegmentationClass", ".png", names, (0, 255)
+    return stems, base / "JPEGImages", base / "SegmentationClass", ".png", range(1, 21), (0, 255)
 
 
 def _pascal_context(split, name, root):
@@ -517,7 +516,7 @@ def _pascal_context(split, name, root):
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt", base / f"pascalcontext_{split}.txt"]
     listed = next(filter(Path.exists, lists), None)
     prepared = f"annotations_detectron2/{name}_{split}"  # one folder per split: needs no list
-    ids = list(map(int, _names("pascal_context_59_ids.txt")))
+    ids = list(map(int, _lines("pc59_of_459_ids")))
     forms = {"pc59": [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
                       ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))],
              "pc459": [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]}[name]
@@ -525,8 +524,7 @@ def _pascal_context(split, name, root):
         maps = base / folder
         if maps.is_dir() and (folder == prepared or listed):
             stems = _stems(maps, end) if folder == prepared else listed.read_text(errors="replace").split()
-            names = dict(zip(values, _names(f"pascal_context_{name[2:]}.txt")))
-            return stems, base / "JPEGImages", maps, end, names, ignored
+            return stems, base / "JPEGImages", maps, end, values, ignored
     raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
 
 
@@ -557,11 +555,10 @@ class Refer:
     refer.py: a ref of testAB is in testA, in testB and in test.
     """
 
-    SPLITTERS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google"),
-                 "refclef": ("unc", "berkeley")}
+    SPLITTERS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}  # unless split_by says
 
     def __init__(self, split, name, root, split_by=None):
-        split_by = split_by or self.SPLITTERS[name][0]
+        split_by = split_by or self.SPLITTERS[name]
         self.file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
         refs = read_refs(self.file)
         with _reading(self.instances, "instances of a refer set"):
@@ -877,23 +874,6 @@ def write_picture(image, path):
 
 # ---- python data.py preview | check ----------------------------------------------------------------------
 
-# What each split is published to hold: pictures, or for the referring sets refs, pictures and sentences; None: unknown.
-PUBLISHED = {
-    "ade20k": {"train": [20210], "val": [2000]}, "cocostuff": {"train": [118287], "val": [5000]},
-    "voc20": {"train": [1464], "val": [1449]}, "sa-ovrs": {"train": None, "val": None},
-    "pc59": {"train": [4998], "val": [5105]}, "pc459": {"train": [4998], "val": [5105]},
-    "refcoco unc": {"train": [42404, 16994, 120624], "val": [3811, 1500, 10834],
-                    "testA": [1975, 750, 5657], "testB": [1810, 750, 5095]},
-    "refcoco google": {"train": [40000, 19213, None], "val": [5000, 4559, None], "test": [5000, 4527, None]},
-    "refcoco+ unc": {"train": [42278, 16992, 120191], "val": [3805, 1500, 10758],
-                     "testA": [1975, 750, 5726], "testB": [1798, 750, 4889]},
-    "refcocog umd": {"train": [42226, 21899, 80512], "val": [2573, 1300, 4896], "test": [5023, 2600, 9602]},
-    "refcocog google": {"train": [44822, 24698, 85474], "val": [5000, 4650, 9536]},
-    "refclef unc": {"train": [None, 17978, None], "val": [None, 2000, 12029], "testA": [None, 485, 3449],
-                    "testB": [None, 490, 3221], "testC": [None, 465, 2664]},
-    "refclef berkeley": {"train": [None, None, 54127], "val": [None, None, 5842], "test": [None, None, 60103]},
-}
-
 
 def check(args):
     """Count a data set's splits against the published counts and open its examples; 1 if any of them is broken.
@@ -901,8 +881,9 @@ def check(args):
     A sample spread over each split, or with --all every example. Broken ones are named, one per line.
     """
     options = {"split_by": args.split_by} if args.split_by else {}
-    splitter = args.split_by or Refer.SPLITTERS.get(args.name, [""])[0]
-    published = PUBLISHED.get(f"{args.name} {splitter}".strip(), {})
+    # {data set: {split: [pictures], or for the referring sets [refs, pictures, sentences]}}; null: unknown
+    published = json.loads((ASSETS / "published_counts.json").read_text())
+    published = published.get(f"{args.name} {args.split_by or Refer.SPLITTERS.get(args.name, '')}".strip(), {})
     splits = [args.split] if args.split else published or (Scenes.SPLITS if args.name in WORLDS else ["train"])
     opened = broken = 0
     for split in splits:
