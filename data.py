@@ -345,7 +345,7 @@ class Scenes:
 
     SPLITS = {"train": 1_000_000, "val": 2_000, "test": 2_000, "novel": 2_000}
 
-    def __init__(self, split="train", name="scenes", phrases=1):
+    def __init__(self, split="train", name="scenes", root=None, phrases=1):  # they need no root
         self.split, self.world, self.phrases = split, WORLDS[name], phrases
         self._recent = None, None  # the last scene: the P phrases of a picture are asked in a row
 
@@ -715,8 +715,6 @@ def load_dataset(name, split, root=None, **options):
     splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
-    if name in WORLDS:
-        return Scenes(split, name, **options)
     return DATASETS[kind](split, name, root and Path(root), **options)
 
 
@@ -849,11 +847,10 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
     gap, top = 4, 18 if headings else 4
     sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + top), "white")
     draw = ImageDraw.Draw(sheet)
-    for column in range(min(columns, len(cells))):
-        for j, heading in enumerate(headings):
-            draw.text((gap + column * width + (j + 0.5) * (tile + 2), 2), heading, "dimgray", font, anchor="ma")
     for i, (caption, tiles) in enumerate(cells):
         x, y = gap + i % columns * width, top + i // columns * height
+        for j, heading in enumerate(headings if i < columns else ()):
+            draw.text((x + (j + 0.5) * (tile + 2), 2), heading, "dimgray", font, anchor="ma")
         caption = printable(caption[:200])
         while font.getlength(caption) > width - 8:
             caption = caption[:-2].rstrip("… ") + "…"
