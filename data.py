@@ -101,17 +101,16 @@ def _read_rle(rle, size=None):
     """A run-length mask as rle_decode takes it -> its (H, W) and its counts, int64 (n,), which fill it."""
     try:
         height, width = map(index, rle["size"])
+        if size not in (None, (height, width)) or min(height, width) < 0 or height * width > MOST_PIXELS:
+            raise ValueError(f"expected size {list(size)}" if size else f"expected at most {MOST_PIXELS:,} pixels")
         counts = rle["counts"]
         packed = isinstance(counts, (str, bytes))
         counts = unpack_counts(counts) if packed else np.fromiter(map(index, counts), np.int64)
+        if (counts < 0).any() or (counts > MOST_PIXELS).any() or counts.sum() != height * width:
+            raise ValueError("the counts do not fill the size")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"a run-length mask has whole numbers as size [H, W] and as counts, got {short(rle)} "
-                         f"({error})") from None
-    if size not in (None, (height, width)) or min(height, width) < 0 or height * width > MOST_PIXELS:
-        raise ValueError(f"a run-length mask of size {short([height, width])}: expected "
-                         + (f"{list(size)}" if size else f"at most {MOST_PIXELS:,} pixels"))
-    if (counts < 0).any() or (counts > MOST_PIXELS).any() or counts.sum() != height * width:
-        raise ValueError(f"run-length counts that do not fill {height} x {width} pixels")
+        raise ValueError("a run-length mask has whole numbers as size [H, W] and as counts, got "
+                         f"{short(rle)} ({error})") from None
     return (height, width), counts
 
 
@@ -176,12 +175,8 @@ def polygons_to_mask(polygons, height, width):
     grid five times as fine, the outline walked there, its crossings of pixel columns kept.
     ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
-    if isinstance(polygons, dict):
-        return rle_decode(polygons, (height, width))
-    if not isinstance(polygons, (list, tuple, np.ndarray)):
-        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(polygons)}")
     mask = np.zeros((height, width), bool, order="F")
-    for part in polygons:
+    for part in polygons if isinstance(polygons, (list, tuple, np.ndarray)) else [polygons]:
         mask |= rle_decode(part, (height, width)) if isinstance(part, dict) else _fill(part, height, width)
     return mask
 
@@ -195,8 +190,8 @@ def _fill(polygon, height, width):
     # would take too long; real annotations stay far below both.
     if (len(points) < 3 or not (np.abs(points) <= 2 * max(height, width)).all()  # NaN too
             or np.abs(points - np.roll(points, -1, axis=0)).max(1).sum() > 1_000_000):
-        raise ValueError("a polygon is a list x0, y0, x1, y1, ... of at least three points in or near the picture of "
-                         f"{width} x {height}, got {short(polygon)}")
+        raise ValueError("a mask is run-length or a list of polygons x0, y0, x1, y1, ... of at least three points in "
+                         f"or near the picture of {width} x {height}, got {short(polygon)}")
     corners = np.trunc(5 * points + 0.5).astype(np.int64)
     outline = []  # of the pixels (x, y) between each two corners
     for start, end in zip(corners, np.roll(corners, -1, axis=0)):

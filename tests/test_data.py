@@ -137,10 +137,10 @@ def test_hostile_run_lengths_end_in_one_line(rle):
 
 def test_a_declared_size_is_compared_with_the_picture_first(monkeypatch):
     monkeypatch.setattr(np, "repeat", lambda *a: pytest.fail("allocated"))
-    with pytest.raises(ValueError, match=r"a run-length mask of size \[9000, 9000\]: expected \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"a run-length mask .*\[9000, 9000\].* \(expected size \[2, 3\]\)"):
         polygons_to_mask({"size": [9000, 9000], "counts": [9000 * 9000]}, 2, 3)
     for other in (None, 5, "m", True):
-        with pytest.raises(ValueError, match="a run-length mask or a list of polygons"):
+        with pytest.raises(ValueError, match="a mask is run-length or a list of polygons"):
             polygons_to_mask(other, 2, 3)
 
 
@@ -158,7 +158,7 @@ def test_polygons_and_counts_may_be_arrays():
 ], ids=lambda polygon: str(polygon)[:40])
 @pytest.mark.filterwarnings("error")
 def test_hostile_polygons_end_in_one_line(polygon):
-    with pytest.raises(ValueError, match="a polygon is a list .* the picture of 9 x 7, got ") as caught:
+    with pytest.raises(ValueError, match="a list of polygons .* the picture of 9 x 7, got ") as caught:
         polygons_to_mask([polygon], 7, 9)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
