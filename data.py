@@ -851,8 +851,7 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
             caption = caption[:-2].rstrip("… ") + "…"
         draw.text((x, y), caption, fill="black", font=font)
         for j, picture in enumerate(tiles):
-            if not isinstance(picture, Image.Image):
-                picture = Image.fromarray(picture.astype(np.uint8) * 255)
+            picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
             picture = ImageOps.pad(picture.convert("RGB"), (tile, tile), Image.Resampling.BILINEAR, "lightgray")
             sheet.paste(picture, (x + j * (tile + 2), y + 16))
     write_picture(sheet, path)
@@ -904,7 +903,6 @@ def preview(args):
     contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1
     print(printable(f"wrote {args.out}: examples {args.first} to {last} of {args.name}:{args.split}"))
-    return 0
 
 
 def main(argv=None):
