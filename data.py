@@ -12,7 +12,6 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
 from scenes import WORLDS, draw_scene, measure, pick_phrases
-from weights import sha256_of
+from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
 
@@ -71,6 +70,8 @@ def instruct(phrase, template):
 
 # ---- run-length encoding, as COCO stores masks: runs down the columns, the first one of background -------
 
+MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
+
 
 def rle_encode(mask):
     """bool (H, W) -> {"size": [H, W], "counts": compressed COCO string}."""
@@ -85,30 +86,32 @@ def rle_encode(mask):
     return {"size": list(mask.shape), "counts": pack_counts(counts)}
 
 
-MOST_PIXELS = 178_956_970  # of a mask; Pillow refuses larger pictures
-
-
 def rle_decode(rle, size=None):
     """COCO run-length encoding, compressed (str or bytes) or a plain list of counts -> bool (H, W).
 
     size: the (H, W) that it must declare, where it is known; another one is then never allocated.
     ValueError for anything else, and where the counts do not fill the size.
     """
+    shape, counts = _read_rle(rle, size)
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(shape, order="F")
+
+
+def _read_rle(rle, size=None):
+    """A run-length mask as rle_decode takes it -> its (H, W) and its counts, int64 (n,), which fill it."""
     try:
         height, width = map(index, rle["size"])
+        if size not in (None, (height, width)) or min(height, width) < 0 or height * width > MOST_PIXELS:
+            raise ValueError(f"expected size {list(size)}" if size else f"expected at most {MOST_PIXELS:,} pixels")
         counts = rle["counts"]
         packed = isinstance(counts, (str, bytes))
         counts = unpack_counts(counts) if packed else np.fromiter(map(index, counts), np.int64)
+        if (counts < 0).any() or (counts > MOST_PIXELS).any() or counts.sum() != height * width:
+            raise ValueError("the counts do not fill the size")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"a run-length mask has whole numbers as size [H, W] and as counts, got {short(rle)} "
-                         f"({error})") from None
-    if size not in (None, (height, width)) or min(height, width) < 0 or height * width > MOST_PIXELS:
-        raise ValueError(f"a run-length mask of size {short([height, width])}: expected "
-                         + (f"{list(size)}" if size else f"at most {MOST_PIXELS:,} pixels"))
-    if (counts < 0).any() or (counts > MOST_PIXELS).any() or counts.sum() != height * width:
-        raise ValueError(f"run-length counts that do not fill {height} x {width} pixels")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape((height, width), order="F")
+        raise ValueError("a run-length mask has whole numbers as size [H, W] and as counts, got "
+                         f"{short(rle)} ({error})") from None
+    return (height, width), counts
 
 
 def pack_counts(counts):
@@ -127,8 +130,6 @@ def unpack_counts(text):
     """The inverse of pack_counts, for counts below 2^34."""
     text = text if isinstance(text, bytes) else text.encode()
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if len(codes) == 0:
-        return codes
     ends = np.flatnonzero(codes & 0x20 == 0)
     lengths = np.diff(ends, prepend=-1)  # characters of each count
     if codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20 or lengths.max() > 7:
@@ -145,13 +146,10 @@ def unpack_counts(text):
 def object_runs(rle):
     """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
 
-    annotate.py works on runs, because decoding the masks of a large picture takes fifty times as long. ValueError for
-    counts that do not fill the size, and for a mask without a pixel.
+    annotate.py works on runs, because decoding the masks of a large picture takes fifty times as long. ValueError as in
+    rle_decode, and for a mask without a pixel.
     """
-    counts, pixels = rle["counts"], math.prod(rle["size"])
-    counts = unpack_counts(counts) if isinstance(counts, str) else np.asarray(counts)
-    if counts.ndim != 1 or counts.dtype.kind != "i" or counts.min(initial=0) < 0 or counts.sum() != pixels:
-        raise ValueError(f"run-length counts that do not add up to {rle['size']}")
+    _, counts = _read_rle(rle)
     ends = counts.cumsum()
     runs = np.stack([ends - counts, ends], 1)[1::2][counts[1::2] > 0]
     if not len(runs):
@@ -170,39 +168,30 @@ def merge_runs(runs, size):
 
 
 def polygons_to_mask(polygons, height, width):
-    """Polygons [[x0, y0, x1, y1, ...], ...] in pixels -> bool (height, width), the union of the parts.
+    """A COCO segmentation in pixels -> bool (height, width), the union of its parts: a list of polygons
+    [x0, y0, x1, y1, ...] and run-length masks, or one run-length mask.
 
-    Each part is filled by even-odd at pixel centres as pycocotools does it (cocoapi, common/maskApi.c): vertices on a
+    A polygon is filled by even-odd at pixel centres as pycocotools does it (cocoapi, common/maskApi.c): vertices on a
     grid five times as fine, the outline walked there, its crossings of pixel columns kept.
     ValueError for a polygon of fewer than three points, or one that goes far outside the picture.
     """
-    return segmentation_to_mask(list(polygons), height, width)
-
-
-def segmentation_to_mask(segmentation, height, width):
-    """A COCO segmentation, one RLE or a list of polygons and RLEs -> bool (height, width), the union of the parts."""
-    if isinstance(segmentation, dict):
-        return rle_decode(segmentation, (height, width))
-    if not isinstance(segmentation, list):
-        raise ValueError(f"a mask is a run-length mask or a list of polygons, got {short(segmentation)}")
     mask = np.zeros((height, width), bool, order="F")
-    for part in segmentation:
+    for part in polygons if isinstance(polygons, (list, tuple, np.ndarray)) else [polygons]:
         mask |= rle_decode(part, (height, width)) if isinstance(part, dict) else _fill(part, height, width)
     return mask
 
 
 def _fill(polygon, height, width):
     """One polygon [x0, y0, x1, y1, ...] -> bool (height, width)."""
-    try:
+    points = np.zeros((0, 2))
+    with suppress(TypeError, ValueError, OverflowError):
         points = np.array(polygon, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError, OverflowError):
-        points = np.zeros((0, 2))
     # Our bounds: coordinates up to twice the longer side, an outline of up to a million pixels. Walking a longer one
     # would take too long; real annotations stay far below both.
     if (len(points) < 3 or not (np.abs(points) <= 2 * max(height, width)).all()  # NaN too
             or np.abs(points - np.roll(points, -1, axis=0)).max(1).sum() > 1_000_000):
-        raise ValueError("a polygon is a list x0, y0, x1, y1, ... of at least three points in or near the picture of "
-                         f"{width} x {height}, got {short(polygon)}")
+        raise ValueError("a mask is run-length or a list of polygons x0, y0, x1, y1, ... of at least three points in "
+                         f"or near the picture of {width} x {height}, got {short(polygon)}")
     corners = np.trunc(5 * points + 0.5).astype(np.int64)
     outline = []  # of the pixels (x, y) between each two corners
     for start, end in zip(corners, np.roll(corners, -1, axis=0)):
@@ -351,7 +340,7 @@ class Scenes:
 
     SPLITS = {"train": 1_000_000, "val": 2_000, "test": 2_000, "novel": 2_000}
 
-    def __init__(self, split="train", name="scenes", phrases=1):
+    def __init__(self, split="train", name="scenes", root=None, phrases=1):  # they need no root
         self.split, self.world, self.phrases = split, WORLDS[name], phrases
         self._recent = None, None  # the last scene: the P phrases of a picture are asked in a row
 
@@ -380,11 +369,8 @@ class Scenes:
 
 # ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
 
-LABELS = Path(__file__).parent / "assets" / "labels"
-
-
-def _names(file):
-    return (LABELS / file).read_text().splitlines()
+def _lines(file):
+    return (ASSETS / "labels" / f"{file}.txt").read_text().splitlines()
 
 
 def _find(root, *candidates):
@@ -420,7 +406,8 @@ class LabelMaps:
     """
 
     def __init__(self, split, name, root, classes="present"):
-        stems, pictures, maps, end, self.names, self.ignored = LAYOUTS[name](split, name, root)
+        stems, pictures, maps, end, values, self.ignored = LAYOUTS[name](split, name, root)
+        self.names = dict(zip(values, _lines(name)))
         self.items = [(stem, pictures / f"{stem}.jpg", maps / f"{stem}{end}") for stem in stems]
         self.counts, cache = {"pictures": len(stems)}, maps.with_name(f"{maps.name}.{name}-{split}.index.json")
         self.pairs = []
@@ -441,8 +428,7 @@ class LabelMaps:
             _, picture, file = self.items[index]
             image, labels = open_picture(picture), read_label_map(file)
             if labels.shape != image.size[::-1]:
-                raise ValueError(f"{file}: {labels.shape[1]} x {labels.shape[0]} labels for {picture} of "
-                                 f"{image.size[0]} x {image.size[1]} pixels")
+                raise ValueError(f"{file}: labels of size {labels.shape[::-1]}, {picture} has {image.size}")
             self._recent = index, image, labels
         _, image, labels = self._recent
         name, ignore = self.names[value], np.isin(labels, self.ignored)
@@ -452,61 +438,51 @@ class LabelMaps:
 
 def _values_of_maps(items, cache):
     """The sorted values in each label map. They take long to find, so they are kept in the file `cache`, with a hash of
-    them and of the name, size and time of each map."""
-    stamps = [(file.name, stat.st_size, stat.st_mtime_ns) for _, _, file in items for stat in [file.stat()]]
-
-    def digest(values):
-        return hashlib.sha256(json.dumps([stamps, values]).encode()).hexdigest()
-
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # there is none yet, or it is not ours
+    the name, size and time of each map."""
+    stats = [(file.name, stat.st_size, stat.st_mtime_ns) for _, _, file in items for stat in [file.stat()]]
+    stamp = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is not ours
         content = parse_json(regular(cache).read_bytes())
-        if content["stamp"] == digest(content["values"]):
+        if content["stamp"] == stamp:
             return content["values"]
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter's lock
+    with ThreadPool(8) as pool:  # Pillow decodes without holding the interpreter's lock
         rows = pool.imap(lambda item: values_in(read_label_map(item[2])), items)
         values = list(tqdm(rows, desc=f"index {cache.name}", total=len(items), disable=len(items) < 200))
     with suppress(OSError), whole(cache) as temporary:  # in a folder that cannot be written to they are found again
-        temporary.write_text(json.dumps({"stamp": digest(values), "values": values}))
+        temporary.write_text(json.dumps({"stamp": stamp, "values": values}))
     return values
 
 
 def _stems(folder, end):
-    """The names of the files in a folder that end in `end`, without it, sorted."""
-    stems = [file.name.removesuffix(end) for file in sorted(folder.glob(f"*{end}"))]
+    """The names of the files in a folder that end in a digit and `end`, without `end`, sorted."""
+    stems = [file.name.removesuffix(end) for file in sorted(folder.glob(f"*[0-9]{end}"))]
     if not stems:
         raise FileNotFoundError(f"{folder}: no *{end}, expected label maps")
     return stems
 
 
-# The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, {value in a map: class name}, values
-# that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
+# The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, the values in a map of the classes,
+# values that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
 
 
 def _ade20k(split, name, root):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
     folder = {"train": "training", "val": "validation"}[split]
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
-    maps, names = base / "annotations" / folder, dict(enumerate(_names("ade20k_150.txt"), 1))
-    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", names, (0,)
+    maps = base / "annotations" / folder
+    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", range(1, 151), (0,)
 
 
 def _cocostuff(split, name, root):
     """COCO-Stuff 164k: raw maps (label id - 1, 182 ids) or converted ones (0 .. 170); 255 is not scored."""
     folder = f"{split}2017"
-    if any(root.glob("annotations/COCO_train2014_*.mat")) or (root / "imageLists").exists():
-        raise ValueError(f"{root}: COCO-Stuff 10k, whose numbers differ; needed are stuffthingmaps_trainval2017.zip "
-                         "and the pictures of COCO 2017")
     places = ("annotations", "stuffthingmaps_trainval2017", "stuffthingmaps", "cocostuff", "annotations_detectron2",
               "stuffthingmaps_detectron2")
-    found = [place for place in places if (root / place / folder).is_dir()]
-    if len(found) != 1:
-        raise ValueError(f"{root}: label maps in {' and '.join(found) or 'no folder'}, expected them in exactly one of "
-                         f"{', '.join(places)}")
-    maps, end = root / found[0], "_labelTrainIds.png"  # converted maps may lie beside the raw ones, which are read then
-    raw = [stem for stem in _stems(maps / folder, ".png") if not stem.endswith("_labelTrainIds")]
-    stems = [f"{folder}/{stem}" for stem in raw or _stems(maps / folder, end)]
-    end = ".png" if raw else end
-    names, used = _names("cocostuff_171.txt"), list(map(int, _names("cocostuff_171_pixel_values.txt")))
+    maps = _find(root, *(f"{place}/{folder}" for place in places)).parent
+    # converted maps may lie beside the raw ones, which are read then
+    end = ".png" if any(maps.glob(f"{folder}/*[0-9].png")) else "_labelTrainIds.png"
+    stems = [f"{folder}/{stem}" for stem in _stems(maps / folder, end)]
+    used = list(map(int, _lines("cocostuff_raw_ids")))
     never = set(range(171)) - set(used)  # ids without pixels in raw maps
     for file in chain((maps / f"{stem}{end}" for stem in stems), maps.glob(f"*2017/*[0-9]{end}")):
         values = set(values_in(read_label_map(file))) - {255}
@@ -515,15 +491,14 @@ def _cocostuff(split, name, root):
             break
     else:
         raise ValueError(f"{maps}: its maps do not tell whether they are raw (182 ids) or converted (171)")
-    return stems, _find(root, f"images/{folder}", folder).parent, maps, end, dict(zip(used, names)), (255,)
+    return stems, _find(root, f"images/{folder}", folder).parent, maps, end, used, (255,)
 
 
 def _voc20(split, name, root):
     """PASCAL VOC 2012, 20 classes: background and void are not scored ("PAS-20")."""
     base = _find(root, "VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets").parent
     stems = _find(base, f"ImageSets/Segmentation/{split}.txt").read_text(errors="replace").split()
-    names = dict(enumerate(_names("pascal_voc_20.txt"), 1))
-    return stems, base / "JPEGImages", base / "SegmentationClass", ".png", names, (0, 255)
+    return stems, base / "JPEGImages", base / "SegmentationClass", ".png", range(1, 21), (0, 255)
 
 
 def _pascal_context(split, name, root):
@@ -536,7 +511,7 @@ def _pascal_context(split, name, root):
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt", base / f"pascalcontext_{split}.txt"]
     listed = next(filter(Path.exists, lists), None)
     prepared = f"annotations_detectron2/{name}_{split}"  # one folder per split: needs no list
-    ids = list(map(int, _names("pascal_context_59_ids.txt")))
+    ids = list(map(int, _lines("pc59_of_459_ids")))
     forms = {"pc59": [("SegmentationClassContext", ".png", range(1, 60), (0,)), (prepared, ".png", range(59), (255,)),
                       ("trainval", ".mat", ids, tuple(set(range(460)) - set(ids)))],
              "pc459": [(prepared, ".tif", range(459), (459, 65535)), ("trainval", ".mat", range(1, 460), (0,))]}[name]
@@ -544,8 +519,7 @@ def _pascal_context(split, name, root):
         maps = base / folder
         if maps.is_dir() and (folder == prepared or listed):
             stems = _stems(maps, end) if folder == prepared else listed.read_text(errors="replace").split()
-            names = dict(zip(values, _names(f"pascal_context_{name[2:]}.txt")))
-            return stems, base / "JPEGImages", maps, end, names, ignored
+            return stems, base / "JPEGImages", maps, end, values, ignored
     raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
 
 
@@ -566,26 +540,20 @@ class PlainUnpickler(pickle.Unpickler):
 def read_refs(file):
     """refs(SPLITTER).p, a Python 2 pickle -> list of dicts; ValueError if anything but plain values is in it."""
     with _reading(file, "refs file"), open(regular(file), "rb") as opened:
-        refs = PlainUnpickler(opened, encoding="latin1").load()
-        if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-            raise ValueError("not a list of refs")
-    return refs
+        return PlainUnpickler(opened, encoding="latin1").load()
 
 
 class Refer:
     """refCOCO, refCOCO+, refCOCOg, refCLEF (github.com/lichengunc/refer): an example is a sentence and its object.
 
     The phrase is the cleaned sentence (`sent`), as LISA takes it; the id is "IMAGE_ID:SENT_ID". Splits match as in
-    refer.py: testA, testB and testC where that letter is in the split's name, test where "test" is, else exactly.
+    refer.py: a ref of testAB is in testA, in testB and in test.
     """
 
-    SPLITTERS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google"),
-                 "refclef": ("unc", "berkeley")}
+    SPLITTERS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}  # unless split_by says
 
     def __init__(self, split, name, root, split_by=None):
-        split_by = split_by or self.SPLITTERS[name][0]
-        if split_by not in self.SPLITTERS[name]:
-            raise BadUsage(f"{name} has no split_by {split_by!r}: choose {' or '.join(self.SPLITTERS[name])}")
+        split_by = split_by or self.SPLITTERS[name]
         self.file, self.instances = root / name / f"refs({split_by}).p", root / name / "instances.json"
         refs = read_refs(self.file)
         with _reading(self.instances, "instances of a refer set"):
@@ -595,45 +563,33 @@ class Refer:
         self.pictures = _find(root, *(["images/saiapr_tc-12"] if name == "refclef" else
                                       ["images/mscoco/images/train2014", "images/train2014", "train2014"]))
         with _reading(self.file, "refs file"):
-            chosen = [ref for ref in refs if self._in(ref["split"], split)]
+            chosen = [ref for ref in refs if ref["split"] == split or split[4:] in ref["split"][4:]
+                      and split.startswith("test") and ref["split"].startswith("test")]
             self.rows = [(images[ref["image_id"]], annotations[ref["ann_id"]], sentence["sent"], sentence["sent_id"])
                          for ref in chosen for sentence in ref["sentences"]]
-            ids = {(image["id"], sentence_id) for image, _, _, sentence_id in self.rows}
-            if len(ids) < len(self.rows):
-                raise ValueError("a sentence comes twice")
         if not self.rows:
             raise BadUsage(f"{name} ({split_by}) has no split {split!r}: choose one of "
                            f"{', '.join(sorted({str(ref['split']) for ref in refs}))}")
-        self.counts = {"refs": len(chosen), "pictures": len({number for number, _ in ids}), "sentences": len(ids)}
-
-    @staticmethod
-    def _in(split, asked):
-        if asked in ("testA", "testB", "testC"):
-            return "test" in split and asked[-1] in split.removeprefix("test")
-        return "test" in split if asked == "test" else split == asked
+        pictures = {image["id"] for image, *_ in self.rows}
+        self.counts = {"refs": len(chosen), "pictures": len(pictures), "sentences": len(self.rows)}
 
     def __len__(self):
         return len(self.rows)
 
-    def phrase(self, i):
-        """The sentence of example i; ValueError if it has no words. This opens no picture."""
-        _, _, sentence, sentence_id = self.rows[i]
-        with _reading(f"{self.file}: sentence {sentence_id}"):
-            return _words(sentence)
-
     def __getitem__(self, i):
-        image, annotation, _, sentence_id = self.rows[i]
-        phrase, number = self.phrase(i), image["id"]
+        image, annotation, sentence, sentence_id = self.rows[i]
+        number = image["id"]
+        with _reading(f"{self.file}: sentence {sentence_id}"):
+            phrase = _words(sentence)
         with _reading(f"{self.instances}: annotation {annotation['id']}"):
             files = (image["file_name"], f"{number // 1000:02d}/images/{number}.jpg", f"{number}.jpg")  # they vary
             file = next((file for file in files if (self.pictures / file).exists()), files[0])
             picture = open_picture(self.pictures / file)
             if picture.size != (image["width"], image["height"]):
-                raise ValueError(f"{file}: {picture.size[0]} x {picture.size[1]} pixels, the annotation is of "
-                                 f"{image['width']} x {image['height']}")
+                raise ValueError(f"{file} has size {picture.size}, expected {image['width'], image['height']}")
             # parts of fewer than three points enclose nothing
             parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
-            mask = segmentation_to_mask(parts, *picture.size[::-1])
+            mask = polygons_to_mask(parts, *picture.size[::-1])
         return Example(picture, phrase, mask, f"{number}:{sentence_id}", "referring")
 
 
@@ -641,7 +597,6 @@ def _words(phrase):
     """A phrase without the white space around it; ValueError if it is no text or has no words."""
     if not isinstance(phrase, str) or not phrase.strip():
         raise ValueError(f"phrase {short(phrase)}: expected words")
-    phrase.encode()  # half of a surrogate pair is no text: UnicodeEncodeError, a ValueError
     return phrase.strip()
 
 
@@ -703,9 +658,9 @@ class JSONLines:
                 raise ValueError(f"task {short(task)}: expected semantic, referring or reasoning")
             picture = open_picture(self.root / image)
             size = picture.size[::-1]
-            mask = read_mask(self.root / mask) if isinstance(mask, str) else segmentation_to_mask(mask, *size)
+            mask = read_mask(self.root / mask) if isinstance(mask, str) else polygons_to_mask(mask, *size)
             if mask.shape != size:
-                raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]}, {image} is {size[1]} x {size[0]}")
+                raise ValueError(f"a mask of size {mask.shape[::-1]}, {image} has {picture.size}")
         return Example(picture, phrase, mask, record["id"], task, record["label"])
 
 
@@ -755,10 +710,6 @@ def load_dataset(name, split, root=None, **options):
     splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
-    if name in WORLDS:
-        return Scenes(split, name, **options)
-    if root is not None and not Path(root).is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
     return DATASETS[kind](split, name, root and Path(root), **options)
 
 
@@ -805,7 +756,6 @@ def hold_out(datasets, share=0.05):
     if len(pictures) < 2:
         return datasets, first
     held = pictures[: max(1, round(share * len(pictures)))]
-
     train = [Subset(dataset, np.flatnonzero(~np.isin(dataset.picture_of, held)))
              if isinstance(dataset, JSONLines) else dataset for dataset in datasets]
     return train, Subset(first, np.flatnonzero(np.isin(first.picture_of, held)))
@@ -831,13 +781,11 @@ class Batches(Dataset):
         if micro_batch_size < 1 or batch_size % (micro_batch_size * world_size) or micro_batch_size % phrases:
             raise ValueError(f"batch size {batch_size} must be a multiple of micro-batch size {micro_batch_size} x "
                              f"{world_size} ranks, and the micro-batch size one of {phrases} phrases per picture")
-        self.dataset, self.text_tokenizer, self.size, self.tokens = dataset, text_tokenizer, size, tokens
+        self.mixture = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
+        self.text_tokenizer, self.size, self.tokens = text_tokenizer, size, tokens
         self.mask_size, self.mask_tokens, self.padded = mask_size or size, mask_tokens, padded
-        parts = dataset if isinstance(dataset, Mixture) else Mixture([dataset], [1])
-        self.weights = parts.weights
-        self.starts = np.cumsum([0, *map(len, parts.datasets)])  # where each data set begins in the mixture
         # which data set a group of phrases is from, in turn, and how many groups of that one came before in the turn
-        self.turn = [(k, n) for k, weight in enumerate(parts.weights) for n in range(weight)]
+        self.turn = [(k, n) for k, weight in enumerate(self.mixture.weights) for n in range(weight)]
         self.batch_size, self.micro_batch_size, self.phrases = batch_size, micro_batch_size, phrases
         self.rank, self.world_size, self.seed, self.hide = rank, world_size, seed, hide
         self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches per rank and step
@@ -846,41 +794,39 @@ class Batches(Dataset):
     def __getitem__(self, k):
         step, micro = divmod(k, self.accumulation)
         first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        b, S, m = self.micro_batch_size, self.size, self.mask_size
-        pictures = np.empty((b // self.phrases, S, S, 3), np.uint8)
-        masks = np.empty((b if self.mask_tokens is None else 0, m, m), bool)
-        text, hidden, ids, indices = [], [], [], []
-        for row, position in enumerate(range(first, first + b)):
+        indices = [self._index(position) for position in range(first, first + self.micro_batch_size)]
+        pictures, masks, text, hidden, ids = [], [], [], [], []
+        for position, i in enumerate(indices, first):
             rng = np.random.default_rng([self.seed, position])
-            indices.append(self._index(position))
-            example = self.dataset[indices[-1]]
+            example = self.mixture[i]
             choice = rng.integers(2 * len(TEMPLATES))  # half of the phrases bare, half through one of the templates
             text.append(instruct(example.phrase, TEMPLATES[choice]) if choice < len(TEMPLATES) else example.phrase)
             if position % self.phrases == 0:
-                pictures[row // self.phrases] = (pad_picture(example.image, S) if self.padded else
-                                                 resize_pixels(np.array(to_rgb(example.image)), S))
+                pictures.append(pad_picture(example.image, self.size) if self.padded else
+                                resize_pixels(np.array(to_rgb(example.image)), self.size))
             if self.mask_tokens is None:
-                masks[row] = (pad_mask if self.padded else resize_mask)(example.mask, m)
+                masks.append((pad_mask if self.padded else resize_mask)(example.mask, self.mask_size))
             # Share of the mask tokens that the model does not get to see as input (LlamaSeg.forward, `hide`):
             # none for a fifth of the examples, all for a fifth, anything between for the rest.
             share = rng.uniform(-0.33, 1.33) if self.hide else 0.0
             hidden.append(rng.random(self.tokens) < share)
             ids.append(example.id)
-        batch = {"text_ids": self.text_tokenizer(text), "pictures": torch.from_numpy(pictures),
-                 "hide": torch.from_numpy(np.stack(hidden)), "ids": ids}
+        batch = {"text_ids": self.text_tokenizer(text), "pictures": torch.from_numpy(np.array(pictures)),
+                 "hide": torch.from_numpy(np.array(hidden)), "ids": ids}
         if self.mask_tokens is None:
-            return batch | {"masks": torch.from_numpy(masks)}
+            return batch | {"masks": torch.from_numpy(np.array(masks))}
         return batch | {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}
 
     def _index(self, position):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
         turns, place = divmod(position // self.phrases, len(self.turn))
         k, before = self.turn[place]
-        groups = int(self.starts[k + 1] - self.starts[k]) // self.phrases
-        epoch, group = divmod(turns * self.weights[k] + before, groups)
+        count = len(self.mixture.datasets[k])
+        epoch, group = divmod(turns * self.mixture.weights[k] + before, count // self.phrases)
         if self._orders.get(k, (None,))[0] != epoch:
-            self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(groups)
-        return int(self.starts[k]) + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
+            self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(count // self.phrases)
+        start = self.mixture.cumulative_sizes[k] - count
+        return start + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
 
 
 # ---- pictures for people ---------------------------------------------------------------------------------
@@ -896,18 +842,16 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
     gap, top = 4, 18 if headings else 4
     sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + top), "white")
     draw = ImageDraw.Draw(sheet)
-    for column in range(min(columns, len(cells))):
-        for j, heading in enumerate(headings):
-            draw.text((gap + column * width + (j + 0.5) * (tile + 2), 2), heading, "dimgray", font, anchor="ma")
     for i, (caption, tiles) in enumerate(cells):
         x, y = gap + i % columns * width, top + i // columns * height
+        for j, heading in enumerate(headings if i < columns else ()):
+            draw.text((x + (j + 0.5) * (tile + 2), 2), heading, "dimgray", font, anchor="ma")
         caption = printable(caption[:200])
         while font.getlength(caption) > width - 8:
             caption = caption[:-2].rstrip("… ") + "…"
         draw.text((x, y), caption, fill="black", font=font)
         for j, picture in enumerate(tiles):
-            if not isinstance(picture, Image.Image):
-                picture = Image.fromarray(picture.astype(np.uint8) * 255)
+            picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
             picture = ImageOps.pad(picture.convert("RGB"), (tile, tile), Image.Resampling.BILINEAR, "lightgray")
             sheet.paste(picture, (x + j * (tile + 2), y + 16))
     write_picture(sheet, path)
@@ -921,23 +865,6 @@ def write_picture(image, path):
 
 # ---- python data.py preview | check ----------------------------------------------------------------------
 
-# What each split is published to hold: pictures, or for the referring sets refs, pictures and sentences; None: unknown.
-PUBLISHED = {
-    "ade20k": {"train": [20210], "val": [2000]}, "cocostuff": {"train": [118287], "val": [5000]},
-    "voc20": {"train": [1464], "val": [1449]}, "sa-ovrs": {"train": None, "val": None},
-    "pc59": {"train": [4998], "val": [5105]}, "pc459": {"train": [4998], "val": [5105]},
-    "refcoco unc": {"train": [42404, 16994, 120624], "val": [3811, 1500, 10834],
-                    "testA": [1975, 750, 5657], "testB": [1810, 750, 5095]},
-    "refcoco google": {"train": [40000, 19213, None], "val": [5000, 4559, None], "test": [5000, 4527, None]},
-    "refcoco+ unc": {"train": [42278, 16992, 120191], "val": [3805, 1500, 10758],
-                     "testA": [1975, 750, 5726], "testB": [1798, 750, 4889]},
-    "refcocog umd": {"train": [42226, 21899, 80512], "val": [2573, 1300, 4896], "test": [5023, 2600, 9602]},
-    "refcocog google": {"train": [44822, 24698, 85474], "val": [5000, 4650, 9536]},
-    "refclef unc": {"train": [None, 17978, None], "val": [None, 2000, 12029], "testA": [None, 485, 3449],
-                    "testB": [None, 490, 3221], "testC": [None, 465, 2664]},
-    "refclef berkeley": {"train": [None, None, 54127], "val": [None, None, 5842], "test": [None, None, 60103]},
-}
-
 
 def check(args):
     """Count a data set's splits against the published counts and open its examples; 1 if any of them is broken.
@@ -945,31 +872,24 @@ def check(args):
     A sample spread over each split, or with --all every example. Broken ones are named, one per line.
     """
     options = {"split_by": args.split_by} if args.split_by else {}
-    splitter = args.split_by or Refer.SPLITTERS.get(args.name, [""])[0]
-    published = PUBLISHED.get(f"{args.name} {splitter}".strip(), {})
+    # {data set: {split: [pictures], or for the referring sets [refs, pictures, sentences]}}; null: unknown
+    published = json.loads((ASSETS / "published_counts.json").read_text())
+    published = published.get(f"{args.name} {args.split_by or Refer.SPLITTERS.get(args.name, '')}".strip(), {})
     splits = [args.split] if args.split else published or (Scenes.SPLITS if args.name in WORLDS else ["train"])
     opened = broken = 0
     for split in splits:
-        try:
-            dataset = load_dataset(args.name, split, args.root, **options)
-        except BadUsage:
-            raise
-        except (ValueError, OSError) as error:
-            print(printable(f"{args.name}:{split}: {error}"))
-            broken += 1
-            continue
+        dataset = load_dataset(args.name, split, args.root, **options)
         counts = [f"{count:,} {kind} (published: {'?' if wanted is None else f'{wanted:,}'})" for (kind, count), wanted
                   in zip(getattr(dataset, "counts", {}).items(), published.get(split) or [None] * 3)]
         print(printable(f"{args.name}:{split}: {', '.join([*counts, f'{len(dataset):,} examples'])}"))
-        step = 1 if args.all else max(1, len(dataset) // args.count)
-        opened += len(range(0, len(dataset), step))
-        looked_at = range(0, len(dataset), 1 if isinstance(dataset, Refer) else step)  # all phrases: it takes no time
-        for i in tqdm(looked_at, desc=f"open {split}", disable=len(looked_at) < 200):
+        chosen = range(0, len(dataset), 1 if args.all else max(1, len(dataset) // args.count))
+        for i in tqdm(chosen, desc=f"open {split}", disable=len(chosen) < 200):
             try:
-                dataset.phrase(i) if i % step else dataset[i]
+                dataset[i]
             except (ValueError, OSError) as error:
                 tqdm.write(printable(f"broken: {error}"))
                 broken += 1
+        opened += len(chosen)
     print(f"{opened:,} examples opened, {broken} broken")
     return 1 if broken or not opened else 0
 
@@ -983,7 +903,6 @@ def preview(args):
     contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1
     print(printable(f"wrote {args.out}: examples {args.first} to {last} of {args.name}:{args.split}"))
-    return 0
 
 
 def main(argv=None):

@@ -11,8 +11,10 @@ from PIL import Image, ImageDraw
 
 # ---- vocabulary ------------------------------------------------------------------------------------------
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "hexagon")
-RICH_SHAPES = SHAPES + ("diamond", "crescent", "arrow")
+# name: the rough area of a whole one over its radius squared
+SHAPES = {"circle": 3.1, "square": 2.0, "triangle": 1.3, "star": 1.2, "heart": 1.9, "cross": 1.8, "ring": 2.0,
+          "hexagon": 2.6}
+RICH_SHAPES = SHAPES | {"diamond": 1.2, "crescent": 0.9, "arrow": 1.2}
 
 # name: hue in degrees, saturation, value. Ranges are wide on purpose: they hold the usual RGB of each name.
 COLORS = {
@@ -71,7 +73,7 @@ class World:
     """What a drawn world holds. seed: worlds of different seeds show different scenes."""
 
     seed: int
-    shapes: tuple
+    shapes: dict
     colors: dict
     fills: tuple
     clutter: bool  # thin lines and specks that no phrase names
@@ -246,12 +248,12 @@ def _choose_class(objects, world, novel, rng):
     if novel and not objects:
         pairs = sorted(NOVEL)
         return pairs[rng.integers(len(pairs))]
-    colors = tuple(world.colors)
+    colors, kinds = tuple(world.colors), tuple(world.shapes)
     while True:
         repeat = objects and rng.random() < 0.3
         like = objects[rng.integers(len(objects))] if repeat else None
         color = like.color if repeat and rng.random() < 0.7 else colors[rng.integers(len(colors))]
-        kind = like.kind if repeat and rng.random() < 0.7 else world.shapes[rng.integers(len(world.shapes))]
+        kind = like.kind if repeat and rng.random() < 0.7 else kinds[rng.integers(len(kinds))]
         if novel or (color, kind) not in NOVEL:
             return color, kind
 
@@ -289,20 +291,14 @@ def _paint(region, cover, shape, ranges, tint, rng):
     region += cover[..., None] * (paint - region)
 
 
-# A rough area of a whole object, over its radius squared.
-WHOLE_AREA = {"circle": 3.1, "square": 2.0, "triangle": 1.3, "star": 1.2, "heart": 1.9, "cross": 1.8, "ring": 2.0,
-              "hexagon": 2.6, "diamond": 1.2, "crescent": 0.9, "arrow": 1.2}
-
-
 def measure(owner, objects):
     """Fill in each object's visible area and box; False if one is hidden by more than 60 % or below 24 px."""
     for index, shape in enumerate(objects):
         seen = owner == index
         shape.area = int(seen.sum())
-        if shape.area < 24 or shape.area < 0.4 * WHOLE_AREA[shape.kind] * shape.radius**2:
+        if shape.area < 24 or shape.area < 0.4 * RICH_SHAPES[shape.kind] * shape.radius**2:
             return False
-        rows, cols = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-        shape.box = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
+        shape.box = Image.fromarray(seen).getbbox()
     return True
 
 
@@ -359,8 +355,8 @@ def scene_phrases(objects, height, width):
     everything = range(len(objects))
     add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
     if len(objects) == 1:
-        for word in EXTREMES:
-            add("extreme", (f"the {word} object", f"the {word} shape"), "referring", None, everything)
+        phrases = [f"the {word} {noun}" for word in EXTREMES for noun in ("object", "shape")]
+        add("extreme", phrases, "referring", None, everything)
     else:
         named |= {"object": everything, "shape": everything}
     for noun, indices in named.items():

@@ -78,16 +78,13 @@ def test_converted_cocostuff_gives_the_same_examples(tree, split):
     assert_label_maps(load_dataset("cocostuff", split, root), images, masks)
 
 
-def test_converted_maps_of_another_name_and_two_folders_of_maps(tree):
+def test_converted_maps_of_another_name_and_folder(tree):
     root = tree("cocostuff")
     raw = [(example.phrase, example.mask.sum()) for example in load_dataset("cocostuff", "val", root)]
-    shutil.copytree(root / "annotations", root / "stuffthingmaps")
-    with pytest.raises(ValueError, match="label maps in annotations and stuffthingmaps, expected them in exactly one"):
-        load_dataset("cocostuff", "val", root)
-    shutil.rmtree(root / "stuffthingmaps")
     to_converted(root)
     for file in root.glob("annotations/*/*.png"):
         file.rename(file.with_name(f"{file.stem}_labelTrainIds.png"))
+    (root / "annotations").rename(root / "stuffthingmaps")
     assert [(example.phrase, example.mask.sum()) for example in load_dataset("cocostuff", "val", root)] == raw
 
 
@@ -163,19 +160,13 @@ def test_the_index_follows_its_files(tree, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [
-    "[]", "5", "{", '"x"', "[" * 100_000, "\udcff", {"values": []}, {"values": 5}, {"values": {}},
-    {"values": {"ADE_val_00000001": [1], "ADE_val_00002000": "13"}},
-    {"values": {"ADE_val_00000001": [1], "ADE_val_00002000": [[]]}},
-    {"values": {"ADE_val_00000001": [1.0], "ADE_val_00002000": [1]}},
-    {"values": {"ADE_val_00000001": [1]}}, {"values": {"ADE_val_00000001": 1, "ADE_val_00002000": 1}},
-], ids=lambda content: str(content)[:60])
+    "[]", "5", "{", '"x"', "[" * 100_000, "\udcff", '{"stamp": "", "values": []}', '{"values": []}',
+], ids=lambda content: content[:60])
 def test_an_index_of_another_shape_is_made_again(tree, content):
     root = tree("ade20k")
     assert len(load_dataset("ade20k", "val", root)) == 7
     (cache,) = root.rglob("*.index.json")
     good = cache.read_text()
-    if isinstance(content, dict):
-        content = json.dumps({"stamp": json.loads(good)["stamp"]} | content)
     cache.write_text(content, errors="surrogateescape")
     assert len(load_dataset("ade20k", "val", root)) == 7 and cache.read_text() == good
 
@@ -196,16 +187,6 @@ def test_the_values_of_a_map_are_those_that_numpy_finds(dtype):
         labels = rng.integers(low, high, (40, 30), endpoint=True).astype(dtype)
         assert data.values_in(labels) == np.unique(labels).tolist()
     assert data.values_in(np.zeros((0, 5), dtype)) == []
-
-
-def test_cocostuff_10k_is_looked_for_only_where_it_lies(tree):
-    root = tree("cocostuff")
-    (root / "other" / "deep").mkdir(parents=True)
-    (root / "other" / "deep" / "COCO_train2014_000000000001.mat").touch()
-    assert len(load_dataset("cocostuff", "val", root))  # not all of ROOT is walked
-    (root / "annotations" / "COCO_train2014_000000000001.mat").touch()
-    with pytest.raises(ValueError, match="COCO-Stuff 10k"):
-        load_dataset("cocostuff", "val", root)
 
 
 def test_opening_reads_no_picture(tree, monkeypatch):
@@ -264,17 +245,16 @@ def refs(tree):
     return write
 
 
-@pytest.mark.parametrize("words", ["", " \t", None, 5, [], "\ud800"])
-def test_a_sentence_without_words_is_named_by_every_check(refs, words, capsys):
-    many = [REF | {"ref_id": i, "sentences": [{"sent_id": i, "sent": "left dog"}]} for i in range(1000, 1020)]
-    dataset = refs([REF, REF | {"ref_id": 8, "sentences": [{"sent_id": 72, "sent": words}]}, *many])
+@pytest.mark.parametrize("words", ["", " \t", None, 5, []])
+def test_a_sentence_without_words_is_named(refs, words, capsys):
+    dataset = refs([REF, REF | {"ref_id": 8, "sentences": [{"sent_id": 72, "sent": words}]}])
     assert dataset[1].phrase == "left dog" and dataset[1].id == "581857:71"
     with pytest.raises(ValueError, match=r"refs\(unc\).p: sentence 72: ") as caught:
         dataset[2]
     assert "\n" not in str(caught.value)
-    assert data.main(["check", "refcoco", "--root", str(refs.root), "--split", "val", "--count", "1"]) == 1
+    assert data.main(["check", "refcoco", "--root", str(refs.root), "--split", "val", "--all"]) == 1
     out = capsys.readouterr().out
-    assert "sentence 72: " in out and "1 examples opened, 1 broken" in out
+    assert "sentence 72: " in out and "3 examples opened, 1 broken" in out
 
 
 @pytest.mark.parametrize("change", [
@@ -297,13 +277,13 @@ def put(key, **values):
     (lambda content: {"images": []}, "broken instances"),
     (lambda content: content | {"images": 5}, "broken instances"),
     (lambda content: content | {"annotations": [5]}, "broken instances"), (put("images", id=[]), "broken instances"),
-    (put("images", width=10**6), "the annotation is of 1000000 x 48"),
+    (put("images", width=10**6), r"has size \(64, 48\), expected \(1000000, 48\)"),
     (put("images", file_name=5), "annotation 1719310"),
-    (put("images", height="48"), "the annotation is of 64 x 48"),
+    (put("images", height="48"), r"has size \(64, 48\), expected \(64, '48'\)"),
     (put("annotations", segmentation=5), "annotation 1719310"),
     (put("annotations", segmentation=[5]), "annotation 1719310"),
-    (put("annotations", segmentation=[{"size": [10**6, 10**6], "counts": [10**12]}]), "a run-length mask of size"),
-    (put("annotations", segmentation=[[0, 0, 1e300, 0, 5, 5]]), "a polygon is "),
+    (put("annotations", segmentation=[{"size": [10**6, 10**6], "counts": [10**12]}]), "a run-length mask has"),
+    (put("annotations", segmentation=[[0, 0, 1e300, 0, 5, 5]]), "a mask is "),
     (lambda content: content | {"images": [{"id": image["id"]} for image in content["images"]]}, "annotation 1719310"),
 ])
 def test_hostile_instances_end_in_one_line(refs, change, message):
@@ -427,19 +407,19 @@ def test_pictures_of_lines_are_told_apart_in_every_process(lines):
     (b'{"image": "a.png", "phrase": "\xed\xa0\x80", "mask": "m.png"}', ".*invalid continuation byte"),
     (X | {"image": "a.png\0"}, ".*null byte"), (X | {"mask": "m.png\0"}, ".*null byte"),
     (X | {"image": "."}, ".*not a file"), (X | {"mask": "."}, ".*not a file"), (X | {"image": 5}, ""),
-    (X | {"image": None}, ""), (X | {"mask": None}, "a mask is a run-length mask or a list"),
-    (X | {"mask": {"size": [10**6, 10**6], "counts": [10**12]}}, "a run-length mask of"),
+    (X | {"image": None}, ""), (X | {"mask": None}, "a mask is run-length or a list"),
+    (X | {"mask": {"size": [10**6, 10**6], "counts": [10**12]}}, "a run-length mask has"),
     (X | {"mask": {"size": [6, 8]}}, "a run-length mask has"),
-    (X | {"mask": [[0, 0, 1e300, 0, 5, 5]]}, "a polygon is a list"),
-    (b'{"image": "a.png", "phrase": "x", "mask": [[0, 0, NaN, 0, 5, 5]]}', "a polygon is a list"),
+    (X | {"mask": [[0, 0, 1e300, 0, 5, 5]]}, "a mask is run-length or a list"),
+    (b'{"image": "a.png", "phrase": "x", "mask": [[0, 0, NaN, 0, 5, 5]]}', "a mask is run-length or a list"),
     (X | {"phrase": 5}, "phrase 5"), (X | {"phrase": ["x"]}, "phrase "),
     (X | {"label": ["a"]}, r"id 2, label \['a'\]: expected"), (X | {"label": 5}, "id 2, label 5: expected"),
     (X | {"id": {}}, "id {}, label None: expected"),
     (X | {"id": True}, "id True, label None: expected"), (X | {"task": []}, r"task \[\]"), ("{", ""),
     ("[1]", ""), ({"image": "a.png", "phrase": "x"}, "no 'mask'"), (X | {"image": "b.png"}, ".*b.png: no such picture"),
-    (X | {"phrase": " "}, "phrase ' '"), (X | {"mask": [[1, 2, 3, 4]]}, "a polygon is a list"),
-    (X | {"mask": {"size": [6, 8], "counts": "5"}}, "run-length counts that do not fill"),
-    (X | {"mask": {"size": [3, 2], "counts": [6]}}, "a run-length mask of"), (X | {"mask": "a.png"}, ".*mode RGB"),
+    (X | {"phrase": " "}, "phrase ' '"), (X | {"mask": [[1, 2, 3, 4]]}, "a mask is run-length or a list"),
+    (X | {"mask": {"size": [6, 8], "counts": "5"}}, "a run-length mask has .*do not fill the size"),
+    (X | {"mask": {"size": [3, 2], "counts": [6]}}, "a run-length mask has"), (X | {"mask": "a.png"}, ".*mode RGB"),
     (X | {"task": "guessing"}, "task 'guessing'"),
 ])
 def test_a_bad_line_is_named(lines, record, message):
@@ -499,7 +479,7 @@ def test_wrong_trees_end_in_one_line(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match="ADE_val_00000001.jpg"):
         load_dataset("ade20k", "val", ade)[0]
     Image.new("RGB", (9, 9)).save(base / "images" / "training" / "ADE_train_00000001.jpg")
-    with pytest.raises(ValueError, match="64 x 48 labels for .*ADE_train_00000001.jpg of 9 x 9"):
+    with pytest.raises(ValueError, match=r"labels of size \(64, 48\), .*ADE_train_00000001.jpg has \(9, 9\)"):
         load_dataset("ade20k", "train", ade)[0]
     file = base / "annotations" / "validation" / "ADE_val_00000001.png"
     Image.fromarray(np.full((48, 64), 151, np.uint8)).save(file)
@@ -512,8 +492,9 @@ def test_wrong_trees_end_in_one_line(tree, tmp_path):
     Image.open(file).convert("RGB").save(file)
     with pytest.raises(ValueError, match="2007_000032.png: a picture of mode RGB"):
         load_dataset("voc20", "train", voc)
-    (coco / "imageLists").mkdir()
-    with pytest.raises(ValueError, match="COCO-Stuff 10k"):
+    shutil.rmtree(coco / "annotations" / "val2017")
+    (coco / "annotations" / "COCO_train2014_000000000001.mat").touch()  # COCO-Stuff 10k
+    with pytest.raises(FileNotFoundError, match="holds none of annotations/val2017, stuffthingmaps"):
         load_dataset("cocostuff", "val", coco)
 
 
@@ -521,7 +502,7 @@ def test_wrong_trees_end_in_one_line(tree, tmp_path):
     ("imagenet", "val", {}, "unknown data set 'imagenet'"), ("ade20k", "test", {}, "no split 'test'"),
     ("scenes", "dev", {}, "scenes has no split 'dev'"), ("scenes", "val", {"poor": 1}, "no option 'poor'"),
     ("jsonl:x", "val", {"phrases": 2}, "no option 'phrases'"), ("voc20", "dev", {}, "no split 'dev'"),
-    ("refcoco", "testC", {}, "no split 'testC'"), ("refcoco", "val", {"split_by": "umd"}, "no split_by 'umd'"),
+    ("refcoco", "testC", {}, "no split 'testC'"), ("refcoco", "val", {"split_by": "umd"}, r"refs\(umd\).p: no such"),
     ("ade20k", "val", {"phrases": 2}, "no option 'phrases'"),
     ("pc59", "val", {}, "holds none of"), ("refcoco+", "val", {}, r"refs\(unc\).p: no such refs file"),
 ])
@@ -535,8 +516,8 @@ def test_wrong_use_ends_in_one_line(tree, name, split, options, message):
 def test_a_data_set_needs_its_root():
     with pytest.raises(ValueError, match="ade20k needs --root"):
         load_dataset("ade20k", "val")
-    for name in ("ade20k", "sa-ovrs", "jsonl:x"):
-        with pytest.raises(FileNotFoundError, match="no/such: no such folder"):
+    for name in ("ade20k", "refcoco", "sa-ovrs"):
+        with pytest.raises(FileNotFoundError, match="no/such"):
             load_dataset(name, "val", "no/such")
 
 
@@ -566,14 +547,13 @@ def test_check_of_label_maps_and_lines(tree, tmp_path, capsys):
     assert data.main(["check", f"jsonl:{tmp_path / 'x.jsonl'}"]) == 1
     assert "line 1: no 'image'" in capsys.readouterr().out
     assert data.main(["check", "voc20", "--root", str(root)]) == 1
-    out = capsys.readouterr().out
-    assert f"voc20:train: {root}: holds none of " in out and "0 examples opened, 2 broken" in out
+    assert f"error: {root}: holds none of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags,message", [
     ("check ade20k --count 0", "--count 0 must be at least 1"), ("check", "required: name"),
     ("check ade20k", "ade20k needs --root"), ("check imagenet", "unknown data set 'imagenet'"),
-    ("check refcoco --root . --split-by umd", "no split_by 'umd'"), ("preview scenes --first -1", "not negative"),
+    ("preview scenes --first -1", "not negative"),
 ])
 def test_wrong_flags_end_in_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -586,13 +566,3 @@ def test_preview_of_a_public_set(tree, tmp_path, capsys):
     flags = ["preview", "voc20", "--root", str(tree("pascal_voc")), "--split", "val", "--out", str(tmp_path / "p.png")]
     assert data.main(flags) == 0
     assert f"wrote {tmp_path / 'p.png'}: examples 0 to 3 of voc20:val" in capsys.readouterr().out
-
-
-def test_a_sentence_that_comes_twice_is_told_when_the_set_is_opened(tree):
-    """Its two examples would have one id, which a score refuses after all the work."""
-    root = tree("refcoco")
-    file = root / "refcoco" / "refs(unc).p"
-    refs = data.read_refs(file)
-    file.write_bytes(pickle.dumps([*refs, refs[0]], protocol=2))
-    with pytest.raises(ValueError, match="comes twice"):
-        load_dataset("refcoco", refs[0]["split"], root)

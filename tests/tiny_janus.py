@@ -65,7 +65,7 @@ def train_tower(model, count=6000, steps=2400, peak=3e-3):
         image, owner, objects, _ = scenes.scene(500_000 + i)
         pictures[i] = pad_picture(image, SIDE)
         for k, shape in enumerate(objects):
-            where = (list(COLORS).index(shape.color), len(COLORS) + SHAPES.index(shape.kind), -1)
+            where = (list(COLORS).index(shape.color), len(COLORS) + list(SHAPES).index(shape.kind), -1)
             shares[i][:, where] += patches(owner == k)[:, None]
     shares = torch.from_numpy(shares)  # (n, 16, 17)
     probe = torch.nn.Linear(model.config.llama.width, shares.shape[-1])
