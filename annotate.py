@@ -457,14 +457,13 @@ class Server:
             status = response.status_code
             if status == 200:
                 return json.loads(response.content)
-        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
-                ValueError, RecursionError) as error:
-            raise BadAnswer("cut_response", error) from None
-        except requests.RequestException as error:
+        except (requests.ConnectionError, requests.Timeout) as error:
             cause = getattr(error.args[0], "reason", error.args[0])  # urllib3's own error, below its count of the tries
             if isinstance(cause, ReadTimeoutError | ProtocolError):  # it was there, and took the request
                 raise Failure("timeout" if isinstance(cause, ReadTimeoutError) else "connection", cause) from None
             raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it first") from None
+        except (requests.RequestException, ValueError, RecursionError) as error:
+            raise BadAnswer("cut_response", error) from None
         text = " ".join(response.text.split()).replace(self.key or "\n", "***")[:300]
         if status in (401, 403):
             raise Stop(f"{self.name}: refuses the key ({status} {text}): put the right one into {self.variable}")
@@ -786,9 +785,7 @@ class Journal:
             if write:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.file.close()
-            raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
-                             "--shard of the same --num-shards") from None
+            raise ValueError(f"{path}: another process writes it: wait for its end, or give each its --shard") from None
         self.file.seek(0)
         for number, line in enumerate(self.file, 1):
             if not line.endswith(b"\n"):
@@ -822,7 +819,6 @@ class Journal:
         return key in self.places and key not in self.failed
 
     def close(self):
-        """Let go of the file and of the lock."""
         self.file.close()
 
 
@@ -898,16 +894,16 @@ def run_stage(stage, part, pictures, journals, args, tally):
     useful_end = journal.end  # of the lines before the useless ones
     threads = 1 if stage == "match" else args.concurrency  # match waits for no server, threads would only take turns
     try:
-        with closing(in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)) as records:
-            for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
-                journal.append(record)
-                tally[record["reason"]] += 1
-                tally["useless"] = 0 if record["answers"] else tally["useless"] + (record["requests"] > 0)
-                useful_end = useful_end if tally["useless"] else journal.end
-                if tally["useless"] >= STOP_AFTER:
-                    why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
-                    raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
-                               f"{why}: look at the server, then run this again")
+        records = in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)
+        for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
+            journal.append(record)
+            tally[record["reason"]] += 1
+            tally["useless"] = 0 if record["answers"] else tally["useless"] + (record["requests"] > 0)
+            useful_end = useful_end if tally["useless"] else journal.end
+            if tally["useless"] >= STOP_AFTER:
+                why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
+                raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
+                           f"{why}: look at the server, then run this again")
     except (Stop, KeyboardInterrupt):
         journal.file.truncate(useful_end)  # so that a server that breaks down costs no picture
         raise
@@ -1006,8 +1002,6 @@ def export(args):
                     count[f"{split} {record['task']}"] += 1
             for journal in (match, refer, reason):
                 journal.close()
-        for file in files.values():
-            file.flush()  # all of them before the first is renamed: the disk may be full
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items())) or "no records"
     print(f"export: wrote {', '.join(f'{name}.jsonl' for name in files)} in {args.out}: {told}")
 
@@ -1047,8 +1041,31 @@ READS = {"labels": _VLM, "detect": _DETECT, "match": _WALK, "entities": _VLM, "r
          "all": _VLM | _DETECT, "export": {"val_share"}, "stats": set()}
 
 
-def make_parser():
-    """The command line."""
+def work(args):
+    """Look at every value, then run what the command line asks for; returns the exit code."""
+    missing = [f"--{name.replace('_', '-')}" for name in ("input", "vlm_url", "vlm_model", "detector_url")
+               if name in READS[args.stage] and getattr(args, name) is None]
+    if missing:
+        raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
+    for name, url in (("--vlm-url", args.vlm_url), ("--detector-url", args.detector_url)):
+        if url is not None and not re.match("https?://[^/@]+(/|$)", url):
+            raise BadUsage(f"{name} {url.split('@')[-1]}: expected http://HOST:PORT/... (keys go into the environment)")
+    for name, low, high in (("num_shards", 1, 10**6), ("shard", 0, args.num_shards - 1), ("concurrency", 1, 10**4),
+                            ("max_side", 0, 10**6), ("val_share", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {high}")
+    if args.stage in ("export", "stats"):
+        return (export if args.stage == "export" else stats)(args)
+    if args.vlm_url is not None:
+        address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
+    if args.detector_url is not None:
+        args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
+    return annotate(args, tuple(STAGES) if args.stage == "all" else (args.stage,))
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 1 for bad data or a server that is away, 2 for bad usage."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("stage", choices=READS, help="what to run, as above")
@@ -1067,40 +1084,6 @@ def make_parser():
     add("--retry-failed", action="store_true", help="do the pictures that failed again, too")
     add("--val-share", type=float, default=0.005, metavar="P", help="share of the pictures that export puts into "
         "val.jsonl (default: 0.005; paper: not stated)")
-    return parser
-
-
-def check_arguments(args):
-    """Look at every value before the work; BadUsage says what is wrong."""
-    missing = [f"--{name.replace('_', '-')}" for name in ("input", "vlm_url", "vlm_model", "detector_url")
-               if name in READS[args.stage] and getattr(args, name) is None]
-    if missing:
-        raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
-    for name, url in (("--vlm-url", args.vlm_url), ("--detector-url", args.detector_url)):
-        if url is not None and not re.match("https?://[^/@]+(/|$)", url):
-            raise BadUsage(f"{name} {url.split('@')[-1]}: expected http://HOST:PORT/... (keys go into the environment)")
-    for name, low, high in (("num_shards", 1, 10**6), ("shard", 0, args.num_shards - 1), ("concurrency", 1, 10**4),
-                            ("max_side", 0, 10**6), ("val_share", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {high}")
-
-
-def work(args):
-    """Run what the command line asks for; returns the exit code."""
-    check_arguments(args)
-    if args.stage in ("export", "stats"):
-        return (export if args.stage == "export" else stats)(args)
-    if args.vlm_url is not None:
-        address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
-    if args.detector_url is not None:
-        args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
-    return annotate(args, tuple(STAGES) if args.stage == "all" else (args.stage,))
-
-
-def main(argv=None):
-    """The command line; returns the exit code: 0, 1 for bad data or a server that is away, 2 for bad usage."""
-    parser = make_parser()
     args = parser.parse_args(argv)
     parser.check_read(args, args.stage, {"stage", "out", "help", *READS[args.stage]})
     return parser.run(work, args, stopped="stopped: run this again to go on")
