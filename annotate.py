@@ -346,7 +346,7 @@ def read_annotations(picture, size):
             ids.append(annotation.get("id", number))
             segmentations.append({"size": rle["size"], "counts": rle["counts"]})
         if len(set(ids)) < len(ids):
-            raise ValueError("annotation ids must be numbers or words, each once")
+            raise ValueError("an annotation id comes twice")
     return ids, np.array(boxes, np.float64).reshape(-1, 4), segmentations
 
 
@@ -530,8 +530,10 @@ def read_answer(answer, name, log):
         raise BadAnswer("refused", refusal or content)
     if finish != "stop":  # cut by max_tokens, by a content filter, ...
         raise BadAnswer(f"finish_{finish}", f"{content}"[-200:])
-    with failing("no_json", BadAnswer):
+    try:
         value = json.loads(re.search(r'\{\s*"[^{}]*\}', content)[0])  # it may stand in a fence or in prose
+    except (TypeError, ValueError, RecursionError):
+        raise BadAnswer("no_json", content) from None
     if set(value) != {key} or not fits_schema(value[key], schema):
         raise BadAnswer("wrong_schema", content)
     if not isinstance(value[key], str):
