@@ -433,10 +433,7 @@ class Server:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
     def first(self, body, kind):
-        """POST a small request once; Stop tells what is wrong. Later ones are tried again where that may help.
-
-        kind: dict or list, what the answer must be.
-        """
+        """POST a small request once; Stop tells what is wrong. Later ones are tried again where that may help."""
         try:
             answer = self.post(body)
         except Failure as failure:
@@ -896,16 +893,16 @@ def run_stage(stage, part, pictures, journals, args, tally):
     useful_end = journal.end  # of the lines before the useless ones
     threads = 1 if stage == "match" else args.concurrency  # match waits for no server, threads would only take turns
     try:
-        records = in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)
-        for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
-            journal.append(record)
-            tally[record["reason"]] += 1
-            tally["useless"] = 0 if record["answers"] else tally["useless"] + (record["requests"] > 0)
-            useful_end = useful_end if tally["useless"] else journal.end
-            if tally["useless"] >= STOP_AFTER:
-                why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
-                raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
-                           f"{why}: look at the server, then run this again")
+        with closing(in_parallel(lambda picture: do_picture(stage, picture, before, args), ready, threads)) as records:
+            for record in tqdm(records, f"{part} {stage}", len(ready), unit=" pictures", leave=False):
+                journal.append(record)
+                tally[record["reason"]] += 1
+                tally["useless"] = 0 if record["answers"] else tally["useless"] + (record["requests"] > 0)
+                useful_end = useful_end if tally["useless"] else journal.end
+                if tally["useless"] >= STOP_AFTER:
+                    why = f"{record['reason'] or ''} {record['detail'] or record['raw'][-1:]}"[:300]
+                    raise Stop(f"{stage}: no useful answer for {STOP_AFTER} pictures in a row, such as {record['id']}: "
+                               f"{why}: look at the server, then run this again")
     except (Stop, KeyboardInterrupt):
         journal.file.truncate(useful_end)  # so that a server that breaks down costs no picture
         raise
