@@ -46,12 +46,11 @@ import sys
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
-from contextlib import ExitStack, closing
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import dropwhile
+from itertools import dropwhile, islice
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -80,6 +79,17 @@ class BadAnswer(Failure):
 
 class Stop(OSError):
     """The run cannot go on; the message is one line. What is not finished is done by the next run."""
+
+
+@contextmanager
+def failing(reason, kind=Failure):
+    """Whatever goes wrong in the block ends its unit of work for this reason. kind: Failure or BadAnswer."""
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:  # files and answers of others: Pillow's decoders alone raise nearly every kind
+        raise kind(reason, f"{type(error).__name__}: {error}") from None
 
 
 # ---- prompts. paper: their words are not printed; these are ours -------------------------------------------
@@ -239,12 +249,9 @@ class Picture:
         if getattr(self, kind) is None:
             raise Failure(f"no_{kind}", f"{self.key} has no such file")
         path, offset, size = getattr(self, kind)
-        try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise Failure("unreadable", error) from None
+        with failing("unreadable"), open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
         if len(content) < size:
             raise Failure("unreadable", f"{path} ends within {self.image}")
         return content
@@ -270,24 +277,20 @@ def pictures_of(name, path):
             for stem, image in sorted(images.items())], problems
 
 
-def find_parts(source, out):
+def find_parts(source):
     """The parts of an archive, or of a folder with all archives and folders below it: {name: path}, sorted.
 
     A part is one archive, or one folder without those below it. Its name is its path below `source` without .tar, ""
-    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. Left out are
-    hidden files, `out`, and a folder beside its archive (sa_000000/ and sa_000000.tar), which holds the same pictures.
+    for `source` itself. Links to folders are followed. Left out are hidden files, and a folder beside its archive
+    (sa_000000/ and sa_000000.tar), which holds the same pictures.
     """
     def unreadable(error):
         raise error
 
     if source.is_file():
         return {source.stem: source}
-    found, seen = {}, {os.path.realpath(out)}
+    found = {}
     for folder, folders, files in os.walk(source, followlinks=True, onerror=unreadable):
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
         archives = {name.removesuffix(".tar") for name in files if name.endswith(".tar") and name[0] != "."}
         for name in archives.intersection(folders):
             print(f"{Path(folder, name)}: left out, {name}.tar beside it is read instead", file=sys.stderr)
@@ -302,28 +305,23 @@ def find_parts(source, out):
 def read_archive(path):
     """A .tar, not unpacked -> ({path of a member: place}, [what is wrong]); of a cut one, what is whole is found.
 
-    Hidden members are left out, such as the ._x.jpg of macOS.
+    Left out are hidden members, such as the ._x.jpg of macOS, and those that lead out of the archive. Of two members
+    with one name the second counts, as tar has it.
     """
-    places, problems = {}, set()
+    places, problems = {}, []
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all
                 name = PurePosixPath(member.name)
-                if not member.isreg() or any(part[0] == "." and part != ".." for part in name.parts):
-                    continue
-                if name.is_absolute() or ".." in name.parts:
-                    problems.add(f"{path}: {name} leads out of the archive: left out")
-                elif str(name) in places:
-                    problems.add(f"{path}: {name} comes twice: the first is read")
-                else:
+                if member.isreg() and not any(part[0] in "./" for part in name.parts):
                     places[str(name)] = (path, member.offset_data, member.size)
             archive.fileobj.seek(archive.offset)
-            if not archive.offset or any(archive.fileobj.read(512)) or path.stat().st_size <= archive.offset:
-                problems.add(f"{path}: damaged: the archive ends in the middle")
+            if not archive.offset or archive.fileobj.read(512) != bytes(512):
+                problems.append(f"{path}: damaged: the archive ends in the middle")
     except (tarfile.TarError, OSError, EOFError) as error:
-        problems.add(f"{path}: damaged or not a plain .tar archive ({error})")
-    return places, sorted(problems)
+        problems.append(f"{path}: damaged or not a plain .tar archive ({error})")
+    return places, problems
 
 
 def read_annotations(picture, size):
@@ -333,11 +331,10 @@ def read_annotations(picture, size):
     is measured. With it, the box is [x, y, x + w + 1, y + h + 1], because SA-1B's w and h are one less than the extent.
     Raises Failure for anything else, or for masks of another size than the picture.
     """
-    try:
+    ids, boxes, segmentations = [], [], []
+    with failing("broken_masks"):
         content = json.loads(picture.read("masks"))
-        annotations = content["annotations"] if isinstance(content, dict) else content
-        ids, boxes, segmentations = [], [], []
-        for number, annotation in enumerate(annotations, 1):
+        for number, annotation in enumerate(content["annotations"] if isinstance(content, dict) else content, 1):
             rle = annotation["segmentation"]
             if rle["size"] != [size[1], size[0]]:
                 raise ValueError(f"a mask of {rle['size']}, the picture is {size[1]} x {size[0]} (height, width)")
@@ -348,10 +345,8 @@ def read_annotations(picture, size):
                 boxes.append(Image.fromarray(rle_decode(rle)).getbbox() or (0, 0, 0, 0))
             ids.append(annotation.get("id", number))
             segmentations.append({"size": rle["size"], "counts": rle["counts"]})
-        if len(set(ids)) < len(ids) or not all(isinstance(i, int | str) for i in ids):
-            raise ValueError("annotation ids must be numbers or words, each once")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise Failure("broken_masks", f"{type(error).__name__}: {error}") from None
+        if len(set(ids)) < len(ids):
+            raise ValueError("an annotation id comes twice")
     return ids, np.array(boxes, np.float64).reshape(-1, 4), segmentations
 
 
@@ -368,19 +363,16 @@ def original(picture, max_side=0):
     It is encoded again only if it must be: turned by EXIF, no JPEG or PNG, or with a side above `max_side` (0: any).
     """
     content = picture.read("picture")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            turned = image.getexif().get(0x0112, 1)
-            size = image.size[::-1] if turned > 4 else image.size
-            whole = image.format in _ENDS and content.endswith(_ENDS[image.format]) and image.mode in ("RGB", "L")
-            large = max_side and max(size) > max_side
-            if whole and turned == 1 and not large:
-                return content, Image.MIME[image.format], size
-            if large and image.format == "JPEG":
-                image.thumbnail((max_side, max_side))  # the decoder itself makes it small: half the time
-            upright = to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
-        raise Failure("broken_picture", error) from None
+    with failing("broken_picture"), Image.open(io.BytesIO(content)) as image:
+        turned = image.getexif().get(0x0112, 1)
+        size = image.size[::-1] if turned > 4 else image.size
+        complete = image.format in _ENDS and content.endswith(_ENDS[image.format]) and image.mode in ("RGB", "L")
+        large = max_side and max(size) > max_side
+        if complete and turned == 1 and not large:
+            return content, Image.MIME[image.format], size
+        if large and image.format == "JPEG":
+            image.thumbnail((max_side, max_side))  # the decoder itself makes it small: half the time
+        upright = to_rgb(ImageOps.exif_transpose(image))
     return *encode(upright, max_side), size
 
 
@@ -432,14 +424,22 @@ class Server:
     def __init__(self, url, variable, concurrency):
         self.url, self.variable, self.concurrency = url, variable, concurrency
         self.name = url.partition("?")[0]  # what messages call it
-        self.key = os.environ.get(variable)
+        self.key = os.environ.get(variable, "")
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise BadUsage(f"{variable} holds characters that no key has: set it again")
         self.session = requests.Session()
         self.session.auth = lambda request: request  # so that no .netrc puts in another key
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
-    def try_again(self):
-        """From now on, try a request again where that may help."""
+    def first(self, body, kind):
+        """POST a small request once; Stop tells what is wrong. Later ones are tried again where that may help."""
+        try:
+            answer = self.post(body)
+        except Failure as failure:
+            raise Stop(f"{self.name}: the first request failed: {failure.reason} {failure.detail}") from None
+        if not isinstance(answer, kind):
+            raise Stop(f"{self.name}: answers {json.dumps(answer)[:80]}: expected a JSON {kind.__name__}")
         retries = Retry(ATTEMPTS - 1, read=2, status_forcelist=_TRY_AGAIN, allowed_methods=None, raise_on_status=False,
                         backoff_factor=WAIT / 2, backoff_jitter=WAIT / 4, retry_after_max=LONGEST_PAUSE)
         for scheme in ("http://", "https://"):
@@ -454,15 +454,13 @@ class Server:
             status = response.status_code
             if status == 200:
                 return json.loads(response.content)
-        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
-                ValueError, RecursionError) as error:
-            raise BadAnswer("cut_response", error) from None
-        except requests.RequestException as error:
-            cause = error.args[0] if error.args else error
-            cause = getattr(cause, "reason", cause)
+        except (requests.ConnectionError, requests.Timeout) as error:
+            cause = getattr(error.args[0], "reason", error.args[0])  # urllib3's own error, below its count of the tries
             if isinstance(cause, ReadTimeoutError | ProtocolError):  # it was there, and took the request
                 raise Failure("timeout" if isinstance(cause, ReadTimeoutError) else "connection", cause) from None
             raise Stop(f"{self.name}: no server answers ({type(cause).__name__}): start it first") from None
+        except (requests.RequestException, ValueError, RecursionError) as error:
+            raise BadAnswer("cut_response", error) from None
         text = " ".join(response.text.split()).replace(self.key or "\n", "***")[:300]
         if status in (401, 403):
             raise Stop(f"{self.name}: refuses the key ({status} {text}): put the right one into {self.variable}")
@@ -472,20 +470,12 @@ class Server:
 
 
 def probe(args, stages):
-    """Send each server that the stages ask one small request, without a second try; Stop tells what is wrong."""
-    white, first = encode(Image.new("RGB", (64, 64), "white")), []
+    """Send each server that the stages ask one small request."""
+    white = encode(Image.new("RGB", (64, 64), "white"))
     if any(STAGES[stage][2] for stage in stages):
-        first.append((args.vlm, chat_body(args, "labels", white), dict, "a chat completion"))
+        args.vlm.first(chat_body(args, "labels", white), dict)
     if "detect" in stages:
-        first.append((args.detector, detect_body(white[0], ["cup"]), list, "a list of boxes"))
-    for server, body, kind, expected in first:
-        try:
-            answer = server.post(body)
-        except Failure as failure:
-            raise Stop(f"{server.name}: the first request failed: {failure.reason} {failure.detail}") from None
-        if not isinstance(answer, kind) or kind is dict and "choices" not in answer:
-            raise Stop(f"{server.name}: answers {json.dumps(answer)[:80]}: expected {expected}")
-        server.try_again()
+        args.detector.first(detect_body(white[0], ["cup"]), list)
 
 
 def detect_body(content, labels):
@@ -507,12 +497,12 @@ def chat_body(args, name, image, turn=0, **words):
     }
 
 
-def ask_twice(server, log, body, read):
-    """POST body(0) -> what `read` makes of the answer. If that is of no use, once more with body(1); raises Failure."""
+def ask_twice(log, once):
+    """What once(0) makes of a server's answer. If that is of no use, once(1); raises Failure."""
     for turn in (0, 1):
         log["requests"] += 1
         try:
-            value = read(server.post(body(turn)))
+            value = once(turn)
             log["answers"] += 1
             return value
         except BadAnswer:
@@ -522,30 +512,25 @@ def ask_twice(server, log, body, read):
 
 def ask(args, log, name, image, **words):
     """Ask the VLM prompt `name` about an encoded image (bytes, media type) -> the checked value of its answer."""
-    return ask_twice(args.vlm, log, lambda turn: chat_body(args, name, image, turn, **words),
-                     lambda answer: read_answer(answer, name, log))
+    return ask_twice(
+        log, lambda turn: read_answer(args.vlm.post(chat_body(args, name, image, turn, **words)), name, log))
 
 
 def read_answer(answer, name, log):
     """A chat completion -> the value of its JSON content; BadAnswer if it is cut, refused or another thing."""
     key, schema, _ = ANSWERS[name]
-    try:
+    with failing("wrong_response", BadAnswer):
         finish, message = answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]
-        content, refusal = message.get("content"), message.get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BadAnswer("wrong_response", f"not a chat completion ({error!r})") from None
+        content, refusal = message["content"], message.get("refusal")
     log["raw"].append(refusal or content)
-    if refusal:
-        raise BadAnswer("refused", refusal)
+    if refusal or _REFUSAL.match(f"{content}"):
+        raise BadAnswer("refused", refusal or content)
     if finish != "stop":  # cut by max_tokens, by a content filter, ...
-        raise BadAnswer(re.sub(r"[^a-z_]+", "_", f"finish_{finish}")[:30], f"{content}"[-200:])
-    if not isinstance(content, str):
-        raise BadAnswer("wrong_response", "no content")
-    found = re.search(r'\{\s*"[^{}]*\}', content)  # it may stand in a fence or in prose
+        raise BadAnswer(f"finish_{finish}", f"{content}"[-200:])
     try:
-        value = json.loads(found[0] if found else "")
-    except (ValueError, RecursionError):
-        raise BadAnswer("refused" if _REFUSAL.match(content) else "no_json", content) from None
+        value = json.loads(re.search(r'\{\s*"[^{}]*\}', content)[0])  # it may stand in a fence or in prose
+    except (TypeError, ValueError, RecursionError):
+        raise BadAnswer("no_json", content) from None
     if set(value) != {key} or not fits_schema(value[key], schema):
         raise BadAnswer("wrong_schema", content)
     if not isinstance(value[key], str):
@@ -649,8 +634,7 @@ def masks_of_label(boxes, mask_boxes):
 
 def name_labels(picture, past, args, log):
     """Stage 1: kept is a list of labels."""
-    if picture.masks is None:
-        raise Failure("no_masks", f"{picture.key}.json is not there")
+    picture.read("masks")  # without them nobody is asked
     kept, rejected = clean_labels(ask(args, log, "labels", original(picture, args.max_side)[:2]))
     return {"kept": kept, "rejected": rejected}
 
@@ -661,8 +645,7 @@ def detect(picture, past, args, log):
     labels, kept, rejected = past["labels"]["kept"], [], []
     if labels:
         body = detect_body(content, labels)
-        kept, rejected = ask_twice(args.detector, log, lambda turn: body,
-                                   lambda answer: read_boxes(answer, labels, size, log))
+        kept, rejected = ask_twice(log, lambda turn: read_boxes(args.detector.post(body), labels, size, log))
     return {"kept": kept, "rejected": rejected, "size": size}
 
 
@@ -673,7 +656,7 @@ def read_boxes(answer, labels, size, log):
     """
     kept, rejected = [], []
     log["raw"].append(answer)
-    try:
+    with failing("wrong_schema", BadAnswer):
         for item in answer if isinstance(answer, list) else [answer]:
             box = [float(item["box"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
             label, score = item["label"].strip().rstrip(".").strip().lower(), float(item["score"])
@@ -686,8 +669,6 @@ def read_boxes(answer, labels, size, log):
                 rejected.append([label, "outside_or_empty"])
             else:
                 kept.append({"label": label, "score": score, "box": box})
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise BadAnswer("wrong_schema", f"not a list of boxes: {error!r}") from None
     return kept, rejected
 
 
@@ -700,15 +681,13 @@ def match_masks(picture, past, args, log):
     ids, boxes, segmentations = read_annotations(picture, size)
     matches, rejected = match(past["detect"]["kept"], boxes)
     kept, runs = [], defaultdict(list)
-    for label, m, score, iou in matches:
-        rle = segmentations[m]
-        try:
+    with failing("broken_masks"):
+        for label, m, score, iou in matches:
+            rle = segmentations[m]
             runs[label].append(object_runs(rle))
-        except ValueError as error:
-            raise Failure("broken_masks", f"annotation {ids[m]}: {error}") from None
-        if not isinstance(rle["counts"], str):
-            rle = merge_runs(runs[label][-1], rle["size"])
-        kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou, "segmentation": rle})
+            if not isinstance(rle["counts"], str):
+                rle = merge_runs(runs[label][-1], rle["size"])
+            kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou, "segmentation": rle})
     merged = {label: merge_runs(np.concatenate(parts), size[::-1]) for label, parts in runs.items() if len(parts) > 1}
     return {"kept": kept, "rejected": rejected, "size": size, "merged": merged}
 
@@ -716,10 +695,10 @@ def match_masks(picture, past, args, log):
 def choose_entities(picture, past, args, log):
     """Stage 4: kept is the list of labels that are discrete things."""
     labels = sorted({found["label"] for found in past["match"]["kept"]})
-    if not labels:
-        return {"kept": [], "rejected": []}
-    image = original(picture, args.max_side)[:2]
-    named = {normal_label(text) for text in ask(args, log, "entities", image, labels=json.dumps(labels))}
+    answer = []
+    if labels:
+        answer = ask(args, log, "entities", original(picture, args.max_side)[:2], labels=json.dumps(labels))
+    named = set(map(normal_label, answer))
     return {"kept": [label for label in labels if label in named],
             "rejected": [[label, "stuff"] for label in labels if label not in named]}
 
@@ -737,10 +716,8 @@ def refer(picture, past, args, log):
     expression must fit none of them. A label with one object has nothing to be checked against.
     """
     written, groups = [], things(past)
-    try:
+    with failing("broken_picture"):
         image = open_picture(io.BytesIO(picture.read("picture"))) if groups else None
-    except ValueError as error:
-        raise Failure("broken_picture", error) from None
     for label, objects in groups.items():
         # paper: the line's width is not stated; we use 1/300 of the short side
         lines = [outline(rle_decode(o["segmentation"]), max(1, round(min(image.size) / 300))) for o in objects]
@@ -807,9 +784,7 @@ class Journal:
             if write:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.file.close()
-            raise ValueError(f"{path}: another process writes it: wait for its end, or give each process its own "
-                             "--shard of the same --num-shards") from None
+            raise ValueError(f"{path}: another process writes it: wait for its end, or give each its --shard") from None
         self.file.seek(0)
         for number, line in enumerate(self.file, 1):
             if not line.endswith(b"\n"):
@@ -843,7 +818,6 @@ class Journal:
         return key in self.places and key not in self.failed
 
     def close(self):
-        """Let go of the file and of the lock."""
         self.file.close()
 
 
@@ -851,10 +825,10 @@ def read_settings(out):
     """OUT/settings.json, {stage: settings}; empty if no stage has begun."""
     path = out / "settings.json"
     try:
-        return {stage: dict(values) for stage, values in json.loads(path.read_bytes()).items()}
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}): take another --out") from None
 
 
@@ -868,11 +842,9 @@ def record_settings(args, stages):
             now = {"model": args.vlm_model, "max_side": args.max_side, "prompts": hashes}
             now = {"detect": {"model": args.detector_model, "threshold": ASK_SCORE},
                    "match": {"rules": MATCH_RULES}}.get(stage, now)
-            before = settings.setdefault(stage, now)
-            for name in now:
-                if before.get(name) != now[name]:
-                    raise BadUsage(f"{stage}: {args.out} was begun with {name} {before.get(name)}, this run has "
-                                   f"{now[name]}: go on with the same, or take another --out")
+            if settings.setdefault(stage, now) != now:
+                raise BadUsage(f"{stage}: {args.out} was begun with {settings[stage]}, this run has {now}: go on with "
+                               "the same, or take another --out")
         write_json(args.out / "settings.json", settings)
 
 
@@ -884,16 +856,15 @@ def in_parallel(job, units, concurrency):
 
     `units` is drawn from only when there is room. The first exception of a job is raised here.
     """
-    pool, under_way = ThreadPoolExecutor(concurrency), set()
+    pool, units, under_way = ThreadPoolExecutor(concurrency), iter(units), set()
     try:
-        for unit in units:
-            under_way.add(pool.submit(job, unit))
-            if len(under_way) == concurrency:
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        for future in as_completed(under_way):
-            yield future.result()
+        while True:
+            under_way |= {pool.submit(job, unit) for unit in islice(units, concurrency - len(under_way))}
+            if not under_way:
+                return
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -940,28 +911,31 @@ def run_stage(stage, part, pictures, journals, args, tally):
 
 
 def annotate(args, stages):
-    """Do what is left of the stages in this shard, part by part. Returns what is wrong with the input, in lines."""
-    parts, problems, seen = find_parts(args.input, args.out), [], 0
+    """Do what is left of the stages in this shard, part by part. Returns the exit code."""
+    parts, problems = find_parts(args.input), []
+    if not parts:
+        raise ValueError(f"{args.input}: no pictures (.jpg, .png with a .json beside it, or .tar of such)")
+    args.out.mkdir(parents=True, exist_ok=True)
+    record_settings(args, stages)
     tallies = {stage: Counter() for stage in stages}
     needed = [stage for stage in STAGES if stage in stages or any(stage in STAGES[other][1] for other in stages)]
     args.to_probe = stages
     for part, path in [*parts.items()][args.shard::args.num_shards]:
         pictures, wrong = pictures_of(part, path)
         problems += wrong
-        seen += len(pictures)
         with ExitStack() as stack:
             journals = {stage: stack.enter_context(closing(Journal(args.out, part, stage, write=stage in stages)))
                         for stage in needed}
             for stage in stages:
                 run_stage(stage, part, pictures, journals, args, tallies[stage])
-    if not parts or not seen and not problems and args.num_shards == 1:
-        raise ValueError(f"{args.input}: no pictures (.jpg, .png with a .json beside it, or .tar of such)")
     for stage, tally in tallies.items():
         told = {kind: count for kind, count in tally.items() if count and kind not in (None, "useless")}
         print(f"{stage}: " + (", ".join(f"{count} {kind}" for kind, count in told.items()) or "nothing to do"))
         if tally["failed"] and not tally["ok"]:
             problems.append(f"{stage}: every picture failed: {args.out / 'journals'} has the reasons")
-    return problems
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 # ---- export and stats --------------------------------------------------------------------------------------
@@ -1010,11 +984,8 @@ def export(args):
     """
     parts, count, files = parts_done(args.out, "match"), Counter(), {}
     settings = read_settings(args.out)
-    with open(args.out / "lock", "w") as lock, ExitStack() as stack:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # for two exports at the same time
+    with ExitStack() as stack:
         for name in ("train", "val", "instances-train", "instances-val"):
-            for left in args.out.glob(f".{name}.jsonl.*.tmp"):  # by an export that was killed
-                left.unlink()
             temporary = stack.enter_context(whole(args.out / f"{name}.jsonl"))
             files[name] = stack.enter_context(open(temporary, "w"))
         for part in tqdm(parts, desc="export", unit=" parts"):
@@ -1030,8 +1001,6 @@ def export(args):
                     count[f"{split} {record['task']}"] += 1
             for journal in (match, refer, reason):
                 journal.close()
-        for file in files.values():
-            file.flush()  # all of them before the first is renamed: the disk may be full
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items())) or "no records"
     print(f"export: wrote {', '.join(f'{name}.jsonl' for name in files)} in {args.out}: {told}")
 
@@ -1071,8 +1040,31 @@ READS = {"labels": _VLM, "detect": _DETECT, "match": _WALK, "entities": _VLM, "r
          "all": _VLM | _DETECT, "export": {"val_share"}, "stats": set()}
 
 
-def make_parser():
-    """The command line."""
+def work(args):
+    """Look at every value, then run what the command line asks for; returns the exit code."""
+    missing = [f"--{name.replace('_', '-')}" for name in ("input", "vlm_url", "vlm_model", "detector_url")
+               if name in READS[args.stage] and getattr(args, name) is None]
+    if missing:
+        raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
+    for name, url in (("--vlm-url", args.vlm_url), ("--detector-url", args.detector_url)):
+        if url is not None and not re.match("https?://[^/@]+(/|$)", url):
+            raise BadUsage(f"{name} {url.split('@')[-1]}: expected http://HOST:PORT/... (keys go into the environment)")
+    for name, low, high in (("num_shards", 1, 10**6), ("shard", 0, args.num_shards - 1), ("concurrency", 1, 10**4),
+                            ("max_side", 0, 10**6), ("val_share", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {high}")
+    if args.stage in ("export", "stats"):
+        return (export if args.stage == "export" else stats)(args)
+    if args.vlm_url is not None:
+        address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
+    if args.detector_url is not None:
+        args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
+    return annotate(args, tuple(STAGES) if args.stage == "all" else (args.stage,))
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 1 for bad data or a server that is away, 2 for bad usage."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("stage", choices=READS, help="what to run, as above")
@@ -1091,54 +1083,6 @@ def make_parser():
     add("--retry-failed", action="store_true", help="do the pictures that failed again, too")
     add("--val-share", type=float, default=0.005, metavar="P", help="share of the pictures that export puts into "
         "val.jsonl (default: 0.005; paper: not stated)")
-    return parser
-
-
-def check_arguments(args):
-    """Look at every value before the work; BadUsage says what is wrong."""
-    missing = [f"--{name.replace('_', '-')}" for name in ("input", "vlm_url", "vlm_model", "detector_url")
-               if name in READS[args.stage] and getattr(args, name) is None]
-    if missing:
-        raise BadUsage(f"{args.stage} needs {' '.join(missing)}")
-    for name, url in (("--vlm-url", args.vlm_url), ("--detector-url", args.detector_url)):
-        if url is not None and (not re.match("https?://[^/]", url) or "@" in urlsplit(url).netloc):
-            raise BadUsage(f"{name} {url.split('@')[-1]}: expected http://HOST:PORT/... (keys go into the environment)")
-    for name in ("VLM_API_KEY", "DETECTOR_API_KEY"):
-        if not (os.environ.get(name, "").isascii() and os.environ.get(name, "").isprintable()):
-            raise BadUsage(f"{name} holds characters that no key has: set it again")
-    for name, low, high in (("num_shards", 1, 10**6), ("shard", 0, args.num_shards - 1), ("concurrency", 1, 10**4),
-                            ("max_side", 0, 10**6), ("val_share", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            raise BadUsage(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} to {high}")
-    if args.input is not None and args.input.resolve() == args.out.resolve():
-        raise BadUsage(f"--out {args.out}: expected another folder than --input")
-    needed = args.out if args.input is None else args.input  # export and stats read OUT
-    if not needed.exists():
-        raise FileNotFoundError(f"{needed}: no such folder or archive")
-
-
-def work(args):
-    """Run what the command line asks for; returns the exit code."""
-    check_arguments(args)
-    if args.stage in ("export", "stats"):
-        return (export if args.stage == "export" else stats)(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.vlm_url is not None:
-        address = args.vlm_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        args.vlm = Server(address, "VLM_API_KEY", args.concurrency)
-    if args.detector_url is not None:
-        args.detector = Server(args.detector_url, "DETECTOR_API_KEY", args.concurrency)
-    stages = tuple(STAGES) if args.stage == "all" else (args.stage,)
-    record_settings(args, stages)
-    problems = annotate(args, stages)
-    for problem in problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-def main(argv=None):
-    """The command line; returns the exit code: 0, 1 for bad data or a server that is away, 2 for bad usage."""
-    parser = make_parser()
     args = parser.parse_args(argv)
     parser.check_read(args, args.stage, {"stage", "out", "help", *READS[args.stage]})
     return parser.run(work, args, stopped="stopped: run this again to go on")

@@ -543,11 +543,11 @@ def lines(path, *rows):
 @pytest.mark.parametrize("row,found", [
     ("[" * 100_000, "nested too deeply"), ("{", "Expecting"), ("[1]", "list indices"), ("5", "int"),
     ('{"index": 0, "id": "\\ud800"}', "half of a surrogate pair"),
-    *((ROW | {"intersection": value}, "that no example has") for value in ("8", -1, 11, 8.0, True, None, float("nan"))),
-    *((ROW | {"union": value}, "that no example has") for value in ("10", float("inf"), 7)),
-    *((ROW | {"ahd": value}, "that no example has") for value in ("1", -1, float("nan"), float("inf"), 1e300, True)),
+    *((ROW | {"intersection": value}, "that no example has") for value in (-1, 11, float("nan"))),
+    *((ROW | {"union": value}, "that no example has") for value in (float("inf"), 7)),
+    *((ROW | {"ahd": value}, "that no example has") for value in (-1, float("nan"), float("inf"), 1e300)),
+    *((ROW | {name: "1"}, "not supported between") for name in ("intersection", "union", "ahd")),
     *((ROW | change, "that no example has") for change in ({"id": 5}, {"id": []}, {"label": {}}, {"task": None})),
-    (ROW | {"index": "0"}, "that no example has"),
     ({key: value for key, value in ROW.items() if key != "task"}, "KeyError('task')"),
     (ROW, "example counted twice: id 'a', label None"),
 ])
