@@ -281,16 +281,20 @@ def find_parts(source):
     """The parts of an archive, or of a folder with all archives and folders below it: {name: path}, sorted.
 
     A part is one archive, or one folder without those below it. Its name is its path below `source` without .tar, ""
-    for `source` itself. Links to folders are followed. Left out are hidden files, and a folder beside its archive
-    (sa_000000/ and sa_000000.tar), which holds the same pictures.
+    for `source` itself. Links to folders are followed, and a folder that is reached twice is read once. Left out are
+    hidden files, and a folder beside its archive (sa_000000/ and sa_000000.tar), which holds the same pictures.
     """
     def unreadable(error):
         raise error
 
     if source.is_file():
         return {source.stem: source}
-    found = {}
+    found, seen = {}, set()
     for folder, folders, files in os.walk(source, followlinks=True, onerror=unreadable):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         archives = {name.removesuffix(".tar") for name in files if name.endswith(".tar") and name[0] != "."}
         for name in archives.intersection(folders):
             print(f"{Path(folder, name)}: left out, {name}.tar beside it is read instead", file=sys.stderr)
@@ -305,8 +309,7 @@ def find_parts(source):
 def read_archive(path):
     """A .tar, not unpacked -> ({path of a member: place}, [what is wrong]); of a cut one, what is whole is found.
 
-    Left out are hidden members, such as the ._x.jpg of macOS, and those that lead out of the archive. Of two members
-    with one name the second counts, as tar has it.
+    Left out are hidden members, such as the ._x.jpg of macOS, and those that lead out of the archive.
     """
     places, problems = {}, []
     try:
@@ -314,8 +317,11 @@ def read_archive(path):
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all
                 name = PurePosixPath(member.name)
-                if member.isreg() and not any(part[0] in "./" for part in name.parts):
-                    places[str(name)] = (path, member.offset_data, member.size)
+                if not member.isreg() or any(part[0] in "./" for part in name.parts):
+                    continue
+                if str(name) in places:
+                    problems.append(f"{path}: {name} comes twice: the last is read")
+                places[str(name)] = (path, member.offset_data, member.size)
             archive.fileobj.seek(archive.offset)
             if not archive.offset or archive.fileobj.read(512) != bytes(512):
                 problems.append(f"{path}: damaged: the archive ends in the middle")
