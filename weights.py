@@ -293,10 +293,11 @@ def fetch(url, path, token=None, wait=1.0):
     are what the server asks for. OSError (network, disk) or ValueError (wrong hash), in one line.
     """
     part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.sha256")
-    recorded, published = record.read_text(errors="replace").lower().split()[:1] if record.exists() else [], []
+    expected = record.read_text(errors="replace").lower().split()[:1] if record.exists() else []
+    came = path if path.exists() else part
     if token and not (token.isascii() and token.isprintable()):
         raise ValueError("HF_TOKEN holds characters that no token has: set it again")
-    if not path.exists():
+    if came == part:
         retry = urllib3.Retry(5, backoff_factor=wait, status_forcelist=BUSY, raise_on_status=False, retry_after_max=300)
         try:
             with requests.Session() as session:
@@ -306,17 +307,16 @@ def fetch(url, path, token=None, wait=1.0):
                 if token:  # requests drops it where another host takes over
                     session.headers["Authorization"] = f"Bearer {token}"
                 published = receive(session, url, part, wait)
+            expected = expected or published
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise OSError(f"{url}: {error!s:.300}: what came is kept, run this again; a gated file needs a token in "
                           "HF_TOKEN") from None
-    came = path if path.exists() else part
     found = sha256_of(came)
-    expected = (recorded or published or [found])[0]
     part.with_suffix(".etag").unlink(missing_ok=True)
-    if found != expected:
+    if expected and found != expected[0]:
         part.unlink(missing_ok=True)
-        raise ValueError(f"{came}: its SHA-256 is {found}, expected {expected}: delete {path.name} if it is there and "
-                         "run this again, or delete the .sha256 if the change is yours")
+        raise ValueError(f"{came}: its SHA-256 is {found}, expected {expected[0]}: delete {path.name} if it is there "
+                         "and run this again, or delete the .sha256 if the change is yours")
     os.replace(came, path)
     record.write_text(f"{found}  {path.name}\n")
     return found
