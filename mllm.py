@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_fields, llama_config, reading
-from weights import WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights
+from model import UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_fields, llama_config
+from weights import (
+    WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights, reading,
+)
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
@@ -52,18 +54,6 @@ class LoRALinear(nn.Linear):
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def add_lora(llama, rank, alpha, dropout, targets):
-    """Put LoRALinear in place of the layers of `llama` that `targets` names; ValueError for an unknown one."""
-    if not targets or not set(targets) <= set(LORA_TARGETS):
-        raise ValueError(f"LoRA targets {', '.join(targets) or 'none'}, choose from {', '.join(LORA_TARGETS)}")
-    if not (type(rank) is int and 1 <= rank <= llama.config.width and 0 < alpha < math.inf and 0 <= dropout < 1):
-        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the model's "
-                         f"width {llama.config.width}, above 0, in [0, 1)")
-    for part in [part for layer in llama.layers for part in (layer.self_attn, layer.mlp)]:
-        for name in [name for name, _ in part.named_children() if name in targets]:
-            setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
 
 
 # ---- Janus-Pro ------------------------------------------------------------------------------------------------------
@@ -169,9 +159,16 @@ class JanusSeg(MaskWriter):
             hidden = self.llama(self.token_embedding(torch.tensor([[token]], device=text_ids.device)), cache)
 
     def add_lora(self, rank=16, alpha=32, dropout=0.0, targets=LORA_TARGETS):
-        """Freeze all and add LoRA to the LLaMA: only lora_a and lora_b receive gradients."""
+        """Freeze all and put LoRALinear in place of the layers of the LLaMA that `targets` names: only lora_a and
+        lora_b receive gradients. ValueError for numbers that no LoRA has."""
+        width = self.config.llama.width
+        if not (type(rank) is int and 1 <= rank <= width and 0 < alpha < math.inf and 0 <= dropout < 1):
+            raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the "
+                             f"model's width {width}, above 0, in [0, 1)")
         self.requires_grad_(False)
-        add_lora(self.llama, rank, alpha, dropout, targets)
+        for part in [part for layer in self.llama.layers for part in (layer.self_attn, layer.mlp)]:
+            for name in [name for name, _ in part.named_children() if name in targets]:
+                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
         self.config.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets)}
 
     def merge(self):
@@ -241,17 +238,15 @@ def janus_names(weights):
     for name, w in weights.items():
         for official, own in JANUS_NAMES.items():
             name = name.replace(official, own)
-        if ".attn.qkv." in name and w.dim():
+        if ".attn.qkv." in name:
             for part, piece in zip("qkv", w.chunk(3)):
                 ours[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = piece
         else:
-            ours[name] = w[0] if name.endswith(".position_embedding.weight") and w.dim() == 3 else w
+            ours[name] = w[0] if name.endswith(".position_embedding.weight") else w  # (1,N,D) -> (N,D)
     return ours
 
 
-# the parts of config.json, and the kind of each that is implemented here
-JANUS_PARTS = {"vision_config": "CLIPVisionTower", "aligner_config": "MlpProjector", "gen_vision_config": "VQ-16",
-               "gen_aligner_config": "MlpProjector", "gen_head_config": "vision_head"}
+JANUS_PARTS = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
 IMAGE, PAD = "<image_placeholder>", "<｜▁pad▁｜>"  # special tokens of tokenizer.json
 
 
@@ -261,8 +256,6 @@ def janus_config(directory):
     hf, path = read_config(directory), directory / "config.json"
     with reading(path, "the config of a Janus-Pro"):
         check_config(path, hf, {"model_type": "multi_modality"})
-        for part, kind in JANUS_PARTS.items():
-            check_config(path, {f"{part}.cls": hf[part]["cls"]}, {f"{part}.cls": kind})
         vision, aligner, gen_vision, gen_aligner, gen_head = (hf[part]["params"] for part in JANUS_PARTS)
         language, width, depth = hf.get("language_config") or {}, vision.get("width", 1024), aligner.get("depth", 2)
         check_config(path, vision, {"model_name": "siglip_large_patch16_384", "select_feature": "same",

