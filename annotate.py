@@ -45,7 +45,7 @@ import re
 import sys
 import tarfile
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ from tqdm import tqdm
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
-from data import merge_runs, object_runs, open_picture, rle_decode, to_rgb
+from data import open_picture, rle_decode, rle_encode, to_rgb
 from metrics import BadUsage, Parser, box_areas, box_iou, printable, whole, write_json
 
 
@@ -686,15 +686,18 @@ def match_masks(picture, past, args, log):
     size = past["detect"]["size"]
     ids, boxes, segmentations = read_annotations(picture, size)
     matches, rejected = match(past["detect"]["kept"], boxes)
-    kept, runs = [], defaultdict(list)
+    kept, unions = [], {}
     with failing("broken_masks"):
         for label, m, score, iou in matches:
-            rle = segmentations[m]
-            runs[label].append(object_runs(rle))
+            rle, mask = segmentations[m], rle_decode(segmentations[m])
+            if not mask.any():
+                raise ValueError(f"annotation {ids[m]}: a mask without a pixel")
             if not isinstance(rle["counts"], str):
-                rle = merge_runs(runs[label][-1], rle["size"])
+                rle = rle_encode(mask)
+            unions[label] = mask | unions[label] if label in unions else mask
             kept.append({"label": label, "annotation_id": ids[m], "score": score, "iou": iou, "segmentation": rle})
-    merged = {label: merge_runs(np.concatenate(parts), size[::-1]) for label, parts in runs.items() if len(parts) > 1}
+    several = {label for label, count in Counter(item["label"] for item in kept).items() if count > 1}
+    merged = {label: rle_encode(unions[label]) for label in unions if label in several}
     return {"kept": kept, "rejected": rejected, "size": size, "merged": merged}
 
 

@@ -11,7 +11,6 @@ picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 
 import hashlib
 import json
-import math
 import pickle
 import re
 import sys
@@ -92,13 +91,6 @@ def rle_decode(rle, size=None):
     size: the (H, W) that it must declare, where it is known; another one is then never allocated.
     ValueError for anything else, and where the counts do not fill the size.
     """
-    shape, counts = _read_rle(rle, size)
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(shape, order="F")
-
-
-def _read_rle(rle, size=None):
-    """A run-length mask as rle_decode takes it -> its (H, W) and its counts, int64 (n,), which fill it."""
     try:
         height, width = map(index, rle["size"])
         if size not in (None, (height, width)) or min(height, width) < 0 or height * width > MOST_PIXELS:
@@ -111,7 +103,8 @@ def _read_rle(rle, size=None):
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ValueError("a run-length mask has whole numbers as size [H, W] and as counts, got "
                          f"{short(rle)} ({error})") from None
-    return (height, width), counts
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape((height, width), order="F")
 
 
 def pack_counts(counts):
@@ -141,30 +134,6 @@ def unpack_counts(text):
     values[1::2] = values[1::2].cumsum()  # undo the differences to the last but one,
     values[2::2] = values[2::2].cumsum()  # which begin at the fourth
     return values
-
-
-def object_runs(rle):
-    """COCO run-length mask -> int64 (n, 2): where its runs of object pixels begin and end, counted down the columns.
-
-    annotate.py works on runs, because decoding the masks of a large picture takes fifty times as long. ValueError as in
-    rle_decode, and for a mask without a pixel.
-    """
-    _, counts = _read_rle(rle)
-    ends = counts.cumsum()
-    runs = np.stack([ends - counts, ends], 1)[1::2][counts[1::2] > 0]
-    if not len(runs):
-        raise ValueError("a mask without a pixel")
-    return runs
-
-
-def merge_runs(runs, size):
-    """Runs (n, 2) of one or several masks and their size [H, W] -> the COCO run-length mask of their union."""
-    runs = runs[np.argsort(runs[:, 0])]
-    reach = np.maximum.accumulate(runs[:, 1])
-    gap = runs[1:, 0] > reach[:-1]  # between a run and all the runs before it
-    edges = np.stack([runs[np.append(True, gap), 0], reach[np.append(gap, True)]], 1)
-    counts = np.diff(edges.ravel(), prepend=0, append=math.prod(size))
-    return {"size": size, "counts": pack_counts(counts if counts[-1] else counts[:-1])}
 
 
 def polygons_to_mask(polygons, height, width):

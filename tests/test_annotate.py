@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import annotate
 from annotate import clean_labels, match, names_object, normal_label, outline
-from data import load_dataset, merge_runs, object_runs, rle_decode, rle_encode, unpack_counts
+from data import load_dataset, rle_decode, rle_encode
 from scenes import WORLDS, draw_scene, scene_phrases
 
 FIXTURE = Path(__file__).parent / "fixtures" / "sa1b"
@@ -500,25 +500,6 @@ def test_match_rules_one_by_one():
     both = [detection("a", square, 0.5), detection("b", square, 0.7)]
     assert match(both, [square]) == ([("b", 0, 0.7, 1.0)], [["a", "mask_taken"]])
     assert found([], np.zeros((0, 4))) == found([], [square]) == found(both, np.zeros((0, 4))) == []
-
-
-def test_runs_are_those_of_the_decoded_masks():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        size = [int(side) for side in rng.integers(1, 9, 2)]
-        masks = rng.random((3, *size)) < rng.choice((0.1, 0.5, 0.95, 1))
-        masks[:, rng.integers(size[0]), rng.integers(size[1])] = True  # none is empty
-        rles = [rle_encode(mask) for mask in masks]
-        lists = [{"size": size, "counts": unpack_counts(rle["counts"]).tolist()} for rle in rles]
-        runs = [object_runs(rle) for rle in rles]
-        assert all(np.array_equal(mine, object_runs(other)) for mine, other in zip(runs, lists))
-        assert merge_runs(runs[0], size) == rles[0]
-        assert merge_runs(np.concatenate(runs), size) == rle_encode(masks.any(0))
-    touching = {"size": [2, 3], "counts": [1, 1, 0, 2, 2, 0]}  # and a run without a pixel
-    assert merge_runs(object_runs(touching), [2, 3]) == rle_encode(rle_decode(touching))
-    for counts in ([6], [0, 0, 6], [1, 2], [9, -3], [1.0, 5.0], [[1, 5]], [], None, 7, {}, ["1", "5"], [2**70], "0"):
-        with pytest.raises(ValueError):
-            object_runs({"size": [2, 3], "counts": counts})
 
 
 def test_a_detector_that_repeats_itself_does_not_cost_the_label():
