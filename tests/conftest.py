@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(config, items):
 def device(request):
     """A torch.device, the CPU without --device. Products of float32 are whole there, not TF32."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device(request.config.getoption("--device") or "cpu")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield torch.device(request.config.getoption("--device") or "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -447,7 +447,7 @@ def embedded(monkeypatch, tiny_checkpoint):
 def test_decoding_flags_reach_the_model(sample, picture, tmp_path, tiny_checkpoint, asked):
     flags = ["--image", picture, "--prompt", "the star", "--out", tmp_path / "o", "--checkpoint", tiny_checkpoint]
     for given, expected in (
-        ("--draft jacobi", {"decode": "greedy", "draft": "jacobi"}),
+        ("--draft jacobi --compile", {"decode": "greedy", "draft": "jacobi", "compiled": True}),
         ("--decode beam --beams 5", {"decode": "beam", "beams": 5}),
         ("--decode top-k --top-k 7 --seed 9", {"decode": "top-k", "top_k": 7, "temperature": 1.0, "seed": 9}),
         ("--decode top-p --top-p 0.5", {"decode": "top-p", "top_p": 0.5, "temperature": 1.0, "seed": 0}),
