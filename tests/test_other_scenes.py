@@ -30,5 +30,5 @@ def test_phrases_are_true_and_absent_ones_are_not(style):
             _, color, *words = phrase.split()
             assert color in COLORS and words[0] in SHAPES
             assert kind == "relation" or (color, words[0]) not in pairs
-        for phrase, indices in other_scenes.phrase_kinds(shapes, *owner.shape, rng).values():
+        for _, indices in other_scenes.phrase_kinds(shapes, *owner.shape, rng).values():
             assert set(indices) <= set(range(len(shapes))) and indices
