@@ -56,7 +56,7 @@ DECODING = {"greedy": ("draft", "compiled"), "beam": ("beams",), "top-k": ("top_
 USUAL = {"draft": "auto", "compiled": False, "beams": 3, "top_k": 3, "top_p": 0.9, "temperature": 1.0, "seed": 0}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MOST_BYTES = 192_000_000  # of the pictures that are in memory together, with their masks
-SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
+SCORE_BATCH = 32  # examples decoded together: the same ones after a stop or on more ranks, so that no digit changes
 
 
 # ---- the one path of inference -----------------------------------------------------------------------------
@@ -486,38 +486,35 @@ def run_name(args, run, size):
 
 def predict_rest(segmenter, dataset, run, path, args, rank, world_size):
     """Predict the examples that the .jsonl at `path` lacks. The ranks share them, the first one writes them."""
-    (rest, *_) = from_all_ranks(open_lines(path, run) if rank == 0 else None)
+    batches = from_all_ranks(open_lines(path, run) if rank == 0 else None)[0]
     with open(path, "a") if rank == 0 else nullcontext() as file:
-        for i in tqdm(range(rank, len(rest) + rank, world_size), desc=printable(path.stem), disable=rank > 0):
-            mine = score_batch(segmenter, dataset, rest[i], args) if i < len(rest) else []
-            for lines in from_all_ranks(mine):
-                if rank == 0:
-                    file.write("".join(json.dumps(line) + "\n" for line in lines))
+        # as many turns on each rank: in the last one some have no batch
+        for i in tqdm(range(rank, len(batches) + rank, world_size), desc=printable(path.stem), disable=rank > 0):
+            mine = score_batch(segmenter, dataset, batches[i], args) if i < len(batches) else []
+            lines = [json.dumps(record) + "\n" for records in from_all_ranks(mine) for record in records]
             if rank == 0:
+                file.write("".join(lines))
                 file.flush()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def open_lines(path, run):
-    """Write the .jsonl of a run with what an earlier start left in it; returns the batches of indices to predict.
+    """Write the .jsonl of a run with what an earlier start left in it; returns the indices to predict, in batches.
 
     ValueError for a file of another run.
     """
-    done, starts = {}, range(0, run["count"], SCORE_BATCH)
+    done = {}
     if path.exists():
         header, records = read_records(path)
         if header != run:
             changed = [key for key in run if not isinstance(header, dict) or header.get(key) != run[key]]
             raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
         done = {record["index"]: record for record in records if "broken" not in record}  # those are tried again
-    batches = [range(start, min(start + SCORE_BATCH, run["count"])) for start in starts]
-    rest = [batch for batch in batches if not done.keys() >= set(batch)]
-    again = {i for batch in rest for i in batch}
     with whole(path) as temporary, open(temporary, "w") as file:
-        lines = [{"run": run}, *(record for i, record in done.items() if i not in again)]
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    return rest
+        file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *done.values()])
+    rest = [i for i in range(run["count"]) if i not in done]
+    return [rest[i:i + SCORE_BATCH] for i in range(0, len(rest), SCORE_BATCH)]
 
 
 def score_batch(segmenter, dataset, indices, args):

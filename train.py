@@ -214,7 +214,9 @@ def train(args, at_end):
         lr = learning_rate(step, args)
         sums[1] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)  # the norm before clipping
         sums[2] = len(stop)
-        mean_loss, grad_norm, stopping = mean_over_ranks(sums).tolist()  # the host waits here, once per step
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        mean_loss, grad_norm, stopping = (sums / run.world_size).tolist()  # the host waits here, once per step
         check_finite(mean_loss, grad_norm, seen, step, run.rank)  # before it reaches the weights
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -312,13 +314,6 @@ def on_signal(handler):
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def mean_over_ranks(value):
-    if not dist.is_initialized():
-        return value
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
 
 
 def check_finite(loss, grad_norm, seen, step, rank):
@@ -492,21 +487,20 @@ def open_run(args, segmenter, optimizers, rank):
     if rank == 0 and (not goes_on if run_is_here else model_is_here):
         raise FileExistsError(f"{args.out_dir} holds a run or a model, which this run would overwrite: --resume auto "
                               "goes on with a run, --out-dir starts elsewhere")
-    done, damaged = 0, {}
+    done = 0
     for path in paths:
         try:
             done = load_checkpoint(path, segmenter.model, optimizers, args)
             break
         except Damaged as error:
-            damaged[path] = error
-    if damaged and done == 0:
-        raise damaged[path]
+            if path == paths[-1]:
+                raise
+            say(f"{error}: set aside as {path.name}.damaged")
+            if rank == 0:
+                path.rename(f"{path}.damaged")
     if len(set(from_all_ranks(done))) > 1:  # without a common file system they may have found different ones
         raise ValueError(f"{args.out_dir}: the ranks found checkpoints of different steps: give all the same files")
     if rank == 0:
-        for broken, error in damaged.items():
-            say(f"{error}: set aside as {broken.name}.damaged")
-            broken.rename(f"{broken}.damaged")
         later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
         if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
             raise ValueError(f"{later[0]} is of a later step: delete it to go back to step {done}, or give another "
