@@ -560,9 +560,8 @@ def contact_sheet_of(records, dataset, path):
 def report(args, run, records, dataset, stem):
     """Print the tables, write .json and .png; refuses where examples were skipped, unless asked."""
     say, good = lines_to(args), [record for record in records if "broken" not in record]
-    for record in records:
-        if "broken" in record:
-            print(f"broken: {printable(record['broken'])}", file=say)
+    for reason in (record["broken"] for record in records if "broken" in record):
+        print(f"broken: {printable(reason)}", file=say)
     skipped = len(records) - len(good)
     if not good or skipped and not args.allow_skipped:
         raise ValueError(f"{skipped} of {run['count']} examples are broken: no number without them; "

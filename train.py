@@ -487,7 +487,7 @@ def open_run(args, segmenter, optimizers, rank):
     if rank == 0 and (not goes_on if run_is_here else model_is_here):
         raise FileExistsError(f"{args.out_dir} holds a run or a model, which this run would overwrite: --resume auto "
                               "goes on with a run, --out-dir starts elsewhere")
-    done = 0
+    done, damaged = 0, []
     for path in paths:
         try:
             done = load_checkpoint(path, segmenter.model, optimizers, args)
@@ -496,11 +496,12 @@ def open_run(args, segmenter, optimizers, rank):
             if path == paths[-1]:
                 raise
             say(f"{error}: set aside as {path.name}.damaged")
-            if rank == 0:
-                path.rename(f"{path}.damaged")
+            damaged.append(path)
     if len(set(from_all_ranks(done))) > 1:  # without a common file system they may have found different ones
         raise ValueError(f"{args.out_dir}: the ranks found checkpoints of different steps: give all the same files")
     if rank == 0:
+        for broken in damaged:
+            broken.rename(f"{broken}.damaged")
         later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
         if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
             raise ValueError(f"{later[0]} is of a later step: delete it to go back to step {done}, or give another "
