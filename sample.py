@@ -457,12 +457,14 @@ def score(args):
 def run_header(args, options, count, lines, segmenter):
     """All that the numbers of a run depend on, and what they mean in words: records of another run are not its own."""
     file, dtype = checkpoint_file(args.checkpoint), next(segmenter.model.parameters()).dtype
+    same = {"draft", "compiled"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on them
     classes = "every class" if args.classes == "all" else "the classes present in each picture"
     return {
         "dataset": printable(args.dataset), "split": args.split, **options, "root": args.root and printable(args.root),
         "data": sha256_of(lines[0]) if lines else None,
         "encoder": printable(args.encoder) if args.encoder and args.any_weights else None,
-        **decoding(args), "count": count, "dtype": str(dtype).removeprefix("torch."),
+        **{name: value for name, value in decoding(args).items() if name not in same},
+        "count": count, "dtype": str(dtype).removeprefix("torch."),
         "model": segmenter.model.frozen["mllm"]["sha256"] if file.is_dir() else sha256_of(file),
         "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"],
         "protocol": f"prompts: the bare phrases, of semantic sets those of {classes}; {args.decode} decoding; "

@@ -275,6 +275,15 @@ def test_a_score_is_kept_when_its_last_write_fails(sample, tmp_path, tiny_checkp
     assert sample("sample.py", *flags).returncode == 0
 
 
+def test_the_draft_is_part_of_a_run_in_bfloat16_alone(sample, tmp_path, tiny_checkpoint):
+    flags = ["--dataset", "scenes", "--count", 3, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "o"]
+    for more in ([], ["--dtype", "bfloat16"]):
+        for draft in ("none", "jacobi"):
+            assert sample("sample.py", *flags, *more, "--draft", draft).returncode == 0
+    names = sorted(path.name for path in (tmp_path / "o").glob("*.json"))
+    assert len(names) == 3 and sum("bfloat16" in name for name in names) == 2
+
+
 def test_paths_that_are_not_utf_8_can_be_scored(sample, tmp_path, tiny_checkpoint):
     folder = os.fsencode(tmp_path) + b"/lat\xff"
     os.mkdir(folder)
