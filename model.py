@@ -461,12 +461,10 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.widths = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.width, width, bias=False) for width in self.widths)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
         self.qkv_proj = None  # stands for the first three after Llama.fuse
-        self.widths = [layer.out_features for layer in (self.q_proj, self.k_proj, self.v_proj)]
 
     def queries_keys_values(self, x, rope):
         """x (B,T,D) -> rotated q (B,nh,T,hd) and k (B,nkv,T,hd), and v (B,nkv,T,hd)."""
@@ -757,7 +755,8 @@ class CompiledDecoder:
         for mine, theirs in zip(self.cache.tensors(), cache.tensors()):
             mine.copy_(theirs)
         self.tokens.copy_(F.pad(guesses, (0, self.window), value=-1))
-        self.sure.fill_(1), self.passes.fill_(0)
+        self.sure.fill_(1)
+        self.passes.zero_()
         for _ in range(self.M - 1):
             self.step()
             if self.window > 1 and (self.sure >= self.M).all():  # the host waits here, once per pass
