@@ -19,11 +19,9 @@ From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to deco
 
 import copy
 import math
-import re
 import resource
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weights import (
     WEIGHTS, build_from, check_config, check_source, compare_weights, fingerprint, read_config, read_own,
-    read_weights, write_weights,
+    read_weights, reading, write_weights,
 )
 
 # ---- LlamaSeg -------------------------------------------------------------------------------------------------------
@@ -1016,16 +1014,6 @@ def llama_config(hf, path):
         head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
         rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6),
     )
-
-
-@contextmanager
-def reading(path, expected):
-    """What a strange or damaged file makes its reader raise becomes a ValueError of one line with the file's name."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path}: expected {expected} ({reason.removeprefix(f'{path}: ')})") from None
 
 
 def check_fields(config):
