@@ -88,8 +88,9 @@ def copy_bandwidth(device):
 def decode(preset, args):
     """Rows of plain and drafted, eager and compiled passes at 256 and 384 px; the most important ones first."""
     batches, names = ((2,), [preset]) if args.rehearse else ((1, 8, 32), [preset, f"{preset}-384"])
-    bandwidth, accepted = copy_bandwidth(args.device), accepted_tokens(args.device, str(args.dtype)[6:], 2 if args.rehearse else 32)
-    result = {"copy bandwidth GB/s": bandwidth / 1e9, "dtype": str(args.dtype)[6:], "rows": []}
+    bandwidth, dtype = copy_bandwidth(args.device), str(args.dtype).removeprefix("torch.")
+    accepted = accepted_tokens(args.device, dtype, 2 if args.rehearse else 32)
+    result = {"copy bandwidth GB/s": bandwidth / 1e9, "dtype": dtype, "rows": []}
     for batch in batches:
         for name in names:
             model, mask_tokenizer = parts(TOY if args.rehearse else PRESETS[name], args)
