@@ -6,8 +6,9 @@
 
 correct     the tests that take --device; masks that bfloat16 changes; mask tokens beside those of the CPU
 decode-b    LlamaSeg-B of random weights: ms per pass beside the bytes that it reads over the measured copy bandwidth
-train-b     a training step: samples/s, MFU (of the rate of one large matrix product), peak memory beside the estimate
-            of --print-config, with and without activation checkpointing; the largest micro-batch that fits
+train-b     a training step from cached mask tokens: samples/s, MFU (of the rate of one large matrix product), peak
+            memory beside the estimate of --print-config, with and without activation checkpointing; the largest
+            micro-batch that fits; samples/s where the mask tokenizer, in float32, encodes in each step too
 decode-l, train-l    the same of LlamaSeg-L
 learn       the embedded default trained from nothing, in out_gpu/learn; run it again to go on
 loader      drawn pictures/s of so many workers beside what train-b consumed
@@ -27,6 +28,7 @@ import sys
 import threading
 import time
 import timeit
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +47,8 @@ from model import PRESETS, LlamaSeg, SigLIPConfig, clock, peak_memory, pick_devi
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image  # noqa: E402
 from weights import ASSETS  # noqa: E402
 
-LIMIT = 450  # seconds after which a part begins no further measurement: what is left is "not run"
+# seconds after which a part begins no further measurement: what is left is "not run"
+LIMIT = float(os.environ.get("LIMIT", 450))
 TOY = replace(PRESETS["scenes"], siglip=SigLIPConfig(32, 8, 32, 1, 2, 32, 768, 24, 32, 1, 2, 32), freeze_encoders=True,
               llama=replace(PRESETS["scenes"].llama, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=48),
               codebook_size=64, mask_grid=2)
@@ -61,9 +64,13 @@ def parts(config, args):
 def correct(args):
     """The suite's tests on the device, and what differs in bfloat16."""
     tests = ["tests/test_model.py", "-k", "cached_greedy"] if args.rehearse else ["tests"]
-    command = [sys.executable, "-m", "pytest", "--device", str(args.device), *tests]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    print(done.stdout[-4000:])
+    limit = ["timeout", "--signal", "INT", "--kill-after", "10", "300"] if args.device.type == "cuda" else []
+    command = [*limit, sys.executable, "-m", "pytest", "--device", str(args.device), *tests]
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # a plugin may have a --device of its own
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=alone)
+    said = f"{done.stdout}\n{done.stderr}".strip()
+    print(said[-6000:], flush=True)
+    torch.set_float32_matmul_precision("highest")  # TF32 would change masks, and is not sample.py's default
     count = 2 if args.rehearse else 512
     dataset, tokenizer = load_dataset("scenes", "test"), VQGAN.from_pretrained(ASSETS / "mask_tokenizer.safetensors")
     masks = torch.from_numpy(np.stack([resize_mask(dataset[i].mask, 128) for i in range(count)])).bool()
@@ -71,10 +78,22 @@ def correct(args):
         here = tokenizer.encode(mask_to_image(masks))
         there = tokenizer.to(args.device).encode(mask_to_image(masks.to(args.device))).cpu()
     ways = [(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
-    drafts = [row for way in (ways[2:3] if args.rehearse else ways)
-              for row in compare_drafts(count, *way, args.device, batches=(32,))]
-    return {"tests": done.stdout.strip().splitlines()[-1], "exit code": done.returncode,
-            "mask tokens other than the CPU's": (here != there).sum().item(), "of": here.numel(), "rows": drafts}
+    result = {"tests": (done.stdout.strip() or said).splitlines()[-1], "exit code": done.returncode,
+              "mask tokens other than the CPU's": (here != there).sum().item(), "of": here.numel(), "rows": []}
+    for dtype, compiled in ways[2:3] if args.rehearse else ways:
+        rows = attempt(compare_drafts, count, dtype, compiled, args.device, (32,))
+        result["rows"] += rows if isinstance(rows, list) else [{"dtype": dtype, "compiled": compiled} | rows]
+        save(args, result)
+    return result
+
+
+def attempt(measure, *how):
+    """measure(*how); where it fails, a traceback on the screen and {"error": ...}, so that the rest is measured."""
+    try:
+        return measure(*how)
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:200]}
 
 
 def copy_bandwidth(device):
@@ -99,9 +118,11 @@ def decode(preset, args):
             for draft, compiled in ways[:1] + ways[2:3] if args.rehearse else ways:
                 row = {"preset": name, "batch": batch, "draft": draft, "compiled": compiled}
                 if time.perf_counter() - args.began < LIMIT:
-                    row |= decode_row(model, mask_tokenizer, batch, draft, compiled, bandwidth, accepted[draft])
+                    row |= attempt(decode_row, model, mask_tokenizer, batch, draft, compiled, bandwidth,
+                                   accepted[draft])
                 print(row, flush=True)
                 result["rows"].append(row)
+                save(args, result)
                 model.decoders.clear()
                 torch._dynamo.reset()
     return result
@@ -110,6 +131,8 @@ def decode(preset, args):
 def decode_row(model, mask_tokenizer, batch, draft, compiled, bandwidth, accepted):
     """What one way to decode takes: the best of two rounds after one that warms up or compiles."""
     siglip, count, device = model.config.siglip, model.config.mask_tokens, model.boi.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the peak of this row, not of those before it
     text_ids = torch.zeros(batch, siglip.text_length, dtype=torch.long, device=device)
     pixels, rounds = torch.rand(batch, 3, siglip.image_size, siglip.image_size, device=device), []
     for _ in range(3):
@@ -132,7 +155,8 @@ def decode_row(model, mask_tokenizer, batch, draft, compiled, bandwidth, accepte
 
 
 def step_of(preset, args, micro_batch, recompute, compiled):
-    """(a training step of two micro-batches, what --print-config counts for its memory, FLOP per sample)."""
+    """(a training step of two micro-batches, what --print-config counts for its memory, FLOP per sample, the encoding
+    of at most 32 masks, which a step from cached mask tokens leaves out)."""
     config, device = TOY if args.rehearse else PRESETS[preset], args.device
     M.written_out_is_faster = lambda q, k: False  # on a CPU too the attention of a GPU, whose memory is counted
     model, mask_tokenizer = parts(config, args)
@@ -144,13 +168,12 @@ def step_of(preset, args, micro_batch, recompute, compiled):
     optimizers, side = train.make_optimizers(model, flags), 16 * config.mask_grid
     text_ids = torch.zeros(micro_batch, config.siglip.text_length, dtype=torch.long, device=device)
     pixels = torch.rand(micro_batch, 3, config.siglip.image_size, config.siglip.image_size, device=device)
-    masks = torch.rand(micro_batch, side, side, device=device) < 0.5
+    masks = torch.rand(min(32, micro_batch), side, side, device=device) < 0.5
+    mask_tokens = torch.randint(config.codebook_size, (micro_batch, config.mask_tokens), device=device)
     called = torch.compile(model) if compiled else model
 
     def step():
         for _ in range(2):  # gradients stay from one micro-batch to the next
-            with torch.no_grad():
-                mask_tokens = mask_tokenizer.encode(mask_to_image(masks))
             with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
                 loss = called(text_ids, pixels, mask_tokens)[1]
             loss.backward()
@@ -158,7 +181,8 @@ def step_of(preset, args, micro_batch, recompute, compiled):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return step, train.memory_of_a_rank(model, mask_tokenizer, flags)["peak"], flops
+    return (step, train.memory_of_a_rank(model, mask_tokenizer, flags)["peak"], flops,
+            lambda: mask_tokenizer.encode(mask_to_image(masks)))
 
 
 def train_steps(preset, args):
@@ -166,48 +190,69 @@ def train_steps(preset, args):
     if args.alone:
         return train_row(preset, args, *args.alone)
     config, common = (TOY, 2) if args.rehearse else (PRESETS[preset], 32)
-    rows = [alone(args, common, *how) for how in ([(1, 0)] if args.rehearse else [(0, 1), (1, 1), (0, 0)])]
+    result = {"dtype": str(args.dtype)[6:], "rows": []}
+    for how in [(1, 0)] if args.rehearse else [(0, 0), (0, 1), (1, 0)]:
+        alone(args, result, common, *how)
     for recompute in (0, 1) if args.device.type == "cuda" else ():  # as many as should fit, or 5 % fewer, ...
-        per_sample = train.activation_bytes(config, 1, recompute)
-        fixed = rows[recompute].get("estimate GB", math.inf) * 1e9 - train.activation_bytes(config, common, recompute)
-        room = torch.cuda.get_device_properties(args.device).total_memory - fixed
-        size = 8 * int(max(0, room) / per_sample / 8)
-        while size > common and time.perf_counter() - args.began < LIMIT:
-            rows.append(alone(args, size, recompute, 0))
-            if "samples/s" in rows[-1]:
-                break
-            size = 8 * int(size * 0.95 / 8)
-    return {"dtype": str(args.dtype)[6:], "matrix product TFLOP/s": train.matmul_rate(args.device, args.dtype) / 1e12,
-            "rows": rows}
+        per_sample = (train.activation_bytes(config, 2 * common, recompute)
+                      - train.activation_bytes(config, common, recompute)) / common
+        estimates = [row["estimate GB"] for row in result["rows"]
+                     if row["activation checkpointing"] == bool(recompute) and "estimate GB" in row]
+        if estimates:  # 0.98: a part of the GPU's memory is CUDA's own
+            room = 0.98 * torch.cuda.get_device_properties(args.device).total_memory - 1e9 * estimates[0]
+            size = common + 8 * int(room / per_sample / 8)
+            for _ in range(4):
+                if size <= common or "samples/s" in alone(args, result, size, recompute, 0):
+                    break
+                size = 8 * int(size * 0.95 / 8)
+    if not args.rehearse:  # compiling takes minutes
+        alone(args, result, common, 1, 1)
+    # last, for this process' memory would be missing in those that measure
+    return result | {"matrix product TFLOP/s": train.matmul_rate(args.device, args.dtype) / 1e12}
 
 
-def alone(args, *sizes):
-    """A row in a process of its own, whose peak of memory is the row's."""
+def alone(args, result, *sizes):
+    """A further row of the result, measured in a process of its own, whose peak of memory is the row's."""
     row = {"micro-batch": sizes[0], "activation checkpointing": bool(sizes[1]), "compiled": bool(sizes[2])}
-    if time.perf_counter() - args.began > LIMIT:
+    result["rows"].append(row)
+    left = LIMIT - (time.perf_counter() - args.began)
+    if left < 0:
         return row
     command = [sys.executable, __file__, args.part, str(args.out), "--device", str(args.device),
                "--alone", *map(str, sizes), *["--rehearse"] * args.rehearse]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        row["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
-    else:
-        row |= json.loads(done.stdout.splitlines()[-1])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left + 60)
+        if done.returncode:
+            print(done.stderr[-3000:])
+            row["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
+        else:
+            row |= json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        row["error"] = f"took more than {left + 60:.0f} s"
     print(row, flush=True)
+    save(args, result)
     return row
 
 
 def train_row(preset, args, micro_batch, recompute, compiled):
     """samples/s and memory of one step."""
     before = peak_memory(args.device) if args.device.type == "cpu" else 0
-    step, estimate, flops = step_of(preset, args, micro_batch, bool(recompute), bool(compiled))
+    step, estimate, flops, encode = step_of(preset, args, micro_batch, bool(recompute), bool(compiled))
     times = []
     for _ in range(3 if args.rehearse else 12):
         start = clock(args.device)
         step()
         times.append(clock(args.device) - start)
-    rate, measured = 2 * micro_batch / statistics.median(times[2:]), peak_memory(args.device) - before
-    return {"samples/s": rate, "MFU": rate * flops / train.matmul_rate(args.device, args.dtype),
+        if len(times) > 2 and sum(times[1:]) > 30:
+            break
+    seconds, measured = statistics.median(times[2:]), peak_memory(args.device) - before
+    rate, encoding = 2 * micro_batch / seconds, []
+    for _ in range(3):
+        start = clock(args.device)
+        encode()
+        encoding.append((clock(args.device) - start) / min(32, micro_batch))
+    return {"samples/s": rate, "samples/s, encoded too": 1 / (1 / rate + min(encoding)),
+            "MFU": rate * flops / train.matmul_rate(args.device, args.dtype),
             "first step s": times[0], "measured GB": measured / 1e9, "estimate GB": estimate / 1e9,
             "estimate/measured": estimate / max(1, measured)}
 
@@ -240,13 +285,14 @@ def drawing_rate(args, side, grid, batch, phrases):
     """Pictures/s that the workers draw when nobody waits for a model."""
     mixture, text_tokenizer = load_mixture("scenes", "train", phrases=phrases), TextTokenizer(ASSETS / "text.model", 24)
     batches = Batches(mixture, text_tokenizer, side, grid**2, batch, batch, phrases, 0, 1, 0, True, 16 * grid)
-    count = 2 if args.rehearse else 40
-    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(count + 1),
-                                              num_workers=0 if args.rehearse else args.workers))
-    next(loader)
-    start = time.perf_counter()
-    for _ in loader:
-        pass
+    workers = 0 if args.rehearse else args.workers
+    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(9999), num_workers=workers))
+    for _ in range(2 * workers + 1):  # what all workers draw at once in the beginning
+        next(loader)
+    start, count = time.perf_counter(), 0
+    while count < 2 or workers and time.perf_counter() - start < 15:
+        next(loader)
+        count += 1
     return count * batch / phrases / (time.perf_counter() - start)
 
 
@@ -257,6 +303,15 @@ def loader(args):
     best = max((row.get("samples/s", 0) for row in rows), default=None)
     return {"workers": args.workers, "drawn pictures/s at 256 px": drawing_rate(args, 256, 16, 32, 1),
             "train-b samples/s": best}
+
+
+def save(args, result):
+    """OUT/PART.json of what is measured so far: a part that is ended keeps it."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+    head = {"device": name, "torch": torch.__version__, "rehearsal": args.rehearse,
+            "seconds": time.perf_counter() - args.began}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / f"{args.part}.json", head | result)
 
 
 def table(args):
@@ -295,7 +350,8 @@ def main(argv=None):
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes; what is compiled gives no code")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that draw (default: one per core)")
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() - 2),
+                        help="that draw (default: one per core but two, for the process that drives the GPU)")
     parser.add_argument("--alone", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.device, args.began = pick_device(args.device), time.perf_counter()
@@ -313,11 +369,7 @@ def main(argv=None):
         torch.compile = real
     if args.alone:
         return print(json.dumps(result))
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-    head = {"device": name, "torch": torch.__version__, "rehearsal": args.rehearse,
-            "seconds": time.perf_counter() - args.began}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"{args.part}.json", head | result)
+    save(args, result)
     print(f"wrote {args.out / args.part}.json")
 
 

@@ -4,6 +4,7 @@ import os
 import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product on a GPU
 
 import shutil
 import signal
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
 def device(request):
     """A torch.device, the CPU without --device. Products of float32 are whole there, not TF32."""
     torch.set_float32_matmul_precision("highest")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield torch.device(request.config.getoption("--device") or "cpu")
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can answer, in at most 40 minutes; each part takes at most 9 and can be run alone.
+# Everything that only a GPU can answer. Each part takes at most 9 minutes and can be run alone.
 #
 #     bash tests/gpu.sh [OUT]                  # all parts, into the folder OUT (default: out_gpu)
 #     bash tests/gpu.sh OUT correct decode-b   # these parts; tests/bench_gpu.py says what each one does
+#     LIMIT=200 bash tests/gpu.sh OUT          # parts begin nothing new after so many seconds (default: 450)
 #     bash tests/gpu.sh OUT --rehearse         # all parts at toy sizes, in minutes on a CPU
 #
 # OUT gets a JSON file for each part, gpu.json with all of them, gpu.md with their tables, and learn/, the trained model.
@@ -14,7 +15,8 @@ if [ "$1" = --rehearse ]; then rehearse=--rehearse; shift; fi
 failed=
 for part in ${@:-correct decode-b decode-l train-b train-l loader learn}; do
     echo "== $part, begun at $(date +%T)"
-    timeout --signal INT 540 python tests/bench_gpu.py "$part" "$out" $rehearse || failed="$failed $part"
+    timeout --signal INT --kill-after 15 540 python3 tests/bench_gpu.py "$part" "$out" $rehearse ||
+        failed="$failed $part"
 done
-python tests/bench_gpu.py table "$out"
+python3 tests/bench_gpu.py table "$out"
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

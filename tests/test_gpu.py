@@ -8,7 +8,7 @@ import pytest
 FIGURES = {
     "correct": {"tests", "exit code", "mask tokens other than the CPU's", "masks that differ"},
     "decode-b": {"copy bandwidth GB/s", "ms per pass", "share of bandwidth", "first call s", "masks/s"},
-    "train-b": {"samples/s", "MFU", "measured GB", "estimate GB", "matrix product TFLOP/s"},
+    "train-b": {"samples/s", "samples/s, encoded too", "MFU", "measured GB", "estimate GB", "matrix product TFLOP/s"},
     "loader": {"drawn pictures/s at 256 px", "train-b samples/s"},
     "learn": {"exit code", "steps", "samples/s", "drawing alone, samples/s", "cIoU"},
 }

@@ -653,7 +653,7 @@ def test_cached_logits_equal_the_forward_pass_at_every_mask_token(device):
     logits = [model.next_logits(prefix, cache)]
     for t in range(mask_tokens.shape[1] - 1):
         logits.append(model.next_logits(model.mask_embedding(mask_tokens[:, t:t + 1]), cache))
-    assert (torch.stack(logits, dim=1) - want).abs().max() < 1e-5
+    assert (torch.stack(logits, dim=1) - want).abs().max() < 1e-4  # of 6.5
 
 
 @pytest.mark.parametrize("causal", [True, False])

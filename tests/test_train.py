@@ -65,9 +65,8 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
 
 
 @pytest.fixture
-def exact(device, monkeypatch):
-    """The name of the device, whose kernels give the same digits in every run."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def exact(device):
+    """The name of the device, whose kernels give the same digits in every run; conftest.py sets cuBLAS' part."""
     torch.use_deterministic_algorithms(True)
     yield str(device)
     torch.use_deterministic_algorithms(False)
