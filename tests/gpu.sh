@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can answer. Each part takes at most 9 minutes and can be run alone.
+# Everything that only a GPU can answer, in 40 minutes. Each part takes at most 9 and can be run alone.
 #
 #     bash tests/gpu.sh [OUT]                  # all parts, into the folder OUT (default: out_gpu)
 #     bash tests/gpu.sh OUT correct decode-b   # these parts; tests/bench_gpu.py says what each one does
-#     LIMIT=200 bash tests/gpu.sh OUT          # parts begin nothing new after so many seconds (default: 450)
 #     bash tests/gpu.sh OUT --rehearse         # all parts at toy sizes, in minutes on a CPU
 #
 # OUT gets a JSON file for each part, gpu.json with all of them, gpu.md with their tables, and learn/, the trained model.
