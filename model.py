@@ -422,10 +422,11 @@ class KVCache:
         self.blocks = torch.arange(length, device=device).repeat(batch, 1)  # block ids (B,length), see Llama.forward
         self.causal = True  # they are the positions
         self.length, self.position = length, 0
+        self.reach = length  # slots that passes with `slots` look at: the eager ones lower it, to look at fewer
 
     def update(self, layer, k, v, slots=None):
         """Write k, v (B,nkv,T,hd) of a layer at `position`; return all valid ones, (B,nkv,position+T,hd).
-        slots: int64 (B,T), write there instead, of the first B rows, and return all slots, (B,nkv,length,hd)."""
+        slots: int64 (B,T), write there instead, of the first B rows, and return those below `reach`."""
         keys, values = self.keys[layer], self.values[layer]
         if slots is None:
             end = self.position + k.shape[2]
@@ -435,7 +436,7 @@ class KVCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
-        return keys[:len(slots)], values[:len(slots)]
+        return keys[:len(slots), :, :self.reach], values[:len(slots), :, :self.reach]
 
     def tensors(self):
         """All that a pass changes."""
@@ -559,7 +560,7 @@ class Llama(nn.Module):
             causal, keys, queries = blocks is None, blocks, blocks  # block ids of what is looked at, and of who looks
         elif slots is not None:
             rope = [table[slots][:, None] for table in cache.rope]  # (B,1,T,hd)
-            causal, keys, queries = False, cache.blocks[:B], cache.blocks[:B].gather(1, slots)
+            causal, keys, queries = False, cache.blocks[:B, :cache.reach], cache.blocks[:B].gather(1, slots)
         else:
             start, end = cache.position, cache.position + T
             if end > cache.length:
@@ -674,6 +675,7 @@ def decode_drafted(model, cache, guesses, window):
     masks, counts, width = list(range(B)), [1] * B, window  # of each row: its place in the batch, `sure` on the host
     while masks:
         width = min(width, M - min(counts))
+        cache.reach = cache.position + max(counts) + width - 1
         sure = drafted_pass(model, cache, tokens, sure, width)
         before, counts = sum(counts), sure.flatten().tolist()  # the host waits here, once per pass
         gained = (sum(counts) - before) / len(counts)
