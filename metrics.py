@@ -415,7 +415,7 @@ def _check_record(record):
         fits = 0 <= record["intersection"] <= record["union"] < math.inf and 0 <= (record["ahd"] or 0) <= 2 * AHD_SIDE
         texts = isinstance(record["label"], str | None) and all(isinstance(record[key], str) for key in ("id", "task"))
         if not (fits and texts):
-            raise ValueError("a number or a text that no example has")
+            raise ValueError("intersection, union, ahd, label, id or task is out of range or of another type")
     return record
 
 

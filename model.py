@@ -5,7 +5,7 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
 
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
-The mask tokenizer (tokenizer.VQGAN) makes the M mask tokens of a mask, rows of its codebook, and a mask of mask tokens.
+The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back.
 In the mask tokenizers that this repository trains, code 0 is plain background.
 
 Shapes used below, with their sizes in the preset scenes:
@@ -727,9 +727,9 @@ def leave(cache, count, done):
 class CompiledDecoder:
     """Greedy decoding in passes of one shape, so that a pass is one compiled graph and, on a GPU, one CUDA graph.
 
-    It is decode_drafted, with window 1 decode_plain, but for this: a pass always reads `window` tokens of all masks. A
-    mask that is done goes on behind its end, where nobody reads, so the masks are the same. A CUDA graph knows its
-    tensors by their addresses: this object keeps them, and the weights of the model must not be replaced.
+    It gives the masks of decode_drafted (with window 1, of decode_plain). The difference is that each pass reads
+    `window` tokens of every mask: a mask that is done continues past its end, into places that nobody reads. A CUDA
+    graph finds its tensors by their addresses, so this object owns them, and the model's weights must stay in place.
     """
 
     @torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients

@@ -113,9 +113,9 @@ class Segmenter:
         """BadUsage, a ValueError, for a prompt that is empty, no Unicode, or of more tokens than the model reads."""
         for prompt in prompts:
             if not prompt.strip() or any("\ud800" <= c <= "\udfff" for c in prompt):
-                raise BadUsage(f"prompt {prompt[:40]!r} is empty or no UTF-8: say what to segment, 'the red circle'")
+                raise BadUsage(f"prompt {prompt[:40]!r} is empty or not UTF-8: give a phrase, as 'the red circle'")
             if needed := self.text_tokenizer.too_long(prompt):
-                raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, not {self.text_tokenizer.length} or fewer")
+                raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, the limit is {self.text_tokenizer.length}")
 
     @torch.inference_mode()
     def many(self, images, prompts, inside=None, **decoding):
@@ -271,11 +271,13 @@ def chat(args):
 
 
 def load(args):
+    """The Segmenter that the flags ask for."""
     return Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
                           args.any_weights)
 
 
 def decoding(args):
+    """The options of model.generate that the flags ask for."""
     return {"decode": args.decode} | {name: getattr(args, name) for name in DECODING[args.decode]}
 
 
@@ -649,6 +651,7 @@ JOBS = {  # by the flag that asks for it: the function, and the flags that it re
 
 
 def make_parser():
+    """The parser of the command line, with the flags in groups."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("what to segment").add_argument
     add("--image", nargs="+", action="extend", metavar="PATH", help="files, folders, or - for standard input")

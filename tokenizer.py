@@ -349,8 +349,8 @@ def vqgan_config(weights, **more):
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Latents (B, C, h, h) as a sum over scales, coarse to fine: tokens of each scale describe what the coarser ones
-    left (residual quantization; Tian et al. 2024, "Visual Autoregressive Modeling", algorithms 1 and 2)."""
+    """Latents (B, C, h, h) as a sum over scales, coarse to fine. The tokens of a scale describe what the coarser scales
+    have left (residual quantization; Tian et al. 2024, "Visual Autoregressive Modeling", algorithms 1 and 2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -384,8 +384,9 @@ class MultiScaleQuantizer(nn.Module):
         return 0.5 * z + 0.5 * self.phi[self.phi_of[scale_idx]](z)
 
     def rests(self, latents, quantized=True):
-        """Latents (B, C, h, h) -> what is left for each scale, (B, C, s, s), one after the other. quantized: what the
-        scales before it took away is rows of the codebook, else all that their size can hold."""
+        """Latents (B, C, h, h) -> what each scale has left to describe, (B, C, s, s), one after the other.
+        quantized: the scales before it described it with rows of the codebook; else exactly, as far as s*s vectors can.
+        """
         rest = latents.float()
         for scale_idx, s in enumerate(self.scales):
             z = F.interpolate(rest, (s, s), mode="area")  # of the same size: unchanged
@@ -438,12 +439,12 @@ class MultiScaleVQ(VQGAN):
 
     @classmethod
     def from_plain(cls, vqgan, scales):
-        """Around the encoder and decoder of a VQGAN. The codebook is to be learned, and phi, which adds nothing yet."""
+        """A MultiScaleVQ with the encoder and decoder of a VQGAN. Its codebook is random; phi returns its input."""
         model = cls(replace(vqgan.config, scales=scales, unit_latents=True))
         state = {name: w for name, w in vqgan.state_dict().items() if not name.startswith("quantize.")}
         for name in ("quant_conv.weight", "post_quant_conv.weight"):
             state[name] = F.pad(state[name], (1, 1, 1, 1))  # 1x1 -> 3x3
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict(model.state_dict() | state)
         for phi in model.quantize.phi:
             nn.init.dirac_(phi.weight)
             nn.init.zeros_(phi.bias)
@@ -454,8 +455,8 @@ class MultiScaleVQ(VQGAN):
         return F.normalize(z, dim=1) if self.config.unit_latents else z
 
     def forward(self, images, noise=None):
-        """One training pass as VQGAN.forward, of codebook, phi and decoder: the encoder stays. The quantizer's loss is
-        VAR's, the mean over scales of how far off the latents are that are known up to it."""
+        """One training pass as in VQGAN.forward, with a frozen encoder. The quantizer's loss is VAR's: the squared
+        error of the latents known up to a scale, averaged over the scales."""
         with torch.no_grad():
             z = self.latents(images)
             tokens = self.quantize.encode(z)
@@ -634,8 +635,8 @@ def crop_masks(masks, size):
 def k_means(points, count, start=None, unit=True):
     """k-means of vectors (n, C) -> (count, C): a codebook without dead rows to begin with.
 
-    start: (count, C) to begin with, so that a row keeps its meaning; default: random points. unit: of unit vectors, on
-    the sphere.
+    start: (count, C) to begin with, so that a row keeps its meaning; default: random points.
+    unit: points and rows have unit length (spherical k-means).
     """
     def normal(x):
         return F.normalize(x, dim=-1) if unit else x
@@ -649,9 +650,9 @@ def k_means(points, count, start=None, unit=True):
         lengths = centers.pow(2).sum(-1)
         nearest = torch.cat([(lengths - 2 * chunk @ centers.T).argmin(-1) for chunk in points.split(8192)])
         sums = torch.zeros_like(centers).index_add_(0, nearest, points)
-        lost = torch.bincount(nearest, minlength=count) == 0 if not unit else sums.norm(dim=-1) < 1e-6
-        sums[lost] = points[torch.randint(len(points), (int(lost.sum()),))]
-        centers = normal(sums) if unit else sums / torch.bincount(nearest, minlength=count).clamp(min=1)[:, None]
+        members = torch.bincount(nearest, minlength=count)
+        sums[members == 0] = points[torch.randint(len(points), (int((members == 0).sum()),))]
+        centers = normal(sums / members.clamp(min=1)[:, None])
     return centers
 
 
@@ -671,15 +672,18 @@ def evaluate(model, dataset, size, count):
     """Encode and decode the first `count` masks, or all if they are fewer, at size x size.
 
     Returns (metrics at that size, metrics at the pictures' own sizes, codes used, cells of a contact sheet: up to 24
-    of phrase, picture, mask and reconstruction at the picture's own size).
+    of phrase, picture, mask and reconstruction at the picture's own size, {scale: total IoU after it}).
     """
     square, own, cells, device = SegmentationMetrics(), SegmentationMetrics(), [], next(model.parameters()).device
-    used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
+    used, after = torch.zeros(model.config.codebook_size, dtype=torch.bool), {s: 0 for s in model.config.scales}
     for indices in torch.arange(min(count, len(dataset))).split(32):
         examples = [dataset[i] for i in indices.tolist()]
         masks = mask_batch(examples, size, 0, len(examples))
         tokens = model.encode(mask_to_image(masks.to(device)))
         used[tokens.unique().cpu()] = True
+        for s, picture in zip(after, model.decode_scales(tokens) if after else ()):
+            found = image_to_mask(picture).cpu()
+            after[s] += torch.stack([(found & masks).sum(), (found | masks).sum()])
         small = decode_masks(model, tokens, [(size, size)] * len(examples))
         large = decode_masks(model, tokens, [e.mask.shape for e in examples])
         for example, mask, again, again_large in zip(examples, masks.numpy(), small, large):
@@ -687,7 +691,8 @@ def evaluate(model, dataset, size, count):
             own.update(again_large, example.mask, id=example.id)
             if len(cells) < 24:
                 cells.append((example.phrase, [example.image, example.mask, again_large]))
-    return square.compute(), own.compute(), int(used.sum()), cells
+    after = {s: (intersection / union).item() for s, (intersection, union) in after.items()}
+    return square.compute(), own.compute(), int(used.sum()), cells, after
 
 
 def summary(scores):
@@ -747,8 +752,9 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
     """One phase of `train`; saves and evaluates as it goes. Counts left[phase] down, and args.start up to the masks
     of the next phase or of a command that goes on."""
     bar.set_description(f"mask tokenizer, {phase}")
-    learning = [model] if phase != "decoder" and not model.config.scales else [model.decoder, model.post_quant_conv]
-    learning += [model.quantize] * (phase == "codes" and len(model.config.scales) > 0)
+    learning = [model.decoder, model.post_quant_conv]
+    if phase != "decoder":
+        learning = [*learning, model.quantize] if model.config.scales else [model]
     model.requires_grad_(False)
     parameters = [p.requires_grad_(True) for module in learning for p in module.parameters()]
     # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
@@ -761,7 +767,7 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
     for step in range(steps):
         fraction = step / steps
         # Crops about the object, where there is something to learn; whole masks in the last third, with a codebook.
-        uncropped = phase != "free" and fraction > 2 / 3 or len(model.config.scales) > 0
+        uncropped = bool(model.config.scales) or phase != "free" and fraction > 2 / 3
         count = args.batch_size if uncropped else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
         position += count
@@ -787,7 +793,7 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             model.save_pretrained(args.out, torch.float16)
             if phase != "free":
-                scores, _, used, _ = evaluate(model, val_set, args.size, 128)
+                scores, _, used, *_ = evaluate(model, val_set, args.size, 128)
                 bar.write(f"step {step + 1}: {summary(scores)}, {used} of {model.config.codebook_size} codes used")
 
 
@@ -830,16 +836,7 @@ def report(args):
     from data import contact_sheet, load_dataset
 
     model, dataset = VQGAN.from_pretrained(args.mask_tokenizer), load_dataset(args.data, args.split, args.root)
-    square, own, used, cells = evaluate(model, dataset, args.size, args.count)
-    after = {}  # total IoU after each scale
-    for indices in torch.arange(min(args.count, len(dataset))).split(32) if model.config.scales else ():
-        masks = mask_batch(dataset, args.size, int(indices[0]), len(indices))
-        with torch.inference_mode():
-            pictures = model.decode_scales(model.encode(mask_to_image(masks)))
-        for s, picture in zip(model.config.scales, pictures):
-            found = image_to_mask(picture)
-            after[s] = after.get(s, 0) + torch.stack([(found & masks).sum(), (found | masks).sum()])
-    after = {s: (intersection / union).item() for s, (intersection, union) in after.items()}
+    square, own, used, cells, after = evaluate(model, dataset, args.size, args.count)
     print(f"{args.data}:{args.split}, {square['count']} masks, {used} of {model.config.codebook_size} codes used\n"
           f"at {args.size} x {args.size} px: {summary(square)}\nat the pictures' own sizes: {summary(own)}")
     if after:

@@ -86,6 +86,7 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
 
 
 def flags():
+    """The parser of the command line, with the flags in groups."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (default: scenes)")
@@ -411,6 +412,7 @@ def load_data(args):
 
 
 def make_batches(args, segmenter, train_set, rank, world_size):
+    """The Batches of this rank, with the mask tokens of --mask-tokens where it is given."""
     config, mask_tokenizer, cached = segmenter.model.config, segmenter.mask_tokenizer, None
     mask_size = config.mask_grid * mask_tokenizer.config.downsample
     if args.mask_tokens:
@@ -495,12 +497,12 @@ def open_run(args, segmenter, optimizers, rank):
         except Damaged as error:
             if path == paths[-1]:
                 raise
-            say(f"{error}: set aside as {path.name}.damaged")
-            damaged.append(path)
+            damaged.append((path, error))
     if len(set(from_all_ranks(done))) > 1:  # without a common file system they may have found different ones
         raise ValueError(f"{args.out_dir}: the ranks found checkpoints of different steps: give all the same files")
     if rank == 0:
-        for broken in damaged:
+        for broken, error in damaged:
+            say(f"{error}: set aside as {broken.name}.damaged")
             broken.rename(f"{broken}.damaged")
         later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
         if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
@@ -529,6 +531,7 @@ def fill_folder(args, text_tokenizer, done):
 
 
 def write_whole(path, content):
+    """Write bytes under a temporary name, then rename the file."""
     with whole(path) as temporary:
         temporary.write_bytes(content)
 
@@ -539,6 +542,7 @@ def saved_steps(out_dir):
 
 
 def step_of(path):
+    """How many steps a checkpoint has done, by its name."""
     return int(path.stem.removeprefix("checkpoint-"))
 
 
@@ -750,6 +754,7 @@ def on_meta(args):
 
 
 def describe(args):
+    """The hyper-parameters in one line."""
     length = f"{args.epochs:g} epochs" if args.max_steps is None else f"{args.max_steps} steps"
     names = ("batch_size", "optimizer", "lr", "betas", "weight_decay", "warmup_steps", "clip")
     return f"{args.data}, {length}, " + ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}" for name in names)
@@ -843,6 +848,7 @@ def main(argv=None):
 
 
 def job(args):
+    """Print, plot, merge or train, as the flags ask."""
     if args.print_config:
         if int(os.environ.get("RANK", 0)) == 0:  # once, not once per process of torchrun
             print_config(args)

@@ -47,8 +47,7 @@ from model import PRESETS, LlamaSeg, SigLIPConfig, clock, peak_memory, pick_devi
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image  # noqa: E402
 from weights import ASSETS  # noqa: E402
 
-# seconds after which a part begins no further measurement: what is left is "not run"
-# Seconds after which a part begins nothing new, and `learn` saves: 36 minutes together.
+# Seconds after which a part begins no further measurement, and `learn` saves. What is left is "not run" in the table.
 LIMITS = {"correct": 300, "decode-b": 360, "decode-l": 360, "train-b": 330, "train-l": 330, "learn": 430}
 TOY = replace(PRESETS["scenes"], siglip=SigLIPConfig(32, 8, 32, 1, 2, 32, 768, 24, 32, 1, 2, 32), freeze_encoders=True,
               llama=replace(PRESETS["scenes"].llama, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=48),
@@ -259,7 +258,7 @@ def train_row(preset, args, micro_batch, recompute, compiled):
 
 
 def learn(args):
-    """train.py for its LIMITS seconds, or to its end; then what the drawing and the step take alone."""
+    """train.py for its LIMITS seconds, or to its end; then how fast the workers draw when no model waits for them."""
     out, workers = args.out / "learn", args.workers
     # a guess for a GPU, where drawing limits the rate: 8 times the batch of the CPU's recipe, at its learning rate
     flags = ["--out-dir", str(out), "--resume", "auto", "--batch-size", "512", "--max-steps", "5000", "--warmup-steps",
@@ -349,7 +348,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "table"])
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--rehearse", action="store_true", help="toy sizes; what is compiled gives no code")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes; torch.compile without code generation")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() - 2),
                         help="that draw (default: one per core but two, for the process that drives the GPU)")
@@ -361,7 +360,7 @@ def main(argv=None):
     if args.part == "table":
         return table(args)
     real = torch.compile
-    if args.rehearse:  # small tensors gain nothing from more threads; code for a CPU takes a minute
+    if args.rehearse:  # small tensors gain nothing from more threads, and generating code takes a CPU a minute
         torch.set_num_threads(1)
         torch.compile = functools.partial(real, backend="aot_eager")
     try:

@@ -496,8 +496,8 @@ def test_pictures_of_eval_keep_their_aspect():
     mask = np.zeros((20, 90), bool)
     mask[5:15, 30:60] = True
     example = argparse.Namespace(image=Image.new("RGB", (90, 20)), mask=mask, phrase="x", id=None)
-    *_, used, cells = tokenizer.evaluate(tiny(), [example] * 30, 64, 30)
-    assert len(cells) == 24 and 0 < used <= 16
+    _, _, used, cells, after = tokenizer.evaluate(tiny(), [example] * 30, 64, 30)
+    assert len(cells) == 24 and 0 < used <= 16 and after == {}
     phrase, (picture, shown, again) = cells[0]
     assert phrase == "x" and picture is example.image and shown is mask and again.shape == (20, 90)
 
