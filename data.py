@@ -32,7 +32,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
-from scenes import WORLDS, draw_scene, measure, pick_phrases
+from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, pick_phrases
 from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
@@ -303,11 +303,12 @@ def to_pixels(pictures):
 class Scenes:
     """Drawn scenes; example i is phrase i % P of picture i // P, and a function of (split, i) alone.
 
-    split: "train" (a million pictures), "val", "test" (no colour-shape pair of NOVEL in any of the three) and
-    "novel" (every phrase names an object of a NOVEL pair). name: of a world of scenes.py. phrases: P.
+    split: "train" (a million pictures), "val", "test" (no colour-shape pair of NOVEL in any of the three), "novel"
+    (every phrase names an object of a NOVEL pair) and "absent" (every phrase names what is not there, the kinds of
+    scenes.ABSENT in turn). name: of a world of scenes.py. phrases: P.
     """
 
-    SPLITS = {"train": 1_000_000, "val": 2_000, "test": 2_000, "novel": 2_000}
+    SPLITS = {"train": 1_000_000, "val": 2_000, "test": 2_000, "novel": 2_000, "absent": 2_000}
 
     def __init__(self, split="train", name="scenes", root=None, phrases=1):  # they need no root
         self.split, self.world, self.phrases = split, WORLDS[name], phrases
@@ -320,13 +321,22 @@ class Scenes:
         """Picture `index`: (PIL image, owner int8 (H, W), list of Shape, list of P picked phrases)."""
         if self._recent[0] != index:
             rng = np.random.default_rng([list(self.SPLITS).index(self.split), index, self.world.seed])
-            novel = self.split == "novel"
-            picture, owner, objects = draw_scene(rng, self.world, novel)
-            while not measure(owner, objects):  # an object is almost hidden behind later ones: draw another scene
-                picture, owner, objects = draw_scene(rng, self.world, novel)
-            picked = pick_phrases(objects, *owner.shape, self.phrases, rng, must=0 if novel else None)
+            picked = []
+            while not picked:
+                picture, owner, objects = draw_scene(rng, self.world, self.split == "novel")
+                if measure(owner, objects):  # else an object is almost hidden behind later ones: draw another scene
+                    picked = self._phrases(index, owner, objects, rng)
             self._recent = index, (Image.fromarray(picture), owner, objects, picked)
         return self._recent[1]
+
+    def _phrases(self, index, owner, objects, rng):
+        """P phrases for a scene; none if it has no phrase of the kind that the split wants."""
+        if self.split == "absent":
+            found = absent_phrases(objects, self.world, *owner.shape, rng)
+            return [found[kind] for kind in (ABSENT[index % len(ABSENT)],) * self.phrases if kind in found]
+        must = 0 if self.split == "novel" else None
+        absent = self.world.absent if self.split == "train" else 0.0
+        return pick_phrases(objects, *owner.shape, self.phrases, rng, self.world, must, absent)
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):

@@ -48,8 +48,13 @@ class LlamaSegConfig:
     mask_grid: int = 16  # h = w tokens
     freeze_encoders: bool = True  # no gradient for SigLIP
     hide: bool = False  # train.py sets it: trained with hide_tokens (see forward), so it can guess all tokens at once
+    # train.py sets them for drawn scenes: all words of the training phrases (none: any word may come), and those of
+    # them that a misspelled word is read as
+    words: tuple = ()
+    names: tuple = ()
 
     def __post_init__(self):
+        self.words, self.names = tuple(self.words), tuple(self.names)
         check_fields(self)
 
     @property
@@ -806,7 +811,7 @@ def written_out_is_faster(q, k):
     """Training in bfloat16 on a CPU, at the lengths of the small preset (154 tokens): the fused kernel's backward pass
     is slower there than four plain lines. At 577 tokens those lines made the whole step 1.4 times as long."""
     training = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return training and q.shape[2] <= 256 and k.shape[1] == q.shape[1]
+    return training and q.shape[2] <= 384 and k.shape[1] == q.shape[1]
 
 
 def decoding_layout(weight):
@@ -1059,12 +1064,12 @@ PRESETS = {  # by name; mllm.py has its own
     # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. LOG.md has the run.
     "scenes": LlamaSegConfig(
         siglip=SigLIPConfig(
-            image_size=128, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
+            image_size=192, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
             vocab_size=768, text_length=24, text_width=128, text_layers=2, text_heads=2, text_mlp=384,
         ),
-        # rope_theta: the sequence has 154 tokens; Llama's 10000 is meant for thousands
+        # rope_theta: the sequence has 313 tokens; Llama's 10000 is meant for thousands
         llama=LlamaConfig(width=256, layers=4, heads=4, mlp=704, rope_theta=1000.0),
-        codebook_size=4096, mask_grid=8, freeze_encoders=False,
+        codebook_size=4096, mask_grid=12, freeze_encoders=False,
     ),
     # The paper's models, at 256 px with 256 mask tokens and at 384 px with 576. Not trained here: README has the table.
     "llamaseg-b": _paper(layers=16, width=1920, heads=20, image_size=256),

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ from data import (
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
 from mllm import JanusPrompt, JanusSeg
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
-from tokenizer import VQGAN, TextTokenizer, decode_masks
+from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_header, sha256_of
 
 KINDS = ("mask", "overlay")  # the two pictures of each mask
@@ -121,17 +121,53 @@ class Segmenter:
     def many(self, images, prompts, inside=None, **decoding):
         """b pictures and for each a list of n prompts, which are not checked -> for each n bool arrays (H, W).
 
-        inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M).
+        inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M), and
+        with "prompts" and "unknown" of `read` for each of them. A phrase with an unknown word has an empty mask.
         """
         n, pixels = len(prompts[0]), self.pixels(images)  # (b,3,S,S)
-        text_ids = self.text_tokenizer([prompt for asked in prompts for prompt in asked]).to(self.device)  # (b*n,L)
+        prompts, unknown = zip(*(self.read(prompt) for asked in prompts for prompt in asked))
+        text_ids = self.text_tokenizer(list(prompts)).to(self.device)  # (b*n,L)
         tokens = self.model.generate(text_ids, pixels, **decoding)  # (b*n,M)
+        for row, words in enumerate(unknown):
+            if words:
+                tokens[row] = self.empty[0]
         if inside is not None:
-            inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens)
+            inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens, prompts=prompts, unknown=unknown)
         sizes = [image.size for image in images for _ in range(n)]
         boxes = [padded_box(*size, pixels.shape[-1]) for size in sizes] if self.padded else None
         masks = decode_masks(self.mask_tokenizer, tokens, [size[::-1] for size in sizes], boxes)
         return [masks[i:i + n] for i in range(0, len(masks), n)]
+
+    def read(self, prompt):
+        """A prompt -> the prompt as the model reads it, and the words in it that the model does not know.
+
+        A word that differs by one letter from a single one of config.names is read as that: "circel" as "circle".
+        """
+        config, unknown = self.model.config, []
+        known = set(getattr(config, "words", ()))
+        for word in words_of(prompt) if known else ():
+            if word not in known:
+                near = [name for name in config.names if min(len(word), len(name)) > 3 and one_edit_apart(word, name)]
+                if len(near) == 1:
+                    prompt = re.sub(rf"\b{re.escape(word)}\b", near[0], prompt, flags=re.IGNORECASE)
+                else:
+                    unknown.append(word)
+        return prompt, unknown
+
+    @cached_property
+    def empty(self):
+        """The mask tokens of an empty mask: (1,M)."""
+        side = self.model.config.mask_grid * self.mask_tokenizer.config.downsample
+        return self.mask_tokenizer.encode(mask_to_image(torch.zeros(1, side, side, dtype=bool, device=self.device)))
+
+    @torch.inference_mode()
+    def there(self, inside):
+        """The probability that what each phrase names is in its picture, a list of floats: 1 minus the probability that
+        the model gives the tokens of an empty mask, and 0 if a word is unknown. inside: as `many` fills it."""
+        tokens = self.empty.expand(len(inside["text_ids"]), -1)
+        sure = self.model.confidence(inside["text_ids"], inside["pixels"], tokens)  # (B,M)
+        found = 1 - sure.double().log().sum(1).exp()
+        return [0.0 if words else p for words, p in zip(inside["unknown"], found.tolist())]
 
     def pixels(self, images):
         """b PIL pictures of any size -> what the model sees of them, (b,3,S,S)."""
@@ -142,7 +178,7 @@ class Segmenter:
     def prepare(self, image, prompts):
         """PIL picture, n prompts -> text_ids (n,L), pixels (1,3,S,S) for model.generate; ValueError as `check`."""
         self.check(prompts)
-        return self.text_tokenizer(list(prompts)).to(self.device), self.pixels([image])
+        return self.text_tokenizer([self.read(p)[0] for p in prompts]).to(self.device), self.pixels([image])
 
     @torch.inference_mode()
     def chat(self, image, question, length=128):
@@ -155,6 +191,21 @@ class Segmenter:
         silent = set(bpe.special_tokens.values())
         # The model's table of embeddings has rows beyond the vocabulary, which are no text.
         return bpe.decode([id for id in answer if id < bpe.vocab_size and id not in silent]).strip()
+
+
+def words_of(prompt):
+    """The words of a prompt, in lower case."""
+    return re.findall(r"[\w']+", prompt.lower())
+
+
+def one_edit_apart(a, b):
+    """True if one letter more, less, changed or swapped with the next makes one word of the other."""
+    a, b = sorted((a, b), key=len)
+    same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))  # so many letters in front agree
+    if len(a) < len(b):
+        return a[same:] == b[same + 1:]
+    swapped = a[same + 1:same + 2] + a[same:same + 1] + a[same + 2:]
+    return a[same + 1:] == b[same + 1:] or swapped == b[same:]
 
 
 def checkpoint_file(checkpoint=None):
@@ -202,12 +253,16 @@ def segment(args):
             images, inside, start = [image for _, image in batch], {}, time.perf_counter()
             masks = segmenter.many(images, [prompts] * len(batch), inside, **decoding(args))
             ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(prompts))
-            for (i, image), of_image in zip(batch, masks):
-                for k, mask in enumerate(of_image):
-                    stem, described = stems[i * len(prompts) + k], {"image": str(pictures[i]), "prompt": prompts[k]}
-                    records.append(described | keep(args, f"{names[i]}: {prompts[k]}", stem, image, mask, ms))
+            there = segmenter.there(inside)
+            for row, (i, image) in enumerate(batch):
+                for k, mask in enumerate(masks[row]):
+                    said = {name: inside[name][row * len(prompts) + k] for name in ("prompts", "unknown")}
+                    described = {"image": str(pictures[i]), "prompt": prompts[k], "read_as": said["prompts"],
+                                 "unknown": said["unknown"], "there": round(there[row * len(prompts) + k], 4)}
+                    stem = stems[i * len(prompts) + k]
+                    records.append(described | keep(args, f"{names[i]}: {prompts[k]}", stem, image, mask, described, ms))
             explain(args, segmenter, images[0], inside)
-            del images, image, masks, of_image, mask  # large pictures leave the memory before others are read
+            del images, image, masks, mask  # large pictures leave the memory before others are read
     finally:
         if args.json:  # of what is done, however the run ends
             write_json(args.json, records)
@@ -232,15 +287,20 @@ def batches(pictures, count, broken):
             waiting.clear()
 
 
-def keep(args, title, stem, image, mask, ms):
-    """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it."""
+def keep(args, title, stem, image, mask, described, ms):
+    """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it
+    besides `described`."""
     mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
     write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
     write_picture(overlay(image, mask), overlay_file)
     area, corners = int(mask.sum()), Image.fromarray(mask.view(np.uint8)).getbbox()
     box = corners and (*corners[:2], corners[2] - corners[0], corners[3] - corners[1])
-    where = "box {},{} {}x{}".format(*box) if box else "nothing found"
-    line = f"{title}: {area} px ({100 * area / mask.size:.1f} %), {where}, {ms:.0f} ms -> {overlay_file}"
+    where = "{} px ({:.1f} %), box {},{} {}x{}".format(area, 100 * area / mask.size, *box) if box else "nothing found"
+    if described["unknown"]:
+        where += f" (unknown word: {', '.join(described['unknown'])})"
+    if described["read_as"] != described["prompt"]:
+        where += f" (read as {described['read_as']!r})"
+    line = f"{title}: {where}, {100 * described['there']:.0f} % sure that it is there, {ms:.0f} ms -> {overlay_file}"
     tqdm.write(printable(line), file=lines_to(args))
     return {"area": area, "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(mask_file),
             "overlay": str(overlay_file)}
@@ -248,13 +308,14 @@ def keep(args, title, stem, image, mask, ms):
 
 def explain(args, segmenter, image, inside):
     """Write what --confidence and --attention ask for, of the one picture and prompt; inside: what `many` filled."""
+    seen = [inside[name] for name in ("text_ids", "pixels", "tokens")]
     if args.confidence:
         side = segmenter.model.config.siglip.image_size
         box = [n / side for n in padded_box(*image.size, side)] if segmenter.padded else (0, 0, 1, 1)
-        sure = segmenter.model.confidence(**inside)[0].tolist()
+        sure = segmenter.model.confidence(*seen)[0].tolist()
         write_picture(confidence_picture(sure, image.size, box), args.confidence)
     if args.attention:
-        weights = segmenter.model.mask_attention(**inside)[0].float().cpu().numpy()
+        weights = segmenter.model.mask_attention(*seen)[0].float().cpu().numpy()
         write_picture(attention_picture(weights), args.attention)
 
 

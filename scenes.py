@@ -1,13 +1,15 @@
 """The drawn world: pictures of coloured shapes, and phrases whose masks are known exactly.
 
 What Shakespeare is to nanoGPT: it needs no download and never ends. data.Scenes makes examples of it.
-Legend: H W a picture's height and width. Masks are bool (H, W), True on the object.
+Legend: H W a picture's height and width. Masks are bool (H, W), True on the object. An outlined shape is the whole
+shape: its mask includes what the line encloses.
 """
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 # ---- vocabulary ------------------------------------------------------------------------------------------
 
@@ -32,6 +34,13 @@ RICH_COLORS = COLORS | {
     "white": ((0, 360), (0.0, 0.05), (0.93, 1.0)),
     "black": ((0, 360), (0.0, 0.2), (0.0, 0.12)),
     "gray": ((0, 360), (0.0, 0.05), (0.4, 0.65)),
+}
+
+WIDE_COLORS = COLORS | {  # with the dark ones that other programs have under these names
+    "red": ((-12, 10), (0.72, 1.0), (0.5, 1.0)),
+    "green": ((85, 155), (0.45, 1.0), (0.32, 1.0)),
+    "blue": ((205, 245), (0.55, 1.0), (0.4, 1.0)),
+    "purple": ((262, 302), (0.45, 1.0), (0.35, 0.9)),
 }
 
 # Pairs that train, val and test never show; the split `novel` always asks for one of them.
@@ -68,21 +77,43 @@ COLOR_RIDDLES = {
 }
 
 
+SYNONYMS = {"circle": ("ball", "disk"), "square": ("box",), "ring": ("hoop",), "cross": ("plus",)}
+
+
 @dataclass(frozen=True)
 class World:
-    """What a drawn world holds. seed: worlds of different seeds show different scenes."""
+    """What a drawn world holds. Lists are drawn from with equal chances."""
 
-    seed: int
+    seed: int  # worlds of different seeds show different scenes
     shapes: dict
     colors: dict
-    fills: tuple
-    clutter: bool  # thin lines and specks that no phrase names
-    most_objects: int
+    phrases: dict  # how often each group of phrases is asked, where the scene has a phrase of it
+    fills: tuple = ("plain",)
+    most_objects: tuple = (5,)
+    backgrounds: tuple = ("flat", "gradient", "noisy", "blotchy")
+    effects: tuple = ("none",)  # of the finished picture
+    radii: tuple = ((0.13, 0.4),)  # from, to, as shares of the shorter side
+    clutter: bool = False  # thin lines and specks that no phrase names
+    varied: bool = False  # pictures of many sizes and aspects, freely turned objects, coloured backgrounds
+    absent: float = 0.0  # share of the training phrases that name what is not there
 
+
+PLAIN_PHRASES = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.14, "size": 0.09,
+                 "relation": 0.07, "reasoning": 0.12, "all": 0.02}
+PHRASES = {"color shape": 0.20, "shape": 0.09, "color": 0.09, "synonym": 0.04, "extreme": 0.11, "side": 0.06,
+           "corner": 0.04, "ordinal": 0.05, "size": 0.10, "several": 0.02, "relation": 0.08, "inside": 0.02,
+           "and": 0.03, "but": 0.03, "reasoning": 0.09, "all": 0.02}
 
 WORLDS = {  # by the names of their data sets
-    "scenes": World(0, SHAPES, COLORS, ("plain",), False, 5),
-    "scenes-rich": World(1, RICH_SHAPES, RICH_COLORS, ("plain", "plain", "striped", "dotted"), True, 8),
+    "scenes": World(
+        2, SHAPES, WIDE_COLORS, PHRASES, most_objects=(3, 5, 5, 12),
+        fills=("plain",) * 6 + ("gradient", "striped", "dotted", "outlined", "thin", "bordered", "shadow", "soft"),
+        backgrounds=("flat",) * 3 + ("gradient", "noisy", "blotchy", "checkered", "banded", "lined", "halved", "cloudy"),
+        effects=("none",) * 4 + ("blur", "jpeg"), varied=True, absent=0.2,
+        radii=((0.12, 0.4),) * 4 + ((0.06, 0.2),) * 2 + ((0.025, 0.06), (0.2, 0.5))),
+    "scenes-plain": World(0, SHAPES, COLORS, PLAIN_PHRASES),
+    "scenes-rich": World(1, RICH_SHAPES, RICH_COLORS, PLAIN_PHRASES, ("plain", "plain", "striped", "dotted"), (8,),
+                         clutter=True),
 }
 
 # ---- drawing ---------------------------------------------------------------------------------------------
@@ -101,7 +132,7 @@ class Shape:
     x: float
     y: float
     radius: float
-    fill: str = "plain"  # or "striped", "dotted"
+    fill: str = "plain"  # or another of World.fills
     area: int = 0
     box: tuple = (0, 0, 0, 0)  # of the visible pixels: left, top, right, bottom
 
@@ -147,28 +178,54 @@ def _hsv_to_rgb(hue, saturation, value):
     return (value - value * saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0)).astype(np.float32)
 
 
-def _background(height, width, rng):
-    """A picture to draw on: float32 (H, W, 3) in [0, 1], of low saturation; flat, gradient, noisy or blotchy."""
+def _background(height, width, world, rng):
+    """A picture to draw on: float32 (H, W, 3) in [0, 1], of low saturation but for some of a varied world."""
 
     def tone():
-        return _hsv_to_rgb(rng.uniform(0, 360), rng.uniform(0, 0.2), rng.uniform(0.05, 1.0))
+        most = 1.0 if vivid else 0.2
+        return _hsv_to_rgb(rng.uniform(0, 360), rng.uniform(0, most), rng.uniform(0.05, 1.0))
 
-    base, style = tone(), rng.choice(["flat", "gradient", "noisy", "blotchy"])
+    vivid = world.varied and rng.random() < 0.25
+    base, style = tone(), rng.choice(world.backgrounds)
     picture = np.tile(base, (height, width, 1))
-    if style == "gradient":
-        angle = rng.uniform(0, 2 * np.pi)
-        ramp = np.cos(angle) * np.linspace(-1, 1, width) + np.sin(angle) * np.linspace(-1, 1, height)[:, None]
-        ramp = ((ramp - ramp.min()) / np.ptp(ramp)).astype(np.float32)[..., None]
-        picture += ramp * (tone() - base)
-    elif style == "noisy":
+    if style == "noisy":
         picture += rng.uniform(0.03, 0.15) * rng.standard_normal((height, width, 1), np.float32)
     elif style == "blotchy":
         for _ in range(int(rng.integers(1, 4))):
-            cells = int(rng.integers(2, 24))
-            patch = rng.integers(0, 256, (cells, cells, 3), np.uint8)
-            blotch = Image.fromarray(patch).resize((width, height), Image.Resampling.BICUBIC)
-            picture += rng.uniform(0.05, 0.25) * (np.asarray(blotch, np.float32) / 255.0 - 0.5)
+            picture += rng.uniform(0.05, 0.25) * (_blotches(int(rng.integers(2, 24)), height, width, rng) - 0.5)
+    elif style == "cloudy":  # as much contrast in every octave, as photographs have it
+        strength = rng.uniform(0.1, 0.4)
+        for octave in range(1, 6):
+            picture += strength * (_blotches(2**octave, height, width, rng) - 0.5)
+    elif style != "flat":
+        picture += _weight(style, height, width, rng)[..., None] * (tone() - base)
     return np.clip(picture, 0, 1, out=picture)
+
+
+def _blotches(cells, height, width, rng):
+    """Smooth noise of so many cells along a side: float32 (H, W, 3) in [0, 1]."""
+    patch = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+    return np.asarray(patch.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255.0
+
+
+def _weight(style, height, width, rng):
+    """Where the second tone of a background goes: float32 (H, W) in [0, 1]."""
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = np.cos(angle) * np.linspace(-1, 1, width) + np.sin(angle) * np.linspace(-1, 1, height)[:, None]
+    if style == "gradient":
+        return ((ramp - ramp.min()) / np.ptp(ramp)).astype(np.float32)
+    y, x = np.mgrid[:height, :width]
+    period = max(3.0, rng.uniform(0.04, 0.2) * min(height, width))
+    if style == "checkered":
+        weight = (x // period + y // period) % 2
+    elif style == "banded":
+        weight = (np.cos(angle) * x + np.sin(angle) * y) // period % 2
+    elif style == "lined":  # a grid of thin lines
+        thick = max(1.0, period * rng.uniform(0.05, 0.2))
+        weight = (x % period < thick) | (y % period < thick)
+    else:  # halved, as by a horizon
+        weight = y + rng.uniform(-0.2, 0.2) * x > rng.uniform(0.3, 0.7) * height
+    return weight.astype(np.float32)
 
 
 def _pattern(fill, height, width, rng):
@@ -198,15 +255,24 @@ def _clutter(picture, rng):
     picture[:] = np.asarray(image, np.float32) / 255.0
 
 
-def _place(width, height, others, rng):
+def _place(width, height, others, radii, rng):
     """(x, y, radius) of an object that does not bury, and is not buried by, the ones drawn before; None: no room."""
     side = min(height, width)
-    for radius in (side * rng.uniform(0.13, 0.4), side * 0.13):  # of any size, else a small one
+    for radius in (side * rng.uniform(*radii), side * radii[0]):  # of any size, else a small one
         for _ in range(20):
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
             # 0.75 of the summed radii lets neighbours overlap at the rim and keeps each one recognisable
             if all(np.hypot(x - o.x, y - o.y) > 0.75 * (radius + o.radius) for o in others):
                 return x, y, radius
+    return None
+
+
+def _place_inside(others, rng):
+    """(x, y, radius) in the hole of a ring that has room for it, None: there is none."""
+    for ring in others:
+        if ring.kind == "ring" and ring.radius > 20 and ring.fill == "plain":
+            return (*(c + rng.uniform(-0.05, 0.05) * ring.radius for c in (ring.x, ring.y)),
+                    ring.radius * rng.uniform(0.2, 0.38))
     return None
 
 
@@ -216,31 +282,50 @@ def draw_scene(rng, world, novel=False):
     Returns picture uint8 (H, W, 3), owner int8 (H, W): the object seen at each pixel or -1, and the list of
     Shape. With `novel`, object 0 is a colour-shape pair from NOVEL; without, no object is.
     """
-    side, aspect = rng.uniform(120, 220), np.exp(rng.uniform(-0.5, 0.5))  # width : height from 0.6 to 1.65
+    if world.varied:
+        side, aspect = np.exp(rng.uniform(np.log(64), np.log(320))), np.exp(np.clip(rng.normal(0, 0.45), -1.1, 1.1))
+    else:
+        side, aspect = rng.uniform(120, 220), np.exp(rng.uniform(-0.5, 0.5))  # width : height from 0.6 to 1.65
     height, width = round(side / aspect**0.5), round(side * aspect**0.5)
-    picture = _background(height, width, rng)
+    picture = _background(height, width, world, rng)
     if world.clutter:
         _clutter(picture, rng)
     tint = picture.mean((0, 1))
     owner = np.full((height, width), -1, np.int8)
+    radii = world.radii[rng.integers(len(world.radii))] if world.varied else world.radii[0]
+    most = world.most_objects[rng.integers(len(world.most_objects))] if world.varied else world.most_objects[0]
+    fills = (world.fills[rng.integers(len(world.fills))],) if world.varied and rng.random() < 0.5 else world.fills
 
     objects = []
-    for _ in range(int(rng.integers(1, world.most_objects + 1))):
+    for _ in range(int(rng.integers(1, most + 1))):
         color, kind = _choose_class(objects, world, novel, rng)
-        place = _place(width, height, objects, rng)
+        inside = _place_inside(objects, rng) if world.varied and len(objects) < 4 and rng.random() < 0.3 else None
+        place = inside or _place(width, height, objects, radii, rng)
         if place is None:
             continue
         shape = Shape(kind, color, *place)
         if len(world.fills) > 1:
-            shape.fill = world.fills[rng.integers(len(world.fills))]
-        seen, cover = _coverage(shape, height, width, rng)
-        _paint(picture[seen], cover, shape, world.colors[color], tint, rng)
-        owner[seen][cover >= 0.5] = len(objects)
+            shape.fill = fills[rng.integers(len(fills))]
+        _draw_shape(picture, owner, len(objects), shape, world, tint, rng)
         objects.append(shape)
 
     if rng.random() < 0.5:  # grain over everything
         picture += rng.uniform(0.005, 0.05) * rng.standard_normal((height, width, 1), np.float32)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), owner, objects
+    picture = (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    effect = world.effects[rng.integers(len(world.effects))] if world.varied else "none"
+    return _finish(picture, effect, rng), owner, objects
+
+
+def _finish(picture, effect, rng):
+    """The picture, uint8 (H, W, 3), blurred or through a JPEG file of low quality."""
+    if effect == "blur":
+        blur = ImageFilter.GaussianBlur(rng.uniform(0.003, 0.012) * min(picture.shape[:2]))
+        return np.asarray(Image.fromarray(picture).filter(blur))
+    if effect == "jpeg":
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=int(rng.integers(5, 40)))
+        return np.asarray(Image.open(file).convert("RGB"))
+    return picture
 
 
 def _choose_class(objects, world, novel, rng):
@@ -258,22 +343,62 @@ def _choose_class(objects, world, novel, rng):
             return color, kind
 
 
-def _coverage(shape, height, width, rng):
-    """Draw the outline of a Shape, turned a little: (the part of the picture with it, as two slices, and the share of
-    each of its pixels inside the outline, float32 (h, w) in [0, 1])."""
+def _draw_shape(picture, owner, index, shape, world, tint, rng):
+    """Draw a Shape in place, into picture and owner; tint: the mean of the background, float32 (3,)."""
+    seen, outlines = _outlines(shape, *owner.shape, world.varied, rng)
+    region = picture[seen]
+    cover = _coverage(outlines, region.shape)
+    if world.varied:
+        tint = region.mean((0, 1))
+    if shape.fill == "shadow":
+        offset = rng.uniform(0.06, 0.15, 2) * shape.radius
+        shadow = Image.fromarray((_coverage([p + offset for p in outlines], region.shape) * 255).astype(np.uint8))
+        shadow = np.asarray(shadow.filter(ImageFilter.GaussianBlur(0.06 * shape.radius)), np.float32) / 255.0
+        region *= 1 - 0.5 * shadow[..., None]
+    solid = cover  # what belongs to the shape
+    if shape.fill in ("outlined", "thin"):
+        stroke = shape.radius * (rng.uniform(0.1, 0.2) if shape.fill == "outlined" else rng.uniform(0.04, 0.09))
+        cover = _stroke(outlines, region.shape, max(1.2, stroke)) * np.maximum(cover, 0.0)
+    elif shape.fill == "soft":
+        blur = ImageFilter.GaussianBlur(rng.uniform(0.05, 0.12) * shape.radius)
+        cover = np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).filter(blur), np.float32) / 255.0
+    _paint(region, cover, shape, world.colors[shape.color], tint, rng)
+    if shape.fill == "bordered":
+        line = _stroke(outlines, region.shape, max(1.0, rng.uniform(0.04, 0.14) * shape.radius)) * solid
+        region += line[..., None] * (rng.choice([0.0, 0.0, 1.0, 0.3]) - region)
+    owner[seen][solid >= 0.5] = index
+
+
+def _outlines(shape, height, width, free, rng):
+    """The outline of a Shape, turned a little or, if `free`, sometimes freely: (the part of the picture with it, as two
+    slices, and the points (n, 2) of the outline and of a ring's hole, in pixels of that part)."""
     parts = [outline(shape.kind, rng)]
     if shape.kind == "ring":
         parts.append(parts[0] * rng.uniform(0.5, 0.68))  # its hole
-    turn = np.radians(rng.uniform(-18, 18))
+    turn = np.radians(rng.uniform(-180, 180) if free and rng.random() < 0.3 else rng.uniform(-18, 18))
     matrix = shape.radius * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     parts = [points @ matrix + (shape.x, shape.y) for points in parts]
-    left, top = np.maximum(np.floor(parts[0].min(0)) - 1, 0).astype(int)
-    right, bottom = np.minimum(np.ceil(parts[0].max(0)).astype(int) + 2, (width, height))
-    canvas = Image.new("L", ((right - left) * SUPERSAMPLE, (bottom - top) * SUPERSAMPLE))
-    for points, value in zip(parts, (255, 0)):
-        points = (points - (left, top)) * SUPERSAMPLE - 0.5
-        ImageDraw.Draw(canvas).polygon([tuple(p) for p in points.tolist()], fill=value)
-    return (slice(top, bottom), slice(left, right)), np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
+    margin = int(0.3 * shape.radius) if shape.fill in ("shadow", "soft") else 1
+    left, top = np.maximum(np.floor(parts[0].min(0)) - margin, 0).astype(int)
+    right, bottom = np.minimum(np.ceil(parts[0].max(0)).astype(int) + 1 + margin, (width, height))
+    return (slice(top, bottom), slice(left, right)), [points - (left, top) for points in parts]
+
+
+def _coverage(outlines, shape):
+    """The share of each pixel inside the first outline and outside the second: float32 (h, w) in [0, 1]."""
+    canvas = Image.new("L", (shape[1] * SUPERSAMPLE, shape[0] * SUPERSAMPLE))
+    for points, value in zip(outlines, (255, 0)):
+        ImageDraw.Draw(canvas).polygon([tuple(p) for p in (points * SUPERSAMPLE - 0.5).tolist()], fill=value)
+    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
+
+
+def _stroke(outlines, shape, width):
+    """The share of each pixel within `width` pixels of an outline, on both its sides: float32 (h, w) in [0, 1]."""
+    canvas = Image.new("L", (shape[1] * SUPERSAMPLE, shape[0] * SUPERSAMPLE))
+    for points in outlines:
+        points = [tuple(p) for p in (np.concatenate([points, points[:2]]) * SUPERSAMPLE - 0.5).tolist()]
+        ImageDraw.Draw(canvas).line(points, fill=255, width=round(2 * width * SUPERSAMPLE), joint="curve")
+    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255.0
 
 
 def _paint(region, cover, shape, ranges, tint, rng):
@@ -283,9 +408,12 @@ def _paint(region, cover, shape, ranges, tint, rng):
         paint = rgb = _hsv_to_rgb(*(rng.uniform(low, high) for low, high in ranges))
         if np.abs(rgb - tint).max() > 0.25:
             break
-    if shape.fill != "plain":
+    if shape.fill in ("striped", "dotted"):
         other = rgb * 0.35 if rgb.mean() > 0.4 else rgb * 0.5 + 0.5
         paint = rgb + _pattern(shape.fill, *cover.shape, rng)[..., None] * (other - rgb)
+    elif shape.fill == "gradient":
+        ramp = _weight("gradient", *cover.shape, rng)[..., None]
+        paint = rgb * (rng.uniform(0.4, 0.75) + ramp * rng.uniform(0.3, 0.6)).clip(0, 1)
     elif rng.random() < 0.2:  # a little shading from top to bottom
         paint = rgb * np.linspace(*rng.uniform(0.8, 1.0, 2), len(cover), dtype=np.float32)[:, None, None]
     region += cover[..., None] * (paint - region)
@@ -304,15 +432,15 @@ def measure(owner, objects):
 
 # ---- phrases ---------------------------------------------------------------------------------------------
 
-# How often each group of phrases is asked, where the scene has a phrase of it.
-PHRASE_SHARE = {"color shape": 0.30, "shape": 0.13, "color": 0.13, "extreme": 0.14, "size": 0.09,
-                "relation": 0.07, "reasoning": 0.12, "all": 0.02}
-
 # word: (axis, sign) of the centre of an object's visible box
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
 # words: (axis, sign) of the object's centre minus the other's
 RELATIONS = {("left of", "to the left of"): (0, -1), ("right of", "to the right of"): (0, 1),
              ("above",): (1, -1), ("below",): (1, 1)}
+# what people say instead: word: (before the noun, after it)
+SIDES = {"leftmost": ("left", "on the left"), "rightmost": ("right", "on the right"),
+         "topmost": ("top", "at the top"), "bottommost": ("bottom", "at the bottom")}
+ABSENT = ("neither", "other color", "other shape", "relation")  # kinds of phrases for what is not there
 
 
 def scene_phrases(objects, height, width):
@@ -321,7 +449,7 @@ def scene_phrases(objects, height, width):
     A class name, in any article or number ("circle", "the circles", "a red circle"), means every instance.
     Size, place and relation words pick exactly one object, with a margin that leaves no doubt.
     """
-    groups = {name: [] for name in PHRASE_SHARE}
+    groups = {name: [] for name in PHRASES}
 
     def add(group, phrases, task, label, indices):
         groups[group] += [(phrase, task, label, tuple(indices)) for phrase in phrases]
@@ -345,6 +473,10 @@ def scene_phrases(objects, height, width):
             one, several = _forms(f"{color} {kind}")
             add("color shape", [one] * 3, "referring" if len(both) == 1 else "semantic", kind, both)
             add("color shape", several[:1] + several, "semantic", kind, both)
+            for word in SYNONYMS.get(kind, ()):
+                one, several = _forms(f"{color} {word}")
+                add("synonym", [one], "referring" if len(both) == 1 else "semantic", kind, both)
+                add("synonym", several, "semantic", kind, both)
     for fill in ("striped", "dotted"):
         indices = [i for i, s in enumerate(objects) if s.fill == fill]
         if indices:
@@ -352,6 +484,8 @@ def scene_phrases(objects, height, width):
 
     centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
     _add_relations(add, named, centers, (width, height))
+    _add_sets(add, named, len(objects))
+    _add_inside(add, named, objects)
     everything = range(len(objects))
     add("all", ("everything", "all objects", "the objects", "every shape"), "semantic", None, everything)
     if len(objects) == 1:
@@ -368,13 +502,18 @@ def scene_phrases(objects, height, width):
         else:
             _add_sizes(add, noun, indices, objects)
             _add_extremes(add, noun, indices, objects, centers, (width, height))
+            _add_ordinals(add, noun, indices, centers, (width, height))
+        _add_corners(add, noun, indices, centers, (width, height))
     return groups
+
+
+def _plural(noun):
+    return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def _forms(noun):
     """A noun with "the", which can mean one object, and the forms that mean every one of them."""
-    article = "an" if noun[0] in "aeiou" else "a"
-    nouns = noun + ("es" if noun.endswith("s") else "s")
+    article, nouns = "an" if noun[0] in "aeiou" else "a", _plural(noun)
     return f"the {noun}", (noun, f"the {nouns}", nouns, f"all {nouns}", f"{article} {noun}")
 
 
@@ -389,6 +528,12 @@ def _add_sizes(add, noun, indices, objects):
         # A ring or a star has less area than a circle of its extent, so area and radius must say the same.
         if areas[first] == radii[first] and area[1] > 1.35 * area[0] and radius[1] > 1.15 * radius[0]:
             add("size", [f"the {word} {noun}" for word in words], "referring", None, [areas[first]])
+    if len(indices) > 2:
+        for pair, rest, words in ((slice(-2, None), -3, ("biggest", "largest")), (slice(2), 2, ("smallest",))):
+            area = sorted((objects[areas[pair][-1 if rest == 2 else 0]].area, objects[areas[rest]].area))
+            radius = sorted((objects[radii[pair][-1 if rest == 2 else 0]].radius, objects[radii[rest]].radius))
+            if set(areas[pair]) == set(radii[pair]) and area[1] > 1.35 * area[0] and radius[1] > 1.15 * radius[0]:
+                add("several", [f"the two {word} {_plural(noun)}" for word in words], "referring", None, areas[pair])
 
 
 def _add_extremes(add, noun, indices, objects, centers, extent):
@@ -399,6 +544,33 @@ def _add_extremes(add, noun, indices, objects, centers, extent):
         clear = abs(centers[first][axis] - centers[second][axis]) > 0.05 * extent[axis]
         if clear and edges[first] == max(edges.values()):
             add("extreme", [f"the {word} {noun}"], "referring", None, [first])
+            before, after = SIDES[word]
+            nouns = (noun, "thing") if noun == "object" else (noun,)
+            add("side", [f"the {n} {after}" for n in nouns] + [f"the {before} {noun}"], "referring", None, [first])
+
+
+def _add_ordinals(add, noun, indices, centers, extent):
+    """ "the second circle from the left", where the order is clear up to the one after it."""
+    for axis, sign, side in ((0, 1, "left"), (0, -1, "right"), (1, 1, "top"), (1, -1, "bottom")):
+        order = sorted(indices, key=lambda i: sign * centers[i][axis])
+        gaps = [sign * (centers[b][axis] - centers[a][axis]) for a, b in zip(order, order[1:])]
+        for place, word in ((1, "second"), (2, "third")):
+            if place < len(order) and min(gaps[:place + 1]) > 0.05 * extent[axis]:
+                add("ordinal", [f"the {word} {noun} from the {side}"], "referring", None, [order[place]])
+
+
+def _add_corners(add, noun, indices, centers, extent):
+    """ "the circle in the top left corner": the only one in that quarter of the picture, and not near its middle."""
+    for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        place = {}  # how far from the corner, 0 to 1, along the worse axis
+        for i in indices:
+            share = [centers[i][axis] / extent[axis] for axis in (0, 1)]
+            place[i] = max(1 - share[0] if right else share[0], 1 - share[1] if below else share[1])
+        first, *others = sorted(place, key=place.get)
+        if place[first] < 0.4 and (not others or place[others[0]] > 0.55):
+            corner = f"{'bottom' if below else 'top'} {'right' if right else 'left'}"
+            add("corner", (f"the {noun} in the {corner} corner", f"the {corner} {noun}", f"the {noun} at the {corner}"),
+                "referring", None, [first])
 
 
 def _add_relations(add, named, centers, extent):
@@ -414,17 +586,88 @@ def _add_relations(add, named, centers, extent):
                     add("relation", [f"the {noun} {word} the {other}" for word in words], "referring", None, inside)
 
 
-def pick_phrases(objects, height, width, count, rng, must=None):
-    """`count` phrases for a scene, different ones while there are; `must`: an object that each must name."""
-    groups = [(PHRASE_SHARE[group], [phrase for phrase in phrases if must is None or must in phrase[3]])
-              for group, phrases in scene_phrases(objects, height, width).items()]
+def _add_sets(add, named, count):
+    """ "the circle and the star", "everything but the star". named: {noun: indices}, of `count` objects."""
+    said = {f"the {noun}" if len(indices) == 1 else f"the {_plural(noun)}": set(indices)
+            for noun, indices in named.items() if not noun.endswith("object")}
+    for first, a in said.items():
+        if len(a) < count:
+            rest = sorted(set(range(count)) - a)
+            add("but", [f"everything {word} {first}" for word in ("but", "except")], "semantic", None, rest)
+        for second, b in said.items():
+            if not a & b and first.count(" ") == second.count(" "):
+                add("and", [f"{first} and {second}"], "semantic", None, sorted(a | b))
+
+
+def _add_inside(add, named, objects):
+    """ "the star inside the ring": one object stands in the hole of the only ring of that name."""
+    within = {(i, j) for i, o in enumerate(objects) for j, ring in enumerate(objects) if ring.kind == "ring" and i != j
+              and np.hypot(o.x - ring.x, o.y - ring.y) + o.radius < 0.7 * ring.radius}
+    for noun, indices in [*named.items(), ("object", range(len(objects)))] if within else ():
+        for other, anchors in named.items():
+            inside = [i for i in indices if (i, anchors[0]) in within]
+            if len(anchors) == 1 and len(inside) == 1:
+                phrases = [f"the {noun} {word} the {other}" for word in ("inside", "in")]
+                add("inside", phrases, "referring", None, inside)
+
+
+def absent_phrases(objects, world, height, width, rng):
+    """Phrases for what is not in the scene: {kind of ABSENT: (phrase, task, label, ())}, one of each kind there is."""
+    there, kinds, colors = {(s.color, s.kind) for s in objects}, {s.kind for s in objects}, {s.color for s in objects}
+    nouns = {}
+    for color in world.colors:
+        for kind in world.shapes:
+            # training names no pair of NOVEL, else it would learn that there is none
+            if (color, kind) not in there | NOVEL:
+                of_kind = ("other color" if kind in kinds else "other shape" if color in colors else "neither")
+                nouns.setdefault(of_kind, []).append((color, kind))
+    found = {}
+    for of_kind, pairs in nouns.items():
+        color, kind = pairs[rng.integers(len(pairs))]
+        options = [f"{color} {kind}"] * 3 + [kind] * (kind not in kinds) + [f"{color} object"] * (color not in colors)
+        one, several = _forms(options[rng.integers(len(options))])
+        options = [one] * 4 + [*several, *(one.replace("the", f"the {w}") for w in (*EXTREMES, "large", "small"))]
+        if of_kind == "neither" and rng.random() < 0.3:
+            options = SHAPE_RIDDLES[kind] + COLOR_RIDDLES[color]
+        found[of_kind] = options[rng.integers(len(options))], "referring", None, ()
+    singles = [(noun, i) for i, s in enumerate(objects) for noun in (s.kind, f"{s.color} {s.kind}")
+               if sum(noun in (o.kind, f"{o.color} {o.kind}") for o in objects) == 1]
+    centers = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in objects]
+    wrong = [f"the {noun} {word} the {other}" for noun, i in singles for other, j in singles if i != j
+             for words, (axis, sign) in RELATIONS.items() for word in words
+             if sign * (centers[j][axis] - centers[i][axis]) > 0.12 * (width, height)[axis]]
+    if wrong:
+        found["relation"] = wrong[rng.integers(len(wrong))], "referring", None, ()
+    return {kind: found[kind] for kind in ABSENT if kind in found}
+
+
+def vocabulary(world):
+    """(names, words): words that name shapes, colours, sizes and places in phrases of a World, and all of its words."""
+    shapes = [*world.shapes, *(word for kind in world.shapes for word in SYNONYMS.get(kind, ())), "object", "shape"]
+    names = {*shapes, *map(_plural, shapes), *world.colors, *EXTREMES, "left", "right", "large", "small", "little",
+             "biggest", "largest", "smallest", "everything", "inside", "above", "below", "second", "third", "corner",
+             "bottom", "thing", "things", "except", *(fill for fill in ("striped", "dotted") if fill in world.fills)}
+    riddles = [text for kind in world.shapes for text in SHAPE_RIDDLES[kind]]
+    riddles += [text for color in world.colors for text in COLOR_RIDDLES[color]]
+    small = "a an the all every and but in at on of to from top two big one"
+    return tuple(sorted(names)), tuple(sorted(names | set(" ".join([small, *riddles]).split())))
+
+
+def pick_phrases(objects, height, width, count, rng, world, must=None, absent=0.0):
+    """`count` phrases for a scene, different ones while there are; `must`: an object that each must name; absent: the
+    share of those that name what is not there."""
+    groups = [(world.phrases[group], [phrase for phrase in phrases if must is None or must in phrase[3]])
+              for group, phrases in scene_phrases(objects, height, width).items() if group in world.phrases]
     groups = [(share, phrases) for share, phrases in groups if phrases]
     share = np.array([share for share, _ in groups])
     share /= share.sum()
     picked = []
     for _ in range(count):
         for _ in range(5):
-            options = groups[rng.choice(len(groups), p=share)][1]
+            if absent and rng.random() < absent:
+                options = list(absent_phrases(objects, world, height, width, rng).values())
+            else:
+                options = groups[rng.choice(len(groups), p=share)][1]
             choice = options[rng.integers(len(options))]
             if choice not in picked:
                 break

@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, LabelMaps, Mixture, hold_out, load_mixture, to_pixels, write_picture
+from data import TEMPLATES, Batches, LabelMaps, Mixture, hold_out, load_mixture, to_pixels, write_picture
 from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
@@ -51,9 +51,9 @@ from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, pe
 from model import PRESETS as MODEL_PRESETS
 from sample import (
     SCORE_BATCH, Segmenter, check_parts, check_ranges, checkpoint_file, contact_sheet_of, from_all_ranks,
-    one_rank_first, score_examples, setup_ranks,
+    one_rank_first, score_examples, setup_ranks, words_of,
 )
-from scenes import WORLDS
+from scenes import WORLDS, vocabulary
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
 from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_weights, write_tensors
 
@@ -373,6 +373,10 @@ def load_parts(args, device, dtype):
     start = args.init_from or args.mask_tokenizer
     model.frozen |= check_parts(start, model, mask_tokenizer, text_tokenizer, args.any_weights)
     model.config.hide = args.hide
+    if args.data in WORLDS and isinstance(model, LlamaSeg):
+        names, words = vocabulary(WORLDS[args.data])
+        model.config.names = names
+        model.config.words = tuple(sorted({*words, *words_of(" ".join(TEMPLATES).replace("{}", ""))}))
     if isinstance(model, LlamaSeg) and not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
     model.train().to(device)
@@ -461,7 +465,10 @@ def next_batch(run):
     ids = item.pop("ids")
     item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
     if "mask_tokens" not in item:  # in float32: in bfloat16 codes that lie close together would be mixed up
-        item["mask_tokens"] = run.segmenter.mask_tokenizer.encode(mask_to_image(item["masks"]))  # (b,M)
+        # phrases about one picture often have the same mask: each is encoded once
+        masks, places = torch.unique(item["masks"].flatten(1), dim=0, return_inverse=True)  # (n,m*m), (b,)
+        masks = masks.unflatten(1, item["masks"].shape[1:])
+        item["mask_tokens"] = run.segmenter.mask_tokenizer.encode(mask_to_image(masks))[places]  # (b,M)
     return {"text_ids": item["text_ids"], "pixels": to_pixels(item["pictures"]),  # (b/P,3,S,S)
             "mask_tokens": item["mask_tokens"], "hide_tokens": item["hide"] if run.args.hide else None,
             "background_weight": run.args.background_weight}, ids
