@@ -77,6 +77,7 @@ class VQGANConfig:
     codebook_size: int = 16384
     codebook_dim: int = 8
     norm_groups: int = 32  # LlamaGen: 32; narrower models need fewer
+    scales: tuple[int, ...] = ()  # sides of the token grids of MultiScaleVQ, coarse to fine
 
     def __post_init__(self):
         self.channel_mult = tuple(self.channel_mult)
@@ -227,6 +228,8 @@ class VQGAN(nn.Module):
     source: {"name", "sha256"} of the file that from_pretrained read.
     """
 
+    file_format = "vqgan"
+
     def __init__(self, config):
         super().__init__()
         self.source = None
@@ -293,7 +296,7 @@ class VQGAN(nn.Module):
         tensors = {name: w.to(dtype or w.dtype) for name, w in self.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{path}: not written, the weights are no longer finite: try a smaller learning rate")
-        write_tensors(path, tensors, header={"format": "vqgan", "config": json.dumps(asdict(self.config))})
+        write_tensors(path, tensors, header={"format": self.file_format, "config": json.dumps(asdict(self.config))})
 
     @classmethod
     def from_pretrained(cls, path):
@@ -308,7 +311,7 @@ class VQGAN(nn.Module):
         janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
         weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
         with reading(path, "a mask tokenizer"):
-            ours = header.get("format") == "vqgan"
+            ours = header.get("format") == cls.file_format
             config = vqgan_config(weights, json.loads(header["config"])["norm_groups"] if ours else 32)
             own = {name: w.to(torch.float32, copy=True) for name, w in weights.items()}  # can be trained
             model = build_from(lambda: cls(config), own, path, torch.float32)
@@ -316,7 +319,7 @@ class VQGAN(nn.Module):
         return model
 
 
-def vqgan_config(weights, norm_groups):
+def vqgan_config(weights, norm_groups, scales=()):
     """VQGANConfig, read off the tensors; LookupError or ValueError if they are another model's."""
     names = [name.split(".") for name in weights if name.startswith("encoder.conv_blocks.")]
     levels = range(len({name[2] for name in names}))
@@ -331,7 +334,134 @@ def vqgan_config(weights, norm_groups):
         channels=channels, channel_mult=mults("encoder"), decoder_mult=mults("decoder")[::-1],
         res_blocks=len({name[4] for name in names if name[2:4] == ["0", "res"]}),
         latent_channels=weights["encoder.conv_out.weight"].shape[0],
-        codebook_size=codebook_size, codebook_dim=codebook_dim, norm_groups=norm_groups)
+        codebook_size=codebook_size, codebook_dim=codebook_dim, norm_groups=norm_groups, scales=scales)
+
+# ---- multi-scale VQ, in the layout of VAR (models/vqvae.py, models/quant.py) ----------------------------------------
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Latents (B, C, h, h) as a sum over scales, coarse to fine: tokens of each scale describe what the coarser ones
+    left (residual quantization; Tian et al. 2024, "Visual Autoregressive Modeling", algorithms 1 and 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.scales = config.codebook_dim, config.scales
+        self.embedding = nn.Embedding(config.codebook_size, C)
+        self.phi = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(4))  # shared by the scales
+        # Scales lie between 0 and 1, and each takes the nearest of four ticks. Between two of ten scales rounding
+        # decides, so the ticks must be NumPy's, as in the official code.
+        ticks, last = np.linspace(1 / 3 / 4, 1 - 1 / 3 / 4, 4), max(1, len(self.scales) - 1)
+        self.phi_of = [int(np.argmin(np.abs(ticks - i / last))) for i in range(len(self.scales))]
+
+    def nearest(self, latents):
+        """Latents (B, C, s, s) -> the nearest rows of the codebook, as stored: code indices (B, s*s), raster order."""
+        with full_float32(latents.device.type):
+            z, codebook = latents.float().flatten(2).transpose(1, 2), self.embedding.weight.float()
+            return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)  # |z|^2 is shared by all rows
+
+    def contribution(self, tokens, scale_idx):
+        """Tokens (B, s*s) of a scale -> what it adds to the latents, (B, C, h, h)."""
+        s, side = self.scales[scale_idx], self.scales[-1]
+        z = self.embedding(tokens).transpose(1, 2).unflatten(2, (s, s))  # (B, C, s, s)
+        if s != side:
+            z = F.interpolate(z, (side, side), mode="bicubic")
+        return 0.5 * z + 0.5 * self.phi[self.phi_of[scale_idx]](z)
+
+    def encode(self, latents):
+        """Latents (B, C, h, h) -> tokens of all scales, (B, M)."""
+        tokens, rest = [], latents.float()
+        with full_float32(latents.device.type):
+            for scale_idx, s in enumerate(self.scales):
+                tokens.append(self.nearest(F.interpolate(rest, (s, s), mode="area")))  # of the same size: unchanged
+                rest = rest - self.contribution(tokens[-1], scale_idx)
+        return torch.cat(tokens, dim=1)
+
+    def sums(self, tokens):
+        """Tokens (B, M) -> latents (B, C, h, h) as known up to each scale, one after the other."""
+        total = 0
+        for scale_idx, part in enumerate(tokens.split([s * s for s in self.scales], dim=1)):
+            total = total + self.contribution(part, scale_idx)
+            yield total
+
+
+VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of VAR's 256 px models
+
+
+class MultiScaleVQ(VQGAN):
+    """VAR's tokenizer: the encoder and decoder of VQGAN around a MultiScaleQuantizer. Pictures are square.
+
+    M tokens, the sum of the squares of `scales`, coarse to fine, raster order within a scale.
+    """
+
+    file_format = "multi-scale vq"
+
+    def __init__(self, config):
+        super().__init__(config)
+        C = config.codebook_dim
+        self.quantize = MultiScaleQuantizer(config)
+        self.quant_conv, self.post_quant_conv = (nn.Conv2d(C, C, 3, padding=1) for _ in range(2))
+
+    @property
+    def scales(self):
+        return self.config.scales
+
+    def encode(self, images):
+        """(B, 3, H, W) float in [-1, 1] -> code indices int64 (B, M); ValueError if they are not of the last scale."""
+        latents = self.latents(images)
+        if latents.shape[2:] != (self.scales[-1],) * 2:
+            raise ValueError(f"pictures of {tuple(images.shape[2:])} give latents of {tuple(latents.shape[2:])}, the last "
+                             f"scale is {self.scales[-1]}")
+        return self.quantize.encode(latents)
+
+    def decode(self, tokens, grid=None):
+        """Code indices (B, M) -> (B, 3, H, W), clamped to [-1, 1] as VAR does."""
+        return self.decode_scales(tokens, last=True)[0]
+
+    def decode_scales(self, tokens, last=False):
+        """Code indices (B, M) -> a picture (B, 3, H, W) for each scale: what is known up to it. last: of it alone."""
+        return [self.decode_latents(latents).clamp(-1, 1)
+                for latents in list(self.quantize.sums(tokens))[-1 if last else 0:]]
+
+    def teacher_inputs(self, tokens):
+        """Code indices (B, M) -> what a transformer reads from the second scale on, (B, M - scales[0]**2, C): the
+        latents that the coarser scales decode to, at the size of the scale to come."""
+        sums = zip(self.quantize.sums(tokens), self.scales[1:])
+        return torch.cat([F.interpolate(latents, (s, s), mode="area").flatten(2) for latents, s in sums], 2).mT
+
+    @classmethod
+    def from_pretrained(cls, path, scales=None):
+        """Load VAR's vae_ch160v4096z32.pth or our own .safetensors, strictly, as float32, in eval mode.
+
+        scales: of an official file, which does not hold them; None: VAR_SCALES. Errors as VQGAN.from_pretrained.
+        """
+        path = Path(path)
+        weights = read_weights(path, lambda name: name != "quantize.ema_vocab_hit_SV")  # a statistic of the trainer
+        header = next(map(read_header, weight_files(path)), {})
+        with reading(path, "a multi-scale mask tokenizer"):
+            if header.get("format") == cls.file_format:
+                content = json.loads(header["config"])
+                config = vqgan_config(weights, content["norm_groups"], tuple(content["scales"]))
+            else:
+                weights = var_names(weights)
+                config = vqgan_config(weights, 32, tuple(scales or VAR_SCALES))
+            own = {name: w.to(torch.float32, copy=True) for name, w in weights.items()}
+            model = build_from(lambda: cls(config), own, path, torch.float32)
+        model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
+        return model
+
+
+def var_names(weights):
+    """Tensors of VAR's file under our names; a fused qkv becomes three views. Unknown names stay, to be reported."""
+    ours, last = {}, max(int(name.split(".")[2]) for name in weights if name.startswith("decoder.up."))
+    for name, w in weights.items():
+        name = re.sub(r"^encoder\.down\.", "encoder.conv_blocks.", name)
+        name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.conv_blocks.{last - int(level[1])}", name)
+        for official, own in ((".block.", ".res."), (".mid.block_1.", ".mid.0."), (".mid.attn_1.", ".mid.1."),
+                              (".mid.block_2.", ".mid.2."), (".quant_resi.qresi_ls.", ".phi.")):
+            name = name.replace(official, own)
+        for part, piece in zip("qkv", w.chunk(3)) if ".qkv." in name else [("", w)]:
+            ours[name.replace(".qkv.", f".{part}.")] = piece
+    return ours
 
 
 @torch.no_grad()
