@@ -56,7 +56,7 @@ DECODING = {"greedy": ("draft", "compiled"), "beam": ("beams",), "top-k": ("top_
 USUAL = {"draft": "auto", "compiled": False, "beams": 3, "top_k": 3, "top_p": 0.9, "temperature": 1.0, "seed": 0}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MOST_BYTES = 192_000_000  # of the pictures that are in memory together, with their masks
-SCORE_BATCH = 32  # examples decoded together; always the same ones, so that a stop or more ranks change no digit
+SCORE_BATCH = 32  # examples decoded together: the same ones after a stop or on more ranks, so that no digit changes
 
 
 # ---- the one path of inference -----------------------------------------------------------------------------
@@ -88,18 +88,15 @@ class Segmenter:
         janus = file.is_dir() or read_header(file).get("format") == "janusseg"
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
-            base = codes = file if file.is_dir() else encoder or WEIGHTS / model.frozen["mllm"]["name"]
-            text_tokenizer = JanusPrompt(base, model.config.siglip.image_tokens)
+            codes = file if file.is_dir() else encoder or WEIGHTS / model.frozen["mllm"]["name"]
+            text_tokenizer = JanusPrompt(codes, model.config.siglip.image_tokens)
         else:
-            base, codes = file.parent, file.with_name("mask_tokenizer.safetensors")
-            text_tokenizer = TextTokenizer(base / "text.model", model.config.siglip.text_length)
+            codes = file.with_name("mask_tokenizer.safetensors")
+            text_tokenizer = TextTokenizer(file.with_name("text.model"), model.config.siglip.text_length)
             if not codes.exists() and "mask_tokenizer" in model.frozen:
                 codes = WEIGHTS / model.frozen["mask_tokenizer"]["name"]
         mask_tokenizer = VQGAN.from_pretrained(mask_tokenizer or codes)
-        for part, tokenizer in (("mask_tokenizer", mask_tokenizer), ("text_tokenizer", text_tokenizer)):
-            if not any_weights and hasattr(tokenizer, "source"):  # Janus' text tokenizer is part of its directory
-                check_source(file, part, model.frozen, tokenizer.source)
-        check_fit(model.config, mask_tokenizer, text_tokenizer, base)
+        check_parts(file, model, mask_tokenizer, text_tokenizer, any_weights)
         model.to(device).eval().fuse()  # the weights are laid out for decoding
         return cls(model, mask_tokenizer.to(device), text_tokenizer)
 
@@ -167,15 +164,23 @@ def checkpoint_file(checkpoint=None):
     return path / "model.safetensors" if path.is_dir() and not (path / "config.json").is_file() else path
 
 
-def check_fit(config, mask_tokenizer, text_tokenizer, where):
-    """ValueError unless the tokenizers have the codes and text pieces that the model of `config` was made for."""
-    janus = isinstance(text_tokenizer, JanusPrompt)
+def check_parts(file, model, mask_tokenizer, text_tokenizer, any_weights):
+    """ValueError unless `model`, which `file` holds, was trained with these tokenizers, or with others that fit it
+    where any_weights allows them. Returns {part: {"name", "sha256"}} of the tokenizers."""
+    config, janus = model.config, isinstance(text_tokenizer, JanusPrompt)
+    sources = {"mask_tokenizer": mask_tokenizer.source}
+    if not janus:  # its text tokenizer is part of its directory
+        sources["text_tokenizer"] = text_tokenizer.source
+    for part, source in sources.items():
+        if not any_weights:
+            check_source(file, part, model.frozen, source)
     pieces = text_tokenizer.bpe.vocab_size if janus else text_tokenizer.model.vocab_size()
     most, codes = config.vocab_size if janus else config.siglip.vocab_size, mask_tokenizer.config.codebook_size
     fits = pieces <= most if janus else pieces == most  # Janus' table has rows to spare
     if codes != config.codebook_size or not fits:
-        raise ValueError(f"{where}: {codes} codes and {pieces} text pieces beside a model of {config.codebook_size} "
+        raise ValueError(f"{file}: {codes} codes and {pieces} text pieces beside a model of {config.codebook_size} "
                          f"and {most}: not of one training run")
+    return sources
 
 
 # ---- python sample.py: pictures to masks, or to words ------------------------------------------------------
@@ -186,19 +191,19 @@ def segment(args):
     pictures, prompts, records, broken = find_pictures(args.image), args.prompt or EXAMPLE_PROMPTS, [], []
     if (args.confidence or args.attention) and len(pictures) * len(prompts) > 1:
         raise BadUsage("--confidence and --attention are for one picture and one --prompt")
-    segmenter = load(args, args.device)
+    segmenter = load(args)
     segmenter.check(prompts)
     names = picture_names(pictures)
     stems = mask_stems(names, prompts)
     args.out.mkdir(parents=True, exist_ok=True)
     check_outputs(args, [os.path.join(args.out, f"{stem}-{kind}.png") for stem in stems for kind in KINDS], pictures)
     try:
-        for batch, first, asked in batches(pictures, prompts, broken):
+        for batch in batches(pictures, len(prompts), broken):
             images, inside, start = [image for _, image in batch], {}, time.perf_counter()
-            masks = segmenter.many(images, [asked] * len(batch), inside, **decoding(args))
-            ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(asked))
+            masks = segmenter.many(images, [prompts] * len(batch), inside, **decoding(args))
+            ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(prompts))
             for (i, image), of_image in zip(batch, masks):
-                for k, mask in enumerate(of_image, first):
+                for k, mask in enumerate(of_image):
                     stem, described = stems[i * len(prompts) + k], {"image": str(pictures[i]), "prompt": prompts[k]}
                     records.append(described | keep(args, f"{names[i]}: {prompts[k]}", stem, image, mask, ms))
             explain(args, segmenter, images[0], inside)
@@ -209,25 +214,21 @@ def segment(args):
     return 1 if broken else 0
 
 
-def batches(pictures, prompts, broken):
-    """Read the pictures; yield what is segmented together: ([(index, image), ...], index of the first prompt, prompts).
+def batches(pictures, count, broken):
+    """Read the pictures, each with `count` prompts; yield those that are segmented together, [(index, image), ...].
 
-    MOST_BYTES bounds pixels and masks: a picture that fills the memory alone is asked a few prompts at a time.
-    A picture that cannot be read is told, and its index goes to the list `broken`.
+    MOST_BYTES bounds their pixels and masks. A picture that cannot be read is told, and its index appended to `broken`.
     """
-    together, waiting = max(1, SCORE_BATCH // len(prompts)), []
+    together, waiting = max(1, SCORE_BATCH // count), []
     for i, source in enumerate(tqdm(pictures, desc="pictures", disable=len(pictures) <= together)):
         try:
-            waiting.append((i, read_picture(source)))
+            waiting.append((i, open_picture(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source)))
         except (ValueError, OSError) as error:
             tqdm.write(f"error: {printable(error)}", file=sys.stderr)
             broken.append(i)
-        pixels = sum(image.width * image.height for _, image in waiting)
-        full = len(waiting) == together or pixels * (3 + len(prompts)) >= MOST_BYTES
-        if waiting and (full or i + 1 == len(pictures)):
-            group = len(prompts) if len(waiting) > 1 else max(1, MOST_BYTES // pixels - 3)
-            for first in range(0, len(prompts), group):
-                yield waiting, first, prompts[first:first + group]
+        size = sum(image.width * image.height * (3 + count) for _, image in waiting)
+        if waiting and (len(waiting) == together or size >= MOST_BYTES or i + 1 == len(pictures)):
+            yield waiting
             waiting.clear()
 
 
@@ -259,28 +260,22 @@ def explain(args, segmenter, image, inside):
 
 def chat(args):
     """An answer in words for each picture; returns the exit code, 1 if pictures could not be read."""
-    pictures, segmenter, broken = find_pictures(args.image), load(args, args.device), []
+    pictures, segmenter, broken = find_pictures(args.image), load(args), []
     segmenter.check([args.chat])
     names = picture_names(pictures)
-    for batch, *_ in batches(pictures, [args.chat], broken):
+    for batch in batches(pictures, 1, broken):
         for i, image in batch:
             answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
             print(f"{printable(names[i])}: {answer}", flush=True)
     return 1 if broken else 0
 
 
-def load(args, device):
-    """The Segmenter that the flags ask for."""
-    segmenter = Segmenter.load(args.checkpoint, str(device), args.dtype, locate(args.encoder),
-                               locate(args.mask_tokenizer), args.any_weights)
-    codes = segmenter.model.config.codebook_size
-    if max(args.beams, args.top_k) > codes:
-        raise BadUsage(f"--beams and --top-k must be at most {codes}, the number of mask tokens to choose from")
-    return segmenter
+def load(args):
+    return Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
+                          args.any_weights)
 
 
 def decoding(args):
-    """What model.generate takes of the flags."""
     return {"decode": args.decode} | {name: getattr(args, name) for name in DECODING[args.decode]}
 
 
@@ -320,13 +315,6 @@ def mask_stems(names, prompts):
     return list(stems)
 
 
-def read_picture(source):
-    """The picture at a path, or the one that standard input holds for "-"."""
-    if source == "-":
-        source = io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None where it is closed
-    return open_picture(source)
-
-
 def check_outputs(args, files, inputs):
     """Raise, before the work, for an output that cannot be written or would overwrite an input or another output.
 
@@ -358,18 +346,11 @@ def overlay(image, mask):
     The object keeps its own colors. Of two colors beside each other at least one stands off from any object, and from
     any surroundings. The lines lie outside the object and are the thicker the larger the picture.
     """
-    faded = (0.4 * np.arange(256) + 0.6 * 255).round().astype(np.uint8)
-    line, result = 1 + max(image.size) // 300, Image.new("RGB", image.size)
-    for top in range(0, image.height, 256):  # strips: a large picture must not be in memory many times
-        pixels = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))).convert("RGB"))
-        above = min(top, 2 * line)  # the outline of a row depends on the rows beside it
-        near, rows = mask[top - above:top + 256 + 2 * line], slice(above, above + len(pixels))
-        white = grow(near, line)
-        black = grow(white, line)
-        strip = faded[pixels]
-        strip[black[rows]], strip[white[rows]] = 0, 255
-        strip[near[rows]] = pixels[near[rows]]
-        result.paste(Image.fromarray(strip), (0, top))
+    line, picture = 1 + max(image.size) // 300, image.convert("RGB")
+    white = grow(mask, line)
+    result = picture.point([round(0.4 * value + 0.6 * 255) for value in range(256)] * 3)
+    for color, where in (("black", grow(white, line)), ("white", white), (picture, mask)):
+        result.paste(color, None, Image.fromarray(where))
     return result
 
 
@@ -425,6 +406,15 @@ def setup_ranks(device_name):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def from_all_ranks(value):
+    """The value of each rank, in a list that all ranks get."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def one_rank_first():
     """The first rank of each machine runs the block before the others do, which then find the index that it wrote."""
@@ -443,34 +433,31 @@ def score(args):
     the default is part of NAME-SPLIT, see run_name. A killed run goes on when the same command is typed again.
     """
     rank, world_size, device = setup_ranks(args.device)
+    args.device = str(device)
     options = {name: getattr(args, name) for name in ("split_by", "classes") if getattr(args, name)}
     with one_rank_first():
         dataset = load_dataset(args.dataset, args.split, args.root, **options)
     count = min(args.count or len(dataset), len(dataset))
     if count == 0:
         raise ValueError(f"{args.dataset}:{args.split} has no examples")
-    segmenter = load(args, device)
+    segmenter = load(args)
     lines = [dataset.path] if isinstance(dataset, JSONLines) else []
     run = run_header(args, options, count, lines, segmenter)
     stem = args.out / run_name(args, run, len(dataset))
+    path, lock = Path(f"{stem}.jsonl"), stem.with_name(f".{stem.name}.lock")
     args.out.mkdir(parents=True, exist_ok=True)
-    check_outputs(args, [f"{stem}.{kind}" for kind in ("jsonl", "json", "png")], lines)
-    lock = stem.with_name(f".{stem.name}.lock")
+    check_outputs(args, [path, f"{stem}.json", f"{stem}.png"], lines)
     with only_one(lock) if rank == 0 else nullcontext():
-        predict_rest(segmenter, dataset, run, stem, args, rank, world_size)
+        predict_rest(segmenter, dataset, run, path, args, rank, world_size)
         if rank == 0:
-            records = collect(stem, run)
-            if len(records) != count:
-                raise ValueError(f"{stem}: {len(records)} of {count} examples are there: type the command again")
-            report(args, run, records, dataset, stem)
+            report(args, run, sorted(read_records(path)[1], key=lambda record: record["index"]), dataset, stem)
             lock.unlink()
 
 
 def run_header(args, options, count, lines, segmenter):
     """All that the numbers of a run depend on, and what they mean in words: records of another run are not its own."""
-    dtype = next(segmenter.model.parameters()).dtype
+    file, dtype = checkpoint_file(args.checkpoint), next(segmenter.model.parameters()).dtype
     same = {"draft", "compiled"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on them
-    file = checkpoint_file(args.checkpoint)
     classes = "every class" if args.classes == "all" else "the classes present in each picture"
     return {
         "dataset": printable(args.dataset), "split": args.split, **options, "root": args.root and printable(args.root),
@@ -499,27 +486,37 @@ def run_name(args, run, size):
     return "-".join([name, re.sub(r"[^\w+.-]+", "-", args.split), *(re.sub("[._]", "-", part) for part in more)])
 
 
-def predict_rest(segmenter, dataset, run, stem, args, rank, world_size):
-    """Predict the examples that OUT does not hold yet; each rank writes its share to a file of its own."""
-    if rank == 0:
-        collect(stem, run)
-    if world_size > 1:
-        dist.barrier()  # all ranks share out the same rest
-    done = read_records(f"{stem}.jsonl")[1] if os.path.exists(f"{stem}.jsonl") else []
-    predicted = {record["index"] for record in done if "broken" not in record}  # what was broken is tried again
-    batches = [range(i, min(i + SCORE_BATCH, run["count"])) for i in range(0, run["count"], SCORE_BATCH)]
-    batches = [batch for batch in batches if not predicted.issuperset(batch)][rank::world_size]
-    if batches:
-        mine = Path(f"{stem}.rank{rank}.jsonl")
-        write_lines(mine, run, [])
-        with open(mine, "a") as file:
-            for batch in tqdm(batches, desc=printable(stem.name), unit="batch", disable=rank > 0):
-                lines = score_batch(segmenter, dataset, batch, args)
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+def predict_rest(segmenter, dataset, run, path, args, rank, world_size):
+    """Predict the examples that the .jsonl at `path` lacks. The ranks share them, the first one writes them."""
+    batches = from_all_ranks(open_lines(path, run) if rank == 0 else None)[0]
+    with open(path, "a") if rank == 0 else nullcontext() as file:
+        # as many turns on each rank: in the last one some have no batch
+        for i in tqdm(range(rank, len(batches) + rank, world_size), desc=printable(path.stem), disable=rank > 0):
+            mine = score_batch(segmenter, dataset, batches[i], args) if i < len(batches) else []
+            lines = [json.dumps(record) + "\n" for records in from_all_ranks(mine) for record in records]
+            if rank == 0:
+                file.write("".join(lines))
                 file.flush()
-    if world_size > 1:
-        dist.barrier()
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def open_lines(path, run):
+    """Write the .jsonl of a run with what an earlier start left in it; returns the indices to predict, in batches.
+
+    ValueError for a file of another run.
+    """
+    done = {}
+    if path.exists():
+        header, records = read_records(path)
+        if header != run:
+            changed = [key for key in run if not isinstance(header, dict) or header.get(key) != run[key]]
+            raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
+        done = {record["index"]: record for record in records if "broken" not in record}  # those are tried again
+    with whole(path) as temporary, open(temporary, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *done.values()])
+    rest = [i for i in range(run["count"]) if i not in done]
+    return [rest[i:i + SCORE_BATCH] for i in range(0, len(rest), SCORE_BATCH)]
 
 
 def score_batch(segmenter, dataset, indices, args):
@@ -541,7 +538,12 @@ def score_batch(segmenter, dataset, indices, args):
     options = decoding(args)
     if "seed" in options:  # of each example alone: neither stops nor ranks nor the batch change what is drawn
         options["seed"] = [int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0]) for i, _ in examples]
-    masks = segmenter.many([e.image for _, e in examples], [[e.phrase] for _, e in examples], **options)
+    return records + score_examples(segmenter, examples, **options)
+
+
+def score_examples(segmenter, examples, **decoding):
+    """Masks of examples, [(index, Example), ...], against the truth at the pictures' own sizes; a record for each."""
+    masks, records = segmenter.many([e.image for _, e in examples], [[e.phrase] for _, e in examples], **decoding), []
     for (i, example), (mask,) in zip(examples, masks):
         intersection, union, _, ahd = SegmentationMetrics().update(mask, example.mask, ignore=example.ignore)
         records.append({"index": i, "id": example.id, "phrase": example.phrase, "task": example.task,
@@ -550,38 +552,18 @@ def score_batch(segmenter, dataset, indices, args):
     return records
 
 
-def collect(stem, run):
-    """Gather what the ranks wrote, in this run or before a stop, into one .jsonl; returns its records in order.
-
-    ValueError for a file of another run.
-    """
-    whole_run, parts, records = Path(f"{stem}.jsonl"), sorted(stem.parent.glob(f"{stem.name}.rank*.jsonl")), {}
-    for path in [whole_run, *parts] if whole_run.exists() else parts:
-        header, found = read_records(path)
-        if header != run:
-            changed = [key for key in run if not isinstance(header, dict) or header.get(key) != run[key]]
-            raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
-        records |= {record["index"]: record for record in found}
-    records = [records[i] for i in sorted(records)]
-    if parts:
-        write_lines(whole_run, run, records)
-    for part in parts:
-        part.unlink()
-    return records
-
-
-def write_lines(path, run, records):
-    """Write the lines of an evaluation under a temporary name, then rename it."""
-    with whole(path) as temporary, open(temporary, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *records])
+def contact_sheet_of(records, dataset, path):
+    """Write a PNG of the first examples: picture, predicted mask, truth."""
+    shown = [(record, dataset[record["index"]]) for record in records[:24]]
+    cells = [(e.phrase, [e.image, rle_decode(record.get("rle")), e.mask]) for record, e in shown]
+    contact_sheet(cells, path, headings=("picture", "predicted", "truth"))
 
 
 def report(args, run, records, dataset, stem):
     """Print the tables, write .json and .png; refuses where examples were skipped, unless asked."""
     say, good = lines_to(args), [record for record in records if "broken" not in record]
-    for record in records:
-        if "broken" in record:
-            print(f"broken: {printable(record['broken'])}", file=say)
+    for reason in (record["broken"] for record in records if "broken" in record):
+        print(f"broken: {printable(reason)}", file=say)
     skipped = len(records) - len(good)
     if not good or skipped and not args.allow_skipped:
         raise ValueError(f"{skipped} of {run['count']} examples are broken: no number without them; "
@@ -592,9 +574,7 @@ def report(args, run, records, dataset, stem):
     for keys in (("count", "mIoU", "cIoU", "gIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"),
                  [f"{name}@0.{d}" for d in range(5, 10) for name in ("mAHD", "count")]):
         print_table([{"": name} | {key: numbers[key] for key in keys} for name, numbers in tables.items()], say)
-    shown = [(record, dataset[record["index"]]) for record in good[:24]]
-    cells = [(e.phrase, [e.image, rle_decode(record.get("rle")), e.mask]) for record, e in shown]
-    contact_sheet(cells, f"{stem}.png", headings=("picture", "predicted", "truth"))
+    contact_sheet_of(good, dataset, f"{stem}.png")
     print(printable(f"wrote {stem}.jsonl, .json and .png"), file=say)
     for target in filter(None, (f"{stem}.json", args.json)):
         write_json(target, {**run, "skipped": skipped, **tables})
@@ -618,21 +598,17 @@ def print_table(rows, file, digits=4):
 def bench(args):
     """Measure the checkpoint on drawn test scenes, plain and drafted; a table and JSON."""
     check_outputs(args, [], [])
-    segmenter = load(args, args.device)
+    segmenter = load(args)
     if segmenter.padded:
         raise BadUsage(f"--bench measures a LlamaSeg, {args.checkpoint} is a Janus checkpoint")
-    model, device, dataset = segmenter.model, segmenter.device, load_dataset("scenes", "test")
+    device, dtype, dataset = segmenter.device, next(segmenter.model.parameters()).dtype, load_dataset("scenes", "test")
     examples = [dataset[i] for i in range(32)]
     text_ids = segmenter.text_tokenizer([e.phrase for e in examples]).to(device)
     pixels = segmenter.pixels([e.image for e in examples])
-
-    def generate(some, draft, stats):
-        return model.generate(text_ids[some], pixels[some], draft=draft, stats=stats)
-
     runs = [(batch, draft) for batch in (1, 8, 32) for draft in ("none", "jacobi", "hidden")]
-    rows = [bench_row(generate, segmenter.mask_tokenizer, device, *run) for run in tqdm(runs, desc="bench")]
+    rows = [bench_row(segmenter, text_ids, pixels, *run) for run in tqdm(runs, desc="bench")]
     head = {"model": str(args.checkpoint or "default"), "device": str(device),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+            "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in head.items()), file=lines_to(args))
     print_table(rows, lines_to(args), digits=2)
     print(json.dumps(head | {"rows": rows}), file=lines_to(args))
@@ -640,22 +616,22 @@ def bench(args):
         write_json(args.json, head | {"rows": rows})
 
 
-def bench_row(generate, mask_tokenizer, device, batch, draft, rounds=8):
-    """Medians of at most so many rounds of `generate(slice of 32 phrases, draft, stats)` and of the VQGAN, as a row."""
+def bench_row(segmenter, text_ids, pixels, batch, draft, rounds=8):
+    """Medians of at most so many rounds of decoding a batch and of the VQGAN, as a row. text_ids (32,L)."""
     measured = []
     for start in [0, *range(0, 32, batch)][:1 + rounds]:
-        stats = {}
-        tokens = generate(slice(start, start + batch), draft, stats)
-        begun = clock(device)
-        mask_tokenizer.decode(tokens)
-        measured.append(stats | {"vqgan_ms": 1000 * (clock(device) - begun)})
+        some, stats = slice(start, start + batch), {}
+        tokens = segmenter.model.generate(text_ids[some], pixels[some], draft=draft, stats=stats)
+        begun = clock(tokens.device)
+        segmenter.mask_tokenizer.decode(tokens)
+        measured.append(stats | {"vqgan_ms": 1000 * (clock(tokens.device) - begun)})
     middle = {key: float(np.median([np.mean(one[key]) for one in measured[1:]]))  # the first one warms up
               for key in ("prefill_ms", "decode_ms", "vqgan_ms", "passes", "mask_passes")}
     ms = middle["prefill_ms"] + middle["decode_ms"] + middle["vqgan_ms"]
     return {"batch": batch, "draft": draft, "prefill_ms": middle["prefill_ms"],
             "ms_per_pass": middle["decode_ms"] / middle["passes"], "passes_per_mask": middle["mask_passes"],
             "decode_ms": middle["decode_ms"], "vqgan_ms": middle["vqgan_ms"], "masks_per_s": 1000 * batch / ms,
-            "peak_gb": peak_memory(device) / 1e9}
+            "peak_gb": peak_memory(segmenter.device) / 1e9}
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -673,7 +649,6 @@ JOBS = {  # by the flag that asks for it: the function, and the flags that it re
 
 
 def make_parser():
-    """The flags, in groups."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("what to segment").add_argument
     add("--image", nargs="+", action="extend", metavar="PATH", help="files, folders, or - for standard input")
@@ -736,17 +711,22 @@ def check_flags(parser, args):
                                ("--confidence", args.confidence, ".png"), ("--attention", args.attention, ".png")):
         if file and Path(file).suffix.lower() != ending:
             parser.error(f"{flag} {file}: the name must end in {ending}")
-    for flag, value, least, most in (
-            ("--count", args.count, 1, 2**32 - 1), ("--beams", args.beams, 1, 2**32 - 1),
-            ("--top-k", args.top_k, 1, 2**32 - 1), ("--seed", args.seed, 0, 2**32 - 1),
-            ("--top-p", args.top_p, 1e-9, 1), ("--temperature", args.temperature, 0.001, 1000)):
-        if value is not None and not least <= value <= most:
-            parser.error(f"{flag} {value} must be from {least} to {most}")
+    check_ranges(parser, args, ("count beams top_k", 1, 2**32 - 1), ("seed", 0, 2**32 - 1), ("top_p", 1e-9, 1),
+                 ("temperature", 0.001, 1000))
+    return job
+
+
+def check_ranges(parser, args, *ranges):
+    """A usage error for a device that is not there, or for a value out of its range: (names, least, most)."""
+    for names, least, most in ranges:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                parser.error(f"--{name.replace('_', '-')} {value} must be from {least} to {most}")
     try:
         pick_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
-    return job
 
 
 def main(argv=None):

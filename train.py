@@ -43,13 +43,16 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, LabelMaps, Mixture, contact_sheet, hold_out, load_mixture, to_pixels, write_picture
-from metrics import Parser, SegmentationMetrics, parse_json, printable, regular, whole, write_json
+from data import Batches, LabelMaps, Mixture, hold_out, load_mixture, to_pixels, write_picture
+from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
-from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, pick_device, siglip_config
+from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, siglip_config
 from model import PRESETS as MODEL_PRESETS
-from sample import Segmenter, check_fit, one_rank_first, setup_ranks
+from sample import (
+    SCORE_BATCH, Segmenter, check_parts, check_ranges, checkpoint_file, contact_sheet_of, from_all_ranks,
+    one_rank_first, score_examples, setup_ranks,
+)
 from scenes import WORLDS
 from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
 from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_weights, write_tensors
@@ -83,7 +86,6 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
 
 
 def flags():
-    """The parser: the flags in groups."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (default: scenes)")
@@ -158,8 +160,11 @@ def parse_args(argv=None):
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{preset.siglip.image_size}")
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
+    args.init_from = args.init_from and checkpoint_file(args.init_from)
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
-    check_ranges(parser, args)
+    check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
+                                1, 9_999_999), ("lr clip background_weight epochs", 1e-9, 1e9),
+                 ("weight_decay warmup_steps", 0, 1e9), ("seed", 0, 2**32 - 1), ("workers", -1, 999))
     args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
     return args
 
@@ -182,22 +187,6 @@ def refuse_unread(parser, given, data):
             (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
         if holds:
             parser.check_read(given, job, vars(given).keys() - unread)
-
-
-def check_ranges(parser, args):
-    """A usage error for a value that is out of range."""
-    for names, least, most in (
-            ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep", 1, 9_999_999),
-            ("lr clip background_weight epochs", 1e-9, 1e9), ("weight_decay warmup_steps", 0, 1e9),
-            ("seed", 0, 2**32 - 1), ("workers", -1, 999)):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not least <= value <= most:
-                parser.error(f"--{name.replace('_', '-')} {value} must be from {least} to {most}")
-    try:
-        pick_device(args.device)
-    except ValueError as error:
-        parser.error(f"--device: {error}")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -225,7 +214,9 @@ def train(args, at_end):
         lr = learning_rate(step, args)
         sums[1] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)  # the norm before clipping
         sums[2] = len(stop)
-        mean_loss, grad_norm, stopping = mean_over_ranks(sums).tolist()  # the host waits here, once per step
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        mean_loss, grad_norm, stopping = (sums / run.world_size).tolist()  # the host waits here, once per step
         check_finite(mean_loss, grad_norm, seen, step, run.rank)  # before it reaches the weights
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -279,9 +270,9 @@ def set_up(args, at_end):
     records = read_log(args.out_dir / "log.jsonl")
     # mIoU for semantic sets, as the papers report them
     metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
-    # a stop or a kill left it out; the ranks must agree, and only the first one is sure to see the log
+    # a stop or a kill left it out; only the first rank is sure to see the log
     due = first_step and (first_step % args.eval_every == 0 or first_step == args.max_steps)
-    left_out = rank == 0 and due and not any(r["step"] == first_step and "cIoU" in r for r in records)
+    left_out = due and not any(r["step"] == first_step and "cIoU" in r for r in records)
     return SimpleNamespace(
         args=args, rank=rank, world_size=world_size, device=device, dtype=dtype, segmenter=segmenter, val_set=val_set,
         optimizers=optimizers, first_step=first_step, accumulation=batches.accumulation,
@@ -290,7 +281,7 @@ def set_up(args, at_end):
         log=at_end.enter_context(open(args.out_dir / "log.jsonl", "a", buffering=1)) if rank == 0 else None,
         bar=None, at_end=at_end, ideal_seconds=step_flops / world_size / peak_flops,
         metric=metric, best=max((r[metric] for r in records if r.get(metric) is not None), default=-1.0),
-        evaluation_left_out=mean_over_ranks(torch.tensor([float(left_out)], device=device)).item() > 0)
+        evaluation_left_out=from_all_ranks(left_out)[0])
 
 
 def parallel(run):
@@ -323,14 +314,6 @@ def on_signal(handler):
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def mean_over_ranks(value):
-    """Mean of a tensor over all ranks."""
-    if not dist.is_initialized():
-        return value
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
 
 
 def check_finite(loss, grad_norm, seen, step, rank):
@@ -386,12 +369,8 @@ def load_parts(args, device, dtype):
         text_tokenizer = JanusPrompt(args.encoder, model.config.siglip.image_tokens)
     else:
         text_tokenizer = TextTokenizer(args.text_tokenizer, model.config.siglip.text_length)
-    for part, tokenizer in (("mask_tokenizer", mask_tokenizer), ("text_tokenizer", text_tokenizer)):
-        if hasattr(tokenizer, "source"):  # Janus' text tokenizer is part of its directory
-            if args.init_from and not args.any_weights:
-                check_source(args.init_from, part, model.frozen, tokenizer.source)
-            model.frozen[part] = tokenizer.source
-    check_fit(model.config, mask_tokenizer, text_tokenizer, args.mask_tokenizer)
+    start = args.init_from or args.mask_tokenizer
+    model.frozen |= check_parts(start, model, mask_tokenizer, text_tokenizer, args.any_weights)
     model.config.hide = args.hide
     if isinstance(model, LlamaSeg) and not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
@@ -404,8 +383,6 @@ def load_parts(args, device, dtype):
 def load_model(args, dtype):
     """LlamaSeg or JanusSeg with new weights or those of --init-from, on the frozen parts of the preset."""
     preset, start = PRESETS[args.preset], args.init_from
-    if start and start.is_dir():
-        raise ValueError(f"{start}: a folder: give the model.safetensors in it")
     if isinstance(preset, JanusConfig):
         if start:
             return JanusSeg.from_pretrained(start, args.encoder, dtype, args.any_weights)
@@ -434,7 +411,6 @@ def load_data(args):
 
 
 def make_batches(args, segmenter, train_set, rank, world_size):
-    """The micro-batches of this rank."""
     config, mask_tokenizer, cached = segmenter.model.config, segmenter.mask_tokenizer, None
     mask_size = config.mask_grid * mask_tokenizer.config.downsample
     if args.mask_tokens:
@@ -511,21 +487,20 @@ def open_run(args, segmenter, optimizers, rank):
     if rank == 0 and (not goes_on if run_is_here else model_is_here):
         raise FileExistsError(f"{args.out_dir} holds a run or a model, which this run would overwrite: --resume auto "
                               "goes on with a run, --out-dir starts elsewhere")
-    done, damaged = 0, {}
+    done, damaged = 0, []
     for path in paths:
         try:
             done = load_checkpoint(path, segmenter.model, optimizers, args)
             break
         except Damaged as error:
-            damaged[path] = error
-    if damaged and done == 0:
-        raise damaged[path]
-    # without a common file system the ranks may have found different ones
-    if mean_over_ranks(torch.tensor(float(done), device=segmenter.device)).item() != done:
+            if path == paths[-1]:
+                raise
+            say(f"{error}: set aside as {path.name}.damaged")
+            damaged.append(path)
+    if len(set(from_all_ranks(done))) > 1:  # without a common file system they may have found different ones
         raise ValueError(f"{args.out_dir}: the ranks found checkpoints of different steps: give all the same files")
     if rank == 0:
-        for broken, error in damaged.items():
-            say(f"{error}: set aside as {broken.name}.damaged")
+        for broken in damaged:
             broken.rename(f"{broken}.damaged")
         later = [path for path in saved_steps(args.out_dir) if step_of(path) > done]
         if later:  # the run would end with fewer steps than there are now, and lose what it saves to --keep
@@ -554,7 +529,6 @@ def fill_folder(args, text_tokenizer, done):
 
 
 def write_whole(path, content):
-    """Write bytes to a file."""
     with whole(path) as temporary:
         temporary.write_bytes(content)
 
@@ -565,7 +539,6 @@ def saved_steps(out_dir):
 
 
 def step_of(path):
-    """Optimizer steps that a checkpoint has done."""
     return int(path.stem.removeprefix("checkpoint-"))
 
 
@@ -604,9 +577,6 @@ def load_checkpoint(path, model, optimizers, args):
                 raise ValueError(f"{broken} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         run, step, frozen = state["run"], state["step"], state["frozen"]
-        if not (isinstance(run, dict) and type(step) is int and step > 0 and isinstance(state["model"], dict)
-                and all(part["sha256"] for part in frozen.values())):
-            raise ValueError("its contents are not those of a run")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise Damaged(f"{path}: not a whole checkpoint of train.py ({type(error).__name__}: {error!s:.200})") from None
     other = [f"--{name.replace('_', '-')} {run[name]}, not {getattr(args, name)}" for name in SAME_RUN
@@ -621,22 +591,11 @@ def load_checkpoint(path, model, optimizers, args):
     try:
         model.load_trained_state(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            check_moments(optimizer, saved)
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({error!s:.200})") from None
     return step
-
-
-def check_moments(optimizer, saved):
-    """ValueError unless the moments of a saved optimizer have the shapes of the parameters, which PyTorch trusts."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, moments in saved["state"].items():
-        for name, w in moments.items():
-            if w.shape not in ((), parameters[index].shape) or not w.isfinite().all():
-                raise ValueError(f"{name} of parameter {index} is {tuple(w.shape)}, expected finite numbers of shape "
-                                 f"{tuple(parameters[index].shape)}")
 
 
 # ---- its parts: evaluation and log -----------------------------------------------------------------------
@@ -662,15 +621,16 @@ def evaluate_after(run, step):
     """Evaluate, log the scores, and keep the weights if they are the best. False if a signal ended it."""
     try:
         with on_signal(signal.default_int_handler):
-            total, by_task, cells = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
+            records = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
     except KeyboardInterrupt:
         say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
         return False
+    total, by_task = add_up(records)
     scores = total.compute()
     if run.log:
         tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
         run.log.write(json.dumps({"step": step, **scores, "tasks": tasks}) + "\n")
-        contact_sheet(cells, run.args.out_dir / f"grid-{step:06d}.png", headings=("picture", "predicted", "truth"))
+        contact_sheet_of(records, run.val_set, run.args.out_dir / f"grid-{step:06d}.png")
         shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
         say(f"step {step}: {' '.join(shown)}")
         if (scores[run.metric] or 0.0) > run.best:
@@ -679,51 +639,32 @@ def evaluate_after(run, step):
     return True
 
 
-def evaluate(segmenter, dataset, count, rank=0, world_size=1, batch_size=32):
-    """Greedy masks of `count` examples, evenly spread over the data set, against the truth at the pictures' own sizes.
+def evaluate(segmenter, dataset, count, rank=0, world_size=1):
+    """Greedy masks of `count` examples, evenly spread over the data set: a record for each, as sample.py scores it.
 
-    The ranks share them and all get the whole result: (SegmentationMetrics, {task: SegmentationMetrics}, cells for a
-    contact sheet: (phrase, [picture, predicted, truth])).
+    The ranks share them and all get all records.
     """
-    mine, cells, training = {}, [], segmenter.model.training
+    records, training = [], segmenter.model.training
     segmenter.model.eval()
     count = min(count, len(dataset))
     indices = [i * len(dataset) // count for i in range(count)][rank::world_size]
-    for start in tqdm(range(0, len(indices), batch_size), desc="evaluate", leave=False, disable=rank > 0):
-        examples = [dataset[i] for i in indices[start:start + batch_size]]
-        masks = segmenter.many([e.image for e in examples], [[e.phrase] for e in examples])
-        for example, (mask,) in zip(examples, masks):
-            mine.setdefault(example.task, SegmentationMetrics()).update(
-                mask, example.mask, label=example.label, id=example.id, ignore=example.ignore)
-            if len(cells) < 24:
-                cells.append((example.phrase, [example.image, mask, example.mask]))
+    for start in tqdm(range(0, len(indices), SCORE_BATCH), desc="evaluate", leave=False, disable=rank > 0):
+        records += score_examples(segmenter, [(i, dataset[i]) for i in indices[start:start + SCORE_BATCH]])
     segmenter.model.train(training)
-    parts = [mine]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, mine)
-    total, by_task = SegmentationMetrics(), {}
-    for task, metrics in [item for part in parts for item in part.items()]:
-        for sums in (total, by_task.setdefault(task, SegmentationMetrics())):
-            sums.merge(metrics)
-    return total, by_task, cells
+    return sum(from_all_ranks(records), [])
 
 
 def read_log(path):
     """The records of a log.jsonl, none if there is no such file. A last line without its end, as a killed run leaves
     it, is left out; ValueError for any other line that train.py does not write."""
     records = []
-    for number, line in enumerate(regular(path).read_bytes().splitlines(True) if path.exists() else (), 1):
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else (), 1):
         try:
-            record = parse_json(line)
-            numbers = [record.get(name) or 0 for name in ("loss", "cIoU", "mIoU")]
-            if not (record["step"] > 0 and all(map(math.isfinite, numbers))):
-                raise ValueError
-        except (ValueError, TypeError, AttributeError, KeyError):
+            if line.endswith(b"\n"):
+                record = parse_json(line)
+                records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}: line {number} is not what train.py writes: remove it") from None
-        records.append(record)
     return records
 
 
@@ -809,7 +750,6 @@ def on_meta(args):
 
 
 def describe(args):
-    """The hyper-parameters in words."""
     length = f"{args.epochs:g} epochs" if args.max_steps is None else f"{args.max_steps} steps"
     names = ("batch_size", "optimizer", "lr", "betas", "weight_decay", "warmup_steps", "clip")
     return f"{args.data}, {length}, " + ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}" for name in names)
@@ -903,7 +843,6 @@ def main(argv=None):
 
 
 def job(args):
-    """Do what the flags ask for."""
     if args.print_config:
         if int(os.environ.get("RANK", 0)) == 0:  # once, not once per process of torchrun
             print_config(args)
