@@ -17,7 +17,7 @@ import struct
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -78,6 +78,7 @@ class VQGANConfig:
     codebook_dim: int = 8
     norm_groups: int = 32  # LlamaGen: 32; narrower models need fewer
     scales: tuple[int, ...] = ()  # sides of the token grids of MultiScaleVQ, coarse to fine
+    unit_latents: bool = False  # MultiScaleVQ: latents have unit length, as those of VQGAN; VAR's have not
 
     def __post_init__(self):
         self.channel_mult = tuple(self.channel_mult)
@@ -310,6 +311,8 @@ class VQGAN(nn.Module):
         weights = read_weights(path, lambda name: name.removeprefix(JANUS) != UNUSED)
         janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
         weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
+        if header.get("format") == MultiScaleVQ.file_format:
+            return MultiScaleVQ.from_pretrained(path)
         with reading(path, "a mask tokenizer"):
             ours = header.get("format") == cls.file_format
             config = vqgan_config(weights, json.loads(header["config"])["norm_groups"] if ours else 32)
@@ -319,7 +322,7 @@ class VQGAN(nn.Module):
         return model
 
 
-def vqgan_config(weights, norm_groups, scales=()):
+def vqgan_config(weights, norm_groups):
     """VQGANConfig, read off the tensors; LookupError or ValueError if they are another model's."""
     names = [name.split(".") for name in weights if name.startswith("encoder.conv_blocks.")]
     levels = range(len({name[2] for name in names}))
@@ -334,7 +337,7 @@ def vqgan_config(weights, norm_groups, scales=()):
         channels=channels, channel_mult=mults("encoder"), decoder_mult=mults("decoder")[::-1],
         res_blocks=len({name[4] for name in names if name[2:4] == ["0", "res"]}),
         latent_channels=weights["encoder.conv_out.weight"].shape[0],
-        codebook_size=codebook_size, codebook_dim=codebook_dim, norm_groups=norm_groups, scales=scales)
+        codebook_size=codebook_size, codebook_dim=codebook_dim, norm_groups=norm_groups)
 
 # ---- multi-scale VQ, in the layout of VAR (models/vqvae.py, models/quant.py) ----------------------------------------
 
@@ -353,34 +356,48 @@ class MultiScaleQuantizer(nn.Module):
         ticks, last = np.linspace(1 / 3 / 4, 1 - 1 / 3 / 4, 4), max(1, len(self.scales) - 1)
         self.phi_of = [int(np.argmin(np.abs(ticks - i / last))) for i in range(len(self.scales))]
 
+    @property
+    def codebook(self):
+        """The rows as stored, (K, C)."""
+        return self.embedding.weight
+
     def nearest(self, latents):
-        """Latents (B, C, s, s) -> the nearest rows of the codebook, as stored: code indices (B, s*s), raster order."""
+        """Latents (B, C, s, s) -> the nearest rows of the codebook: code indices (B, s*s), raster order."""
         with full_float32(latents.device.type):
-            z, codebook = latents.float().flatten(2).transpose(1, 2), self.embedding.weight.float()
+            z, codebook = latents.float().flatten(2).transpose(1, 2), self.codebook.float()
             return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)  # |z|^2 is shared by all rows
 
-    def contribution(self, tokens, scale_idx):
-        """Tokens (B, s*s) of a scale -> what it adds to the latents, (B, C, h, h)."""
-        s, side = self.scales[scale_idx], self.scales[-1]
-        z = self.embedding(tokens).transpose(1, 2).unflatten(2, (s, s))  # (B, C, s, s)
-        if s != side:
-            z = F.interpolate(z, (side, side), mode="bicubic")
+    def lookup(self, tokens, scale_idx):
+        """Tokens (B, s*s) of a scale -> their rows (B, C, s, s)."""
+        return self.embedding(tokens).transpose(1, 2).unflatten(2, (self.scales[scale_idx],) * 2)
+
+    def contribution(self, z, scale_idx):
+        """Rows (B, C, s, s) of a scale -> what they add to the latents, (B, C, h, h)."""
+        if z.shape[-1] != self.scales[-1]:
+            z = F.interpolate(z, (self.scales[-1],) * 2, mode="bicubic")
         return 0.5 * z + 0.5 * self.phi[self.phi_of[scale_idx]](z)
+
+    def rests(self, latents, quantized=True):
+        """Latents (B, C, h, h) -> what is left for each scale, (B, C, s, s), one after the other. quantized: what the
+        scales before it took away is rows of the codebook, else all that their size can hold."""
+        rest = latents.float()
+        for scale_idx, s in enumerate(self.scales):
+            z = F.interpolate(rest, (s, s), mode="area")  # of the same size: unchanged
+            yield z
+            if quantized:
+                z = self.lookup(self.nearest(z), scale_idx)
+            rest = rest - self.contribution(z, scale_idx)
 
     def encode(self, latents):
         """Latents (B, C, h, h) -> tokens of all scales, (B, M)."""
-        tokens, rest = [], latents.float()
         with full_float32(latents.device.type):
-            for scale_idx, s in enumerate(self.scales):
-                tokens.append(self.nearest(F.interpolate(rest, (s, s), mode="area")))  # of the same size: unchanged
-                rest = rest - self.contribution(tokens[-1], scale_idx)
-        return torch.cat(tokens, dim=1)
+            return torch.cat([self.nearest(z) for z in self.rests(latents)], dim=1)
 
     def sums(self, tokens):
         """Tokens (B, M) -> latents (B, C, h, h) as known up to each scale, one after the other."""
         total = 0
         for scale_idx, part in enumerate(tokens.split([s * s for s in self.scales], dim=1)):
-            total = total + self.contribution(part, scale_idx)
+            total = total + self.contribution(self.lookup(part, scale_idx), scale_idx)
             yield total
 
 
@@ -397,20 +414,48 @@ class MultiScaleVQ(VQGAN):
 
     def __init__(self, config):
         super().__init__(config)
-        C = config.codebook_dim
+        C, latent_channels = config.codebook_dim, config.latent_channels  # the same in VAR's file
         self.quantize = MultiScaleQuantizer(config)
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(C, C, 3, padding=1) for _ in range(2))
+        self.quant_conv = nn.Conv2d(latent_channels, C, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(C, latent_channels, 3, padding=1)
 
     @property
     def scales(self):
         return self.config.scales
 
+    @classmethod
+    def from_plain(cls, vqgan, scales):
+        """Around the encoder and decoder of a VQGAN. Codebook and phi are to be learned: phi adds its input as it is."""
+        model = cls(replace(vqgan.config, scales=scales, unit_latents=True))
+        state = {name: w for name, w in vqgan.state_dict().items() if not name.startswith("quantize.")}
+        for name in ("quant_conv.weight", "post_quant_conv.weight"):
+            state[name] = F.pad(state[name], (1, 1, 1, 1))  # 1x1 -> 3x3
+        model.load_state_dict(state, strict=False)
+        for phi in model.quantize.phi:
+            nn.init.dirac_(phi.weight)
+            nn.init.zeros_(phi.bias)
+        return model
+
+    def latents(self, images):
+        z = super().latents(images)
+        return F.normalize(z, dim=1) if self.config.unit_latents else z
+
+    def forward(self, images, noise=None):
+        """One training pass as VQGAN.forward, of codebook, phi and decoder: the encoder stays. The quantizer's loss is
+        VAR's, the mean over scales of how far off the latents are that are known up to it."""
+        with torch.no_grad():
+            z = self.latents(images)
+            tokens = self.quantize.encode(z)
+        sums = list(self.quantize.sums(tokens))
+        loss = sum(F.mse_loss(latents.float(), z) for latents in sums) / len(sums)
+        return self.decode_latents(sums[-1]), loss
+
     def encode(self, images):
         """(B, 3, H, W) float in [-1, 1] -> code indices int64 (B, M); ValueError if they are not of the last scale."""
         latents = self.latents(images)
         if latents.shape[2:] != (self.scales[-1],) * 2:
-            raise ValueError(f"pictures of {tuple(images.shape[2:])} give latents of {tuple(latents.shape[2:])}, the last "
-                             f"scale is {self.scales[-1]}")
+            raise ValueError(f"pictures of {tuple(images.shape[2:])} px have latents of {tuple(latents.shape[2:])}, the "
+                             f"last scale is {self.scales[-1]}")
         return self.quantize.encode(latents)
 
     def decode(self, tokens, grid=None):
@@ -440,10 +485,11 @@ class MultiScaleVQ(VQGAN):
         with reading(path, "a multi-scale mask tokenizer"):
             if header.get("format") == cls.file_format:
                 content = json.loads(header["config"])
-                config = vqgan_config(weights, content["norm_groups"], tuple(content["scales"]))
+                config = replace(vqgan_config(weights, content["norm_groups"]), scales=tuple(content["scales"]),
+                                 unit_latents=content["unit_latents"])
             else:
                 weights = var_names(weights)
-                config = vqgan_config(weights, 32, tuple(scales or VAR_SCALES))
+                config = replace(vqgan_config(weights, 32), scales=tuple(scales or VAR_SCALES))
             own = {name: w.to(torch.float32, copy=True) for name, w in weights.items()}
             model = build_from(lambda: cls(config), own, path, torch.float32)
         model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
@@ -596,22 +642,27 @@ def crop_masks(masks, size):
     return torch.stack(crops)
 
 
-def k_means(points, count, start=None):
-    """Spherical k-means of unit vectors (n, C) -> (count, C): a codebook without dead rows to begin with.
+def k_means(points, count, start=None, unit=True):
+    """k-means of vectors (n, C) -> (count, C): a codebook without dead rows to begin with.
 
-    start: (count, C) to begin with, so that a row keeps its meaning; default: random points.
+    start: (count, C) to begin with, so that a row keeps its meaning; default: random points. unit: of unit vectors, on
+    the sphere.
     """
+    def normal(x):
+        return F.normalize(x, dim=-1) if unit else x
+
     # most latents are plain background: without the unique() most rows would be spent on it
-    points = F.normalize(torch.unique((points * 50).round(), dim=0).float(), dim=-1)
+    points = normal(torch.unique((points * 50).round(), dim=0).float() / 50)
     if len(points) < count:
         raise ValueError(f"{len(points)} different latents cannot fill a codebook of {count}: train longer first")
     centers = points[torch.randperm(len(points))[:count]] if start is None else start
     for _ in range(25):
-        nearest = torch.cat([(chunk @ centers.T).argmax(-1) for chunk in points.split(8192)])
+        lengths = centers.pow(2).sum(-1)
+        nearest = torch.cat([(lengths - 2 * chunk @ centers.T).argmin(-1) for chunk in points.split(8192)])
         sums = torch.zeros_like(centers).index_add_(0, nearest, points)
-        lost = sums.norm(dim=-1) < 1e-6
+        lost = torch.bincount(nearest, minlength=count) == 0 if not unit else sums.norm(dim=-1) < 1e-6
         sums[lost] = points[torch.randint(len(points), (int(lost.sum()),))]
-        centers = F.normalize(sums, dim=-1)
+        centers = normal(sums) if unit else sums / torch.bincount(nearest, minlength=count).clamp(min=1)[:, None]
     return centers
 
 
@@ -674,14 +725,17 @@ def train(args):
         (dataset,), val_set = hold_out([dataset])
     else:
         val_set = load_dataset(args.data, "val", args.root)
-    model = (VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)).to(args.device)
+    model = VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)
     left = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
     encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
+    if args.scales:
+        model, encoder_moved = MultiScaleVQ.from_plain(model, args.scales), True
+    model.to(args.device)
     try:
         with tqdm(total=sum(left.values()), smoothing=0.05) as bar:
             for phase in (phase for phase in left if left[phase]):
                 if encoder_moved:
-                    learned = bool(args.init_from) or phase == "decoder" and args.steps > 0
+                    learned = bool(args.init_from and not args.scales) or phase == "decoder" and args.steps > 0
                     model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args, learned))
                 encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
                 train_phase(model, dataset, val_set, phase, left, args, bar)
@@ -703,7 +757,8 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
     """One phase of `train`; saves and evaluates as it goes. Counts left[phase] down, and args.start up to the masks
     of the next phase or of a command that goes on."""
     bar.set_description(f"mask tokenizer, {phase}")
-    learning = [model.decoder, model.post_quant_conv] if phase == "decoder" else [model]
+    learning = [model] if phase != "decoder" and not model.config.scales else [model.decoder, model.post_quant_conv]
+    learning += [model.quantize] * (phase == "codes" and len(model.config.scales) > 0)
     model.requires_grad_(False)
     parameters = [p.requires_grad_(True) for module in learning for p in module.parameters()]
     # Muon takes matrices: a filter bank (out, in, 3, 3) is one of (out, in*9). The views share the weights' memory.
@@ -716,7 +771,7 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
     for step in range(steps):
         fraction = step / steps
         # Crops about the object, where there is something to learn; whole masks in the last third, with a codebook.
-        uncropped = phase != "free" and fraction > 2 / 3
+        uncropped = phase != "free" and fraction > 2 / 3 or len(model.config.scales) > 0
         count = args.batch_size if uncropped else args.batch_size * 2
         masks = mask_batch(dataset, args.size, position, count)
         position += count
@@ -749,12 +804,18 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
 @torch.no_grad()
 def fit_codebook(model, dataset, args, learned):
     """Codes 0 and 1 stay (VQGAN.flat_loss); the others are k-means of the other latents of --fit-masks masks, from the
-    codes there are if those are `learned`."""
+    codes there are if those are `learned`. Of MultiScaleVQ code 0 is the zero vector, for where nothing is left to say,
+    and the others are k-means of what is left for all scales."""
     rows = []
     for start in range(0, args.fit_masks, 20):
         masks = mask_batch(dataset, args.size, len(dataset) // 2 + start, 20).to(args.device)
-        rows.append(F.normalize(model.latents(mask_to_image(masks)), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
-    rows, codebook = torch.cat(rows).cpu(), model.quantize.codebook.cpu()
+        z = F.normalize(model.latents(mask_to_image(masks)), dim=1)
+        parts = model.quantize.rests(z, quantized=learned) if model.config.scales else [z]
+        rows += [part.permute(0, 2, 3, 1).flatten(0, 2).cpu() for part in parts]
+    rows, codebook = torch.cat(rows), model.quantize.codebook.cpu()
+    if model.config.scales:
+        others = k_means(rows[rows.norm(dim=-1) > 0.02], len(codebook) - 1, codebook[1:] if learned else None, False)
+        return torch.cat([torch.zeros_like(codebook[:1]), others])
     plain, others = codebook[:2], codebook[2:]
     edges = rows[(rows @ plain.T).max(-1).values < 0.99]
     return torch.cat([plain, k_means(edges, len(others), start=others if learned else None)])
@@ -780,11 +841,23 @@ def report(args):
 
     model, dataset = VQGAN.from_pretrained(args.mask_tokenizer), load_dataset(args.data, args.split, args.root)
     square, own, used, cells = evaluate(model, dataset, args.size, args.count)
+    after = {}  # total IoU after each scale
+    for indices in torch.arange(min(args.count, len(dataset))).split(32) if model.config.scales else ():
+        masks = mask_batch(dataset, args.size, int(indices[0]), len(indices))
+        with torch.inference_mode():
+            pictures = model.decode_scales(model.encode(mask_to_image(masks)))
+        for s, picture in zip(model.config.scales, pictures):
+            found = image_to_mask(picture)
+            after[s] = after.get(s, 0) + torch.stack([(found & masks).sum(), (found | masks).sum()])
+    after = {s: (intersection / union).item() for s, (intersection, union) in after.items()}
     print(f"{args.data}:{args.split}, {square['count']} masks, {used} of {model.config.codebook_size} codes used\n"
           f"at {args.size} x {args.size} px: {summary(square)}\nat the pictures' own sizes: {summary(own)}")
+    if after:
+        print("total IoU after each scale:", ", ".join(f"{s} x {s} {value:.4f}" for s, value in after.items()))
     contact_sheet(cells, args.out, headings=("picture", "mask", "reconstruction"))
     write_json(args.out.with_suffix(".json"), {"data": args.data, "split": args.split, "size": args.size,
-                                               "codes_used": used, "square": square, "own_size": own})
+                                               "codes_used": used, "square": square, "own_size": own,
+                                               "total IoU after each scale": after})
     print(f"wrote {args.out} and {args.out.with_suffix('.json')}")
 
 
@@ -798,7 +871,8 @@ def encode(args):
 
     model = VQGAN.from_pretrained(args.mask_tokenizer).to(args.device)
     dataset = load_mixture(args.data, "train", args.root)
-    count, length = len(dataset), (args.size // model.config.downsample) ** 2
+    count = len(dataset)
+    length = sum(s * s for s in model.config.scales) or (args.size // model.config.downsample) ** 2
     with whole(args.out) as temporary, open(temporary, "wb") as file:  # a memory map would end in SIGBUS on a full disk
         np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (count, length)})
         for start in tqdm(range(0, count, args.batch_size), desc="encode"):
@@ -851,6 +925,8 @@ def parse_args(argv=None):
 
     add = commands.choices["train"].add_argument
     add("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
+    add("--scales", type=scales, metavar="S,S,...", help="make a multi-scale tokenizer of the plain one of --init-from: "
+        "1,2,3,4,6,8 for 128 px; the encoder stays, so it takes no --free-steps")
     add("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
     add("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
     add("--decoder-steps", type=int, default=3000, help="steps of the decoder alone (default: 3000)")
@@ -885,6 +961,14 @@ def parse_args(argv=None):
     return parser, args
 
 
+def scales(text):
+    """ "1,2,4" -> (1, 2, 4); ValueError unless they grow."""
+    found = tuple(map(int, text.split(",")))
+    if not 0 < found[0] or any(a >= b for a, b in zip(found, found[1:])):
+        raise ValueError
+    return found
+
+
 def check_args(parser, args):
     """Error for values that a sub-command cannot use, and for an output that would overwrite another's file."""
     least = dict.fromkeys(("size", "batch_size", "fit_masks", "save_every", "count"), 1)
@@ -900,6 +984,11 @@ def check_args(parser, args):
     if args.command == "train" and args.out.exists() and not (
             args.init_from and args.init_from.exists() and args.out.samefile(args.init_from)):
         parser.error(f"--out {args.out}: there is such a file already: give another name, or it as --init-from too")
+    if args.command == "train" and args.scales:
+        if not args.init_from or args.free_steps:
+            parser.error("--scales needs --init-from FILE and --free-steps 0")
+        if args.size != 16 * args.scales[-1]:
+            parser.error(f"--scales {args.scales}: the last one is {args.size // 16} for masks of {args.size} px")
     if args.command == "eval" and args.data.startswith("jsonl:"):
         parser.check_read(args, f"--data {args.data}", vars(args).keys() - {"split"})
     if args.command == "encode" and args.out.with_suffix(".json").exists() and not args.out.exists():
