@@ -19,11 +19,9 @@ From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to deco
 
 import copy
 import math
-import re
 import resource
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weights import (
     WEIGHTS, build_from, check_config, check_source, compare_weights, fingerprint, read_config, read_own,
-    read_weights, write_weights,
+    read_weights, reading, write_weights,
 )
 
 # ---- LlamaSeg -------------------------------------------------------------------------------------------------------
@@ -53,8 +51,6 @@ class LlamaSegConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.mask_grid > self.siglip.image_size:  # no tensor depends on it
-            raise ValueError(f"mask_grid is {self.mask_grid}, expected at most image_size {self.siglip.image_size}")
 
     @property
     def mask_tokens(self):
@@ -97,12 +93,11 @@ class MaskWriter(nn.Module):
         tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the preset scenes does.
         background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
         look alike and background has one, so the likeliest token is background too often. Paper: 1.
-        ValueError for a wrong shape or index.
+        ValueError for a wrong shape.
         """
         B, M = text_ids.shape[0], self.config.mask_tokens
         if mask_tokens.shape != (B, M):
             raise ValueError(f"mask_tokens have shape {tuple(mask_tokens.shape)}, want ({B}, {M})")
-        check_indices("mask_tokens", mask_tokens, self.config.codebook_size)
         prefix = self.prefix(text_ids, pixels)
         inputs = self.mask_embedding(mask_tokens[:, :-1])  # (B,M-1,D): the last token predicts nothing
         if hide_tokens is not None:
@@ -117,9 +112,7 @@ class MaskWriter(nn.Module):
             parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
             losses = torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
             logits = None
-        if background_weight != 1.0:
-            losses = losses * torch.where(targets == 0, background_weight, 1.0)
-        return logits, losses.mean()
+        return logits, (losses * torch.where(targets == 0, background_weight, 1.0)).mean()
 
     def losses(self, hidden, targets):
         """hidden (n,D), targets (n,) -> logits (n,K), cross-entropy of each (n,) in float32."""
@@ -161,8 +154,8 @@ class MaskWriter(nn.Module):
         seeds = seed if isinstance(seed, list) else [seed] * B
         check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window,
                        compiled)
-        if draft == "auto":
-            draft = fastest_draft(self.config.hide, B, device)
+        if draft == "auto":  # hidden makes a longer prefill, which a CPU that is busy with a full batch feels
+            draft = "hidden" if self.config.hide and (device.type == "cuda" or B < 8) else "jacobi"
         window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1  # 1: a token per pass
         start = clock(device)
         logits, cache, guesses = self.prefill(text_ids, pixels, M - 1 + window, draft == "hidden" and window > 1)
@@ -171,12 +164,12 @@ class MaskWriter(nn.Module):
         if decode == "beam":
             tokens = decode_beam(self, logits, cache, beams)
         elif compiled:
-            shape = B, window, cache.length, guesses is None
+            shape = B, window, cache.length
             if shape not in self.decoders:
-                self.decoders[shape] = CompiledDecoder(self, cache, window, guesses is None)
-            tokens, mask_passes = self.decoders[shape].decode(logits, cache, guesses)
+                self.decoders[shape] = CompiledDecoder(self, cache, window)
+            tokens, mask_passes = self.decoders[shape].decode(cache, guesses)
         elif window > 1:
-            tokens, mask_passes = decode_drafted(self, logits, cache, window, guesses)
+            tokens, mask_passes = decode_drafted(self, cache, guesses, window)
         elif decode == "greedy":
             tokens = decode_plain(self, logits, cache)
         else:
@@ -191,21 +184,28 @@ class MaskWriter(nn.Module):
         return tokens
 
     def prefill(self, text_ids, pixels, more, guess=False):
-        """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses or None.
-        guess: read M - 1 hidden mask tokens in the same pass, which gives guesses (B,M) of all mask tokens at once."""
+        """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses (B,M).
+        guess: read M - 1 hidden mask tokens in the same pass, which gives guesses of all mask tokens at once. Without
+        it all but the first are -1. The first is the likeliest token."""
         sequence = prefix = self.prefix(text_ids, pixels)
-        B, prefix_length, D = prefix.shape
+        (B, prefix_length, D), M = prefix.shape, self.config.mask_tokens
         cache = self.new_cache(prefix, more)
         if guess:  # zeros, as hide_tokens makes them in forward: each token is guessed from prefix and place alone
-            sequence = torch.cat([prefix, prefix.new_zeros(B, self.config.mask_tokens - 1, D)], dim=1)
+            sequence = torch.cat([prefix, prefix.new_zeros(B, M - 1, D)], dim=1)
         hidden = self.llama(sequence, cache, self.blocks(text_ids, sequence.shape[1]))
         cache.position = prefix_length  # takes back the hidden mask tokens
-        guesses = self.head(hidden[:, prefix_length - 1:]).argmax(-1) if guess else None
-        return self.head(hidden[:, prefix_length - 1]).float(), cache, guesses
+        logits = self.head(hidden[:, prefix_length - 1]).float()
+        guesses = self.head(hidden[:, prefix_length - 1:]).argmax(-1) if guess else text_ids.new_full((B, M), -1)
+        guesses[:, 0] = logits.argmax(-1)
+        return logits, cache, guesses
 
     def new_cache(self, prefix, more):
-        """An empty KVCache for the prefix (B,T,D) and `more` tokens after it."""
-        return KVCache(self.config.llama, len(prefix), prefix.shape[1] + more, prefix.device, cache_dtype(prefix))
+        """An empty KVCache for the prefix (B,T,D) and `more` tokens after it. On a CPU it is in float32: attention to
+        one in bfloat16 takes six times as long there (LOG.md)."""
+        (B, T, _), device, dtype = prefix.shape, prefix.device, prefix.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return KVCache(self.config.llama, B, T + more, device, torch.float32 if device.type == "cpu" else dtype)
 
     def next_logits(self, embeddings, cache):
         """Feed embeddings (B,T,D) and return the logits (B,K) of the token after them, in float32."""
@@ -266,6 +266,7 @@ class LlamaSeg(MaskWriter):
         self.mask_embedding = nn.Embedding(K, D)
         self.llama = Llama(config.llama)
         self.head = nn.Linear(D, K, bias=False)
+        self.head_std = 0.2 / math.sqrt(D)  # states have length sqrt(D): logits of std 0.2, first loss ln(K) + 0.02
         self.init_weights(skip=() if encoder is None else set(encoder.modules()))
         self.encoder.requires_grad_(not config.freeze_encoders)
 
@@ -297,11 +298,6 @@ class LlamaSeg(MaskWriter):
                     nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(tower.layers)))
         for weight, std in ((self.boi, 0.02), (self.bom, 0.02), (self.head.weight, self.head_std)):
             nn.init.normal_(weight, std=std)
-
-    @property
-    def head_std(self):
-        """The head reads states of length sqrt(D): logits of std 0.2, so the first loss is ln(K) + 0.02."""
-        return 0.2 / math.sqrt(self.config.llama.width)
 
     @torch.no_grad()
     def init_mask_tokens(self, codebook):
@@ -370,9 +366,6 @@ class LlamaConfig:
         self.kv_heads = self.kv_heads or self.heads
         self.head_dim = self.head_dim or (self.width // self.heads if self.heads else 0)
         check_fields(self)
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}, or head_dim "
-                             f"{self.head_dim} is odd")
 
 
 def attention(q, k, v, causal, mask=None):
@@ -426,7 +419,8 @@ class KVCache:
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
                                   for _ in range(2))
         self.rope = rope_tables(torch.arange(length, device=device), config.head_dim, config.rope_theta)
-        self.blocks = None  # (B,length) block id of each token, see Llama.forward; None: its position
+        self.blocks = torch.arange(length, device=device).repeat(batch, 1)  # block ids (B,length), see Llama.forward
+        self.causal = True  # they are the positions
         self.length, self.position = length, 0
 
     def update(self, layer, k, v, slots=None):
@@ -443,30 +437,20 @@ class KVCache:
         values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
         return keys[:len(slots)], values[:len(slots)]
 
-    def update_blocks(self, blocks):
-        """Write block ids (B,T) at `position`; return those of all slots (B,length). None, if all are positions."""
-        if blocks is not None:
-            if self.blocks is None:
-                self.blocks = torch.arange(self.length, device=blocks.device).repeat(len(blocks), 1)
-            self.blocks[:, self.position:self.position + blocks.shape[1]] = blocks
-        return self.blocks
-
     def tensors(self):
         """All that a pass changes."""
-        return [*self.keys, *self.values, *([] if self.blocks is None else [self.blocks])]
+        return [*self.keys, *self.values, self.blocks]
 
     def repeat(self, n):
         """From now on every row stands n times in a row (the beams of one example)."""
         self.keys, self.values = ([x.repeat_interleave(n, dim=0) for x in part] for part in (self.keys, self.values))
-        if self.blocks is not None:
-            self.blocks = self.blocks.repeat_interleave(n, dim=0)
+        self.blocks = self.blocks.repeat_interleave(n, dim=0)
 
     def copy_rows(self, sources, targets, start=0):
         """The rows `targets` go on from what `sources` hold; tokens before `start` must be common to both."""
         for x in self.keys + self.values:
             x[targets, :, start:] = x[sources, :, start:]
-        if self.blocks is not None:
-            self.blocks[targets] = self.blocks[sources]
+        self.blocks[targets] = self.blocks[sources]
 
 
 class LlamaAttention(nn.Module):
@@ -475,12 +459,10 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.widths = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.width, width, bias=False) for width in self.widths)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
         self.qkv_proj = None  # stands for the first three after Llama.fuse
-        self.widths = [layer.out_features for layer in (self.q_proj, self.k_proj, self.v_proj)]
 
     def queries_keys_values(self, x, rope):
         """x (B,T,D) -> rotated q (B,nh,T,hd) and k (B,nkv,T,hd), and v (B,nkv,T,hd)."""
@@ -543,7 +525,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.recompute = config, False
+        self.config, self.recompute, self.fused = config, False, False
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -571,31 +553,26 @@ class Llama(nn.Module):
 
     def context(self, embeddings, cache=None, blocks=None, slots=None):
         """What all layers of a pass share: where its tokens stand, and, decided here alone, what they see."""
-        B, T, _ = embeddings.shape
-        device, start = embeddings.device, 0 if cache is None else cache.position
+        (B, T, _), start = embeddings.shape, 0
         if cache is None:
-            rope = rope_tables(torch.arange(T, device=device), self.config.head_dim, self.config.rope_theta)
+            rope = rope_tables(torch.arange(T, device=embeddings.device), self.config.head_dim, self.config.rope_theta)
+            causal, keys, queries = blocks is None, blocks, blocks  # block ids of what is looked at, and of who looks
         elif slots is not None:
-            positions = torch.arange(cache.length, device=device).expand(B, -1)
-            blocks = positions if cache.blocks is None else cache.blocks[:B]
-            rope = [table[slots][:, None] for table in cache.rope]
-            mask = blocks[:, None, None, :] <= blocks.gather(1, slots)[:, None, :, None]  # (B,1,T,length)
-            return {"rope": rope, "cache": cache, "slots": slots, "causal": False, "mask": mask}
+            rope = [table[slots][:, None] for table in cache.rope]  # (B,1,T,hd)
+            causal, keys, queries = False, cache.blocks[:B], cache.blocks[:B].gather(1, slots)
         else:
-            if start + T > cache.length:
+            start, end = cache.position, cache.position + T
+            if end > cache.length:
                 raise ValueError(f"{start} + {T} tokens do not fit a KV cache of {cache.length}")
-            blocks = cache.update_blocks(blocks)
-            rope = [table[start:start + T] for table in cache.rope]
-        shared = {"rope": rope, "cache": cache, "slots": None}  # rope: cos and sin, (T,hd) or (B,1,T,hd)
-        if blocks is None and (start == 0 or T == 1):
+            if blocks is not None:
+                cache.blocks[:, start:end], cache.causal = blocks, False
+            rope = [table[start:end] for table in cache.rope]  # (T,hd)
+            causal, keys, queries = cache.causal, cache.blocks[:, :end], cache.blocks[:, start:end]
+        shared = {"rope": rope, "cache": cache, "slots": slots}
+        if causal and (start == 0 or T == 1):
             # Causal attention, for which PyTorch has a faster kernel. A single new token sees all.
             return {**shared, "causal": start == 0, "mask": None}
-        keys = torch.arange(start + T, device=device).expand(B, -1) if blocks is None else blocks[:, :start + T]
-        return {**shared, "causal": False, "mask": keys[:, None, None, :] <= keys[:, None, start:, None]}
-
-    @property
-    def fused(self):
-        return self.layers[0].self_attn.qkv_proj is not None
+        return {**shared, "causal": False, "mask": keys[:, None, None, :] <= queries[:, None, :, None]}  # (B,1,T,keys)
 
     def fuse(self):
         """Swap q, k and v for one linear layer, and gate and up for another, laid out for decoding. There is no way
@@ -606,6 +583,7 @@ class Llama(nn.Module):
             layer.self_attn.qkv_proj = fuse_linear(layer.self_attn, "q_proj", "k_proj", "v_proj")
             layer.self_attn.o_proj.weight.data = decoding_layout(layer.self_attn.o_proj.weight.data)
             layer.mlp.gate_up_proj = fuse_linear(layer.mlp, "gate_proj", "up_proj")
+        self.fused = True
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
@@ -673,7 +651,7 @@ def decode_beam(model, logits, cache, beams):
     return tokens.view(B, beams, M)[:, 0]
 
 
-def decode_drafted(model, logits, cache, window, guesses=None):
+def decode_drafted(model, cache, guesses, window):
     """Drafted greedy decoding: up to `window` tokens per pass -> mask tokens (B,M), passes of each mask.
 
     For one mask, until all M tokens are sure:
@@ -685,28 +663,18 @@ def decode_drafted(model, logits, cache, window, guesses=None):
     right as long as the guesses before them were, and one more. (Stern et al. 2018, "Blockwise Parallel Decoding";
     Santilli et al. 2023, Jacobi decoding.)
 
-    guesses (B,M), draft "hidden": what the model chose with all mask tokens hidden. None, draft "jacobi": the first
-    guess of a token is the one above it in the mask, for a mask resembles its row above.
+    guesses: (B,M), of which the first is sure. With draft "hidden", what the model chose with all mask tokens hidden;
+    with "jacobi", -1: the first guess of a token is the one above it in the mask, for a mask resembles its row above.
     In a batch each mask advances at its own pace, and a mask that is done leaves.
     """
-    B, M, device, prefix_length = len(logits), model.config.mask_tokens, logits.device, cache.position
-    # Sure tokens, then guesses, then room: a row near its end chooses beyond M, which nobody reads.
-    tokens = torch.zeros(B, M + window, dtype=torch.long, device=device)
-    if guesses is not None:
-        tokens[:, :M] = guesses
-    tokens[:, 0] = logits.argmax(-1)
-    # Of each row: how many tokens are sure, and below which place a token is at least the choice of an earlier pass.
-    sure = guessed = torch.ones(B, 1, dtype=torch.long, device=device)
-    result, passes = torch.empty(B, M, dtype=torch.long, device=device), [0] * B
+    B, M = guesses.shape
+    tokens = F.pad(guesses, (0, window), value=-1)  # room: a row near its end chooses beyond M, which nobody reads
+    sure = guesses.new_ones(B, 1)  # of each row: how many tokens are sure
+    result, passes = torch.empty_like(guesses), [0] * B
     masks, counts, width = list(range(B)), [1] * B, window  # of each row: its place in the batch, `sure` on the host
     while masks:
         width = min(width, M - min(counts))
-        chosen_at = sure + torch.arange(width, device=device)  # (rows,width): the tokens that this pass chooses
-        if guesses is None:
-            tokens.scatter_(1, chosen_at, guess_from_above(tokens, chosen_at, guessed, model.config.mask_grid))
-        right = verify(model, cache, tokens, chosen_at, prefix_length)
-        guessed = torch.maximum(guessed, sure + width)
-        sure = sure + right + 1
+        sure = drafted_pass(model, cache, tokens, sure, width)
         before, counts = sum(counts), sure.flatten().tolist()  # the host waits here, once per pass
         gained = (sum(counts) - before) / len(counts)
         width = min(window, max(window // 2, math.ceil(2 * gained) + 2))  # narrower where few were right; measured
@@ -716,9 +684,42 @@ def decode_drafted(model, logits, cache, window, guesses=None):
         if done:
             result[[masks[row] for row in done]] = tokens[done, :M]
             stay = leave(cache, len(masks), done)
-            tokens, sure, guessed = tokens[stay], sure[stay], guessed[stay]
+            tokens, sure = tokens[stay], sure[stay]
             masks, counts = [masks[row] for row in stay], [counts[row] for row in stay]
     return result, passes
+
+
+def drafted_pass(model, cache, tokens, sure, width):
+    """Steps 1 to 3: write `width` choices into each row of tokens (rows,M+window), from its place sure (rows,1) on;
+    return how many tokens are sure then, (rows,1). Of a row that is done, the choices are beyond M."""
+    M, grid = model.config.mask_tokens, model.config.mask_grid
+    places = sure.clamp(max=M) + torch.arange(width, device=sure.device)  # (rows,width): of the choices
+    # An unknown token is guessed from the nearest known one above it in the mask, as few rows up as lead there; in the
+    # first row of the mask, which has none above, from the last known token.
+    known = (tokens >= 0).sum(1, keepdim=True)
+    above = places - grid * ((places - known) // grid + 1)
+    above = torch.where(above < 0, known - 1, above)
+    guesses = tokens.gather(1, torch.where(places < known, places, above))
+    # Slot cache.position + t of the cache holds mask token t, and reading it chooses token t + 1. The last guess need
+    # not be read: whether it was right does not matter.
+    inputs = torch.cat([tokens.gather(1, places[:, :1] - 1), guesses[:, :-1]], dim=1)
+    hidden = model.llama(model.mask_embedding(inputs), cache, slots=cache.position + places - 1)
+    chosen = model.head(hidden).float().argmax(-1)  # (rows,width)
+    tokens.scatter_(1, places, chosen)
+    right = (guesses == chosen)[:, :-1].cumprod(1).sum(1, keepdim=True)  # before the first wrong one
+    return places[:, :1] + right + 1
+
+
+def leave(cache, count, done):
+    """Close the gaps that the rows `done` leave in a cache of `count` rows, each with the last row that goes on;
+    return the rows that go on, in their new order."""
+    rows = list(range(count))
+    for row in reversed(done):
+        rows[row] = rows[-1]
+        rows.pop()
+    moved = [row for row, source in enumerate(rows) if source != row]
+    cache.copy_rows([rows[row] for row in moved], moved)
+    return rows
 
 
 class CompiledDecoder:
@@ -731,40 +732,32 @@ class CompiledDecoder:
 
     @torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients
     @torch.no_grad()
-    def __init__(self, model, cache, window, from_above):
-        """cache: after a prefill of the shape to come. from_above: guess each token from the one above it."""
-        B, device, self.M = len(cache.keys[0]), cache.keys[0].device, model.config.mask_tokens
-        self.model, self.window, self.from_above, self.prefix_length = model, window, from_above, cache.position
-        self.cache = copy.deepcopy(cache)
+    def __init__(self, model, cache, window):
+        """cache: after a prefill of the shape to come."""
+        self.model, self.cache, self.window, self.M = model, copy.deepcopy(cache), window, model.config.mask_tokens
+        B, device = len(cache.blocks), cache.blocks.device
         self.tokens = torch.zeros(B, self.M + window, dtype=torch.long, device=device)
-        self.sure, self.guessed, self.passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(3))
+        self.sure, self.passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(2))
         self.step = torch.compile(self.one_pass, fullgraph=True, dynamic=False)
         if device.type == "cuda":
             self.step = cuda_graph(self.step, device)
 
     def one_pass(self):
-        """See decode_drafted for the algorithm and the names."""
-        chosen_at = self.sure + torch.arange(self.window, device=self.sure.device)  # (B,window)
-        if self.from_above:
-            guess = guess_from_above(self.tokens, chosen_at, self.guessed, self.model.config.mask_grid)
-            self.tokens.scatter_(1, chosen_at, guess)
-        right = verify(self.model, self.cache, self.tokens, chosen_at, self.prefix_length)
         self.passes += self.sure < self.M
-        self.guessed.copy_(torch.maximum(self.guessed, self.sure + self.window))
-        self.sure.copy_((self.sure + right + 1).clamp(max=self.M))
+        self.sure.copy_(drafted_pass(self.model, self.cache, self.tokens, self.sure, self.window))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def decode(self, logits, cache, guesses=None):
+    def decode(self, cache, guesses):
         """The arguments and results of decode_drafted."""
         for mine, theirs in zip(self.cache.tensors(), cache.tensors()):
             mine.copy_(theirs)
-        self.tokens[:, :self.M] = 0 if guesses is None else guesses
-        self.tokens[:, 0] = logits.argmax(-1)
-        self.sure.fill_(1), self.guessed.fill_(1), self.passes.fill_(0)
+        self.tokens.copy_(F.pad(guesses, (0, self.window), value=-1))
+        self.sure.fill_(1)
+        self.passes.zero_()
         for _ in range(self.M - 1):
             self.step()
-            if self.window > 1 and (self.sure == self.M).all():  # the host waits here, once per pass
+            if self.window > 1 and (self.sure >= self.M).all():  # the host waits here, once per pass
                 break
         return self.tokens[:, :self.M].clone(), self.passes.flatten().tolist()
 
@@ -782,38 +775,6 @@ def cuda_graph(step, device):
         with torch.cuda.graph(graph):
             step()
     return graph.replay
-
-
-def verify(model, cache, tokens, chosen_at, prefix_length):
-    """One pass: put the model's choices at chosen_at (rows,width) of `tokens` in place of the guesses; return how many
-    guesses were right before the first wrong one, (rows,1)."""
-    # Slot prefix_length + t of the cache holds mask token t, and reading it chooses token t + 1. The inputs are the
-    # last sure token and all guesses but the last. Whether the last guess was right does not matter: it was not read.
-    inputs, guesses = tokens.gather(1, chosen_at - 1), tokens.gather(1, chosen_at)
-    hidden = model.llama(model.mask_embedding(inputs), cache, slots=prefix_length + chosen_at - 1)
-    chosen = model.head(hidden).float().argmax(-1)  # (rows,width)
-    tokens.scatter_(1, chosen_at, chosen)
-    return (guesses == chosen)[:, :-1].cumprod(1).sum(1, keepdim=True)
-
-
-def guess_from_above(tokens, places, guessed, grid):
-    """The tokens at places (rows,width). From `guessed` (rows,1) on it is the nearest known token above in the mask;
-    in the first row of the mask, which has none above, the last known token."""
-    above = places - grid * ((places - guessed) // grid + 1)  # as few rows up as lead below `guessed`
-    above = torch.where(above < 0, guessed - 1, above)
-    return tokens.gather(1, torch.where(places < guessed, places, above))
-
-
-def leave(cache, count, done):
-    """Close the gaps that the rows `done` leave in a cache of `count` rows, each with the last row that goes on;
-    return the rows that go on, in their new order."""
-    rows = list(range(count))
-    for row in reversed(done):
-        rows[row] = rows[-1]
-        rows.pop()
-    moved = [row for row, source in enumerate(rows) if source != row]
-    cache.copy_rows([rows[row] for row in moved], moved)
-    return rows
 
 
 def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled):
@@ -846,14 +807,6 @@ def written_out_is_faster(q, k):
     return training and q.shape[2] <= 256 and k.shape[1] == q.shape[1]
 
 
-def cache_dtype(prefix):
-    """The dtype of a KV cache. Attention to a bfloat16 cache takes a CPU six times as long as to a float32 one."""
-    if prefix.device.type == "cpu":
-        return torch.float32
-    autocast = torch.is_autocast_enabled(prefix.device.type)
-    return torch.get_autocast_dtype(prefix.device.type) if autocast else prefix.dtype
-
-
 def decoding_layout(weight):
     """A matrix (out,in), by columns where a product with one vector reads it a fifth faster so: float32 on a CPU."""
     by_columns = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[0] >= weight.shape[1]
@@ -868,11 +821,6 @@ def fuse_linear(part, *names):
     fused = nn.Linear(*weight.shape[::-1], bias=False, device="meta")  # no memory for a weight that is replaced
     fused.weight = nn.Parameter(decoding_layout(weight), requires_grad=False)
     return fused
-
-
-def fastest_draft(trained_with_hiding, batch, device):
-    """Guessing all tokens at once makes a longer prefill, which a CPU that is busy with a full batch feels."""
-    return "hidden" if trained_with_hiding and (device.type == "cuda" or batch < 8) else "jacobi"
 
 
 def draft_window(draft, batch, device):
@@ -905,8 +853,6 @@ class SigLIPConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.gelu not in ("tanh", "none"):
-            raise ValueError(f"gelu is {self.gelu!r}, expected tanh or none")
         if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
             raise ValueError(f"vision_width {self.vision_width} or text_width {self.text_width} is no multiple of "
                              f"vision_heads {self.vision_heads} or text_heads {self.text_heads}")
@@ -987,7 +933,6 @@ class SigLIP(nn.Module):
             })
 
     def tower(self, name, last_norm, embeddings):
-        """Embeddings, blocks and a last norm, of the shape that the config has for the tower `name`."""
         c = self.config
         width, layers, heads, mlp = (getattr(c, f"{name}_{size}") for size in ("width", "layers", "heads", "mlp"))
         blocks = nn.ModuleList(SigLIPBlock(width, heads, mlp, c.norm_eps, c.gelu) for _ in range(layers))
@@ -1013,11 +958,9 @@ class SigLIP(nn.Module):
 
     def encode_text(self, text_ids):
         """text_ids (B,L) in [0, vocab_size), padded to L -> text tokens (B,L,D) after the final norm; ValueError."""
-        c = self.config
-        if text_ids.dim() != 2 or text_ids.shape[1] != c.text_length:
-            raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}, want (B, {c.text_length})")
-        check_indices("text_ids", text_ids, c.vocab_size)
-        model = self.text_model
+        L, model = self.config.text_length, self.text_model
+        if text_ids.dim() != 2 or text_ids.shape[1] != L:
+            raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}, want (B, {L})")
         x = model.embeddings.token_embedding(text_ids) + model.embeddings.position_embedding.weight  # (B,L,D)
         for layer in model.encoder.layers:
             x = layer(x)
@@ -1071,16 +1014,6 @@ def llama_config(hf, path):
         head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
         rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6),
     )
-
-
-@contextmanager
-def reading(path, expected):
-    """What a strange or damaged file makes its reader raise becomes a ValueError of one line with the file's name."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path}: expected {expected} ({reason.removeprefix(f'{path}: ')})") from None
 
 
 def check_fields(config):
@@ -1139,16 +1072,7 @@ PRESETS = {  # by name; mllm.py has its own
 }
 
 
-# ---- helpers: indices, clock, device, dtype -------------------------------------------------------------------------
-
-
-def check_indices(name, ids, size):
-    """ValueError if ids are outside [0, size). Reading a value would make the host wait for a GPU and break the graph
-    of torch.compile: there the embedding kernel itself stops at a bad index, with a less helpful message."""
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-        low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} has indices {low} .. {high}, want 0 .. {size - 1}")
+# ---- helpers: clock, memory, device, dtype --------------------------------------------------------------------------
 
 
 def clock(device):

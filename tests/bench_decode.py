@@ -62,10 +62,10 @@ def compare_drafts(count, dtype, compiled, device, batches=(1, 3, 32)):
     return rows
 
 
-def accepted_tokens(device, dtype):
-    """{draft: tokens per pass} of the embedded default on 32 drawn scenes, at batch 1's window."""
+def accepted_tokens(device, dtype, count):
+    """{draft: tokens per pass} of the embedded default on so many drawn scenes, at batch 1's window."""
     segmenter, dataset = Segmenter.load(None, str(device), dtype), load_dataset("scenes", "test")
-    examples, accepted = [dataset[i] for i in range(32)], {"none": 1.0}
+    examples, accepted = [dataset[i] for i in range(count)], {"none": 1.0}
     text_ids = segmenter.text_tokenizer([e.phrase for e in examples]).to(device)
     pixels = segmenter.pixels([e.image for e in examples])
     for draft in ("jacobi", "hidden"):

@@ -597,7 +597,7 @@ def official(tmp_path, monkeypatch):
             "--device", "cpu"]
 
 
-def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path, one_graph, capfdbinary):
+def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path, capfdbinary):
     out = tmp_path / "out"
     assert train.main([*official, "--out-dir", str(out)]) == 0
     names = {p.name for p in out.iterdir()}
@@ -621,14 +621,12 @@ def test_training_on_official_parts_keeps_them_apart(official, sample, tmp_path,
     assert done.returncode == 1 and b"trained with the mask tokenizer vq_ds16 (" in done.stderr
     assert sample("sample.py", *flags, *given, "--any-weights").returncode == 0
 
-    with one_graph():
-        more = ["--resume", "auto", "--max-steps", "8", "--compile", "--dtype", "bfloat16"]
-        assert train.main([*official, "--out-dir", str(out), *more]) == 0
-    assert max(losses(out)) == 8
+    assert train.main([*official, "--out-dir", str(out), "--resume", "auto", "--max-steps", "6"]) == 0
+    assert max(losses(out)) == 6
     capfdbinary.readouterr()
     new = ["--out-dir", tmp_path / "new", "--init-from", out / "model.safetensors"]
     for old in (["--out-dir", out, "--resume", "auto"], new):
-        again = [*official, *map(str, old), "--mask-tokenizer", str(other), "--max-steps", "9"]
+        again = [*official, *map(str, old), "--mask-tokenizer", str(other), "--max-steps", "7"]
         assert train.main(again) == 1
         assert b"trained with the mask tokenizer vq_ds16" in capfdbinary.readouterr().err
     assert train.main([*again, "--any-weights"]) == 0
@@ -756,10 +754,9 @@ def test_training_flops_are_those_of_palm():
     assert 0.5 < train.training_flops(model, 4) / train.training_flops(model, 1) < 1  # the picture is encoded once
 
 
-def test_activation_checkpointing_and_compiling_change_no_loss(small, tmp_path, one_graph):
+def test_activation_checkpointing_changes_no_loss(small, tmp_path):
     assert train.main(small(tmp_path / "a")) == 0
-    with one_graph():
-        assert train.main(small(tmp_path / "b", "--activation-checkpointing", "--compile")) == 0
+    assert train.main(small(tmp_path / "b", "--activation-checkpointing")) == 0
     a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert all(a[step] == pytest.approx(b[step], abs=1e-5) for step in a)
     whole, parts = (train.activation_bytes(train.PRESETS["llamaseg-b"], 32, recompute) for recompute in (False, True))
