@@ -81,7 +81,7 @@ class VQGANConfig:
     unit_latents: bool = False  # MultiScaleVQ: latents have unit length, as those of VQGAN; VAR's have not
 
     def __post_init__(self):
-        self.channel_mult = tuple(self.channel_mult)
+        self.channel_mult, self.scales = tuple(self.channel_mult), tuple(self.scales)
         self.decoder_mult = tuple(self.decoder_mult or self.channel_mult)
 
     @property
@@ -220,7 +220,9 @@ class VectorQuantizer(nn.Module):
 
 
 JANUS = "gen_vision_model."  # where a Janus-Pro checkpoint keeps its image tokenizer
-UNUSED = "quantize.codebook_used"  # a statistic of the official trainer, on which no output depends
+# statistics of the official trainers, on which no output depends
+UNUSED = ("quantize.codebook_used", "quantize.ema_vocab_hit_SV")
+MULTI = ("scales", "unit_latents")  # fields of VQGANConfig that MultiScaleVQ has
 
 
 class VQGAN(nn.Module):
@@ -228,8 +230,6 @@ class VQGAN(nn.Module):
 
     source: {"name", "sha256"} of the file that from_pretrained read.
     """
-
-    file_format = "vqgan"
 
     def __init__(self, config):
         super().__init__()
@@ -297,33 +297,38 @@ class VQGAN(nn.Module):
         tensors = {name: w.to(dtype or w.dtype) for name, w in self.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{path}: not written, the weights are no longer finite: try a smaller learning rate")
-        write_tensors(path, tensors, header={"format": self.file_format, "config": json.dumps(asdict(self.config))})
+        write_tensors(path, tensors, header={"format": "vqgan", "config": json.dumps(asdict(self.config))})
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path, scales=None):
         """Load a mask tokenizer, strictly, as float32, in eval mode; its sizes are read off the tensors.
 
         path: our own .safetensors; a released LlamaGen file (vq_ds16_c2i.pt, vq_ds16_t2i.pt) or one that the official
-        trainer wrote; a Janus-Pro checkpoint, whose tokenizer lies under `gen_vision_model.`; or a folder with one of
-        these, in one file or sharded. FileNotFoundError, or ValueError with one line that names file and tensor.
+        trainer wrote; a Janus-Pro checkpoint, whose tokenizer lies under `gen_vision_model.`; VAR's
+        vae_ch160v4096z32.pth, which is a MultiScaleVQ; or a folder with one of these, in one file or sharded.
+        scales: of VAR's file, which does not hold them (default: VAR_SCALES).
+        FileNotFoundError, or ValueError with one line that names file and tensor.
         """
         path = Path(path)
-        weights = read_weights(path, lambda name: name.removeprefix(JANUS) != UNUSED)
+        weights = read_weights(path, lambda name: name.removeprefix(JANUS) not in UNUSED)
         janus = {name.removeprefix(JANUS): w for name, w in weights.items() if name.startswith(JANUS)}
         weights, header = janus or weights, next(map(read_header, weight_files(path)), {})
-        if header.get("format") == MultiScaleVQ.file_format:
-            return MultiScaleVQ.from_pretrained(path)
         with reading(path, "a mask tokenizer"):
-            ours = header.get("format") == cls.file_format
-            config = vqgan_config(weights, json.loads(header["config"])["norm_groups"] if ours else 32)
+            more = json.loads(header["config"]) if header.get("format") == "vqgan" else {"norm_groups": 32}
+            if any(name.startswith("decoder.up.") for name in weights):
+                weights, more = var_names(weights), more | {"scales": scales or VAR_SCALES}
+            config = vqgan_config(weights, **{name: more[name] for name in ("norm_groups", *MULTI) if name in more})
+            kind = MultiScaleVQ if config.scales else VQGAN
+            if not issubclass(kind, cls):
+                raise ValueError("it has one scale")
             own = {name: w.to(torch.float32, copy=True) for name, w in weights.items()}  # can be trained
-            model = build_from(lambda: cls(config), own, path, torch.float32)
+            model = build_from(lambda: kind(config), own, path, torch.float32)
         model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
         return model
 
 
-def vqgan_config(weights, norm_groups):
-    """VQGANConfig, read off the tensors; LookupError or ValueError if they are another model's."""
+def vqgan_config(weights, **more):
+    """VQGANConfig, read off the tensors but for `more`; LookupError or ValueError if they are another model's."""
     names = [name.split(".") for name in weights if name.startswith("encoder.conv_blocks.")]
     levels = range(len({name[2] for name in names}))
     channels = weights["encoder.conv_in.weight"].shape[0]
@@ -337,7 +342,7 @@ def vqgan_config(weights, norm_groups):
         channels=channels, channel_mult=mults("encoder"), decoder_mult=mults("decoder")[::-1],
         res_blocks=len({name[4] for name in names if name[2:4] == ["0", "res"]}),
         latent_channels=weights["encoder.conv_out.weight"].shape[0],
-        codebook_size=codebook_size, codebook_dim=codebook_dim, norm_groups=norm_groups)
+        codebook_size=codebook_size, codebook_dim=codebook_dim, **more)
 
 # ---- multi-scale VQ, in the layout of VAR (models/vqvae.py, models/quant.py) ----------------------------------------
 
@@ -410,8 +415,6 @@ class MultiScaleVQ(VQGAN):
     M tokens, the sum of the squares of `scales`, coarse to fine, raster order within a scale.
     """
 
-    file_format = "multi-scale vq"
-
     def __init__(self, config):
         super().__init__(config)
         C, latent_channels = config.codebook_dim, config.latent_channels  # the same in VAR's file
@@ -425,7 +428,7 @@ class MultiScaleVQ(VQGAN):
 
     @classmethod
     def from_plain(cls, vqgan, scales):
-        """Around the encoder and decoder of a VQGAN. Codebook and phi are to be learned: phi adds its input as it is."""
+        """Around the encoder and decoder of a VQGAN. The codebook is to be learned, and phi, which adds nothing yet."""
         model = cls(replace(vqgan.config, scales=scales, unit_latents=True))
         state = {name: w for name, w in vqgan.state_dict().items() if not name.startswith("quantize.")}
         for name in ("quant_conv.weight", "post_quant_conv.weight"):
@@ -454,8 +457,8 @@ class MultiScaleVQ(VQGAN):
         """(B, 3, H, W) float in [-1, 1] -> code indices int64 (B, M); ValueError if they are not of the last scale."""
         latents = self.latents(images)
         if latents.shape[2:] != (self.scales[-1],) * 2:
-            raise ValueError(f"pictures of {tuple(images.shape[2:])} px have latents of {tuple(latents.shape[2:])}, the "
-                             f"last scale is {self.scales[-1]}")
+            raise ValueError(f"pictures of {tuple(images.shape[2:])} px have latents of {tuple(latents.shape[2:])}, "
+                             f"expected the last scale, {self.scales[-1]}")
         return self.quantize.encode(latents)
 
     def decode(self, tokens, grid=None):
@@ -472,28 +475,6 @@ class MultiScaleVQ(VQGAN):
         latents that the coarser scales decode to, at the size of the scale to come."""
         sums = zip(self.quantize.sums(tokens), self.scales[1:])
         return torch.cat([F.interpolate(latents, (s, s), mode="area").flatten(2) for latents, s in sums], 2).mT
-
-    @classmethod
-    def from_pretrained(cls, path, scales=None):
-        """Load VAR's vae_ch160v4096z32.pth or our own .safetensors, strictly, as float32, in eval mode.
-
-        scales: of an official file, which does not hold them; None: VAR_SCALES. Errors as VQGAN.from_pretrained.
-        """
-        path = Path(path)
-        weights = read_weights(path, lambda name: name != "quantize.ema_vocab_hit_SV")  # a statistic of the trainer
-        header = next(map(read_header, weight_files(path)), {})
-        with reading(path, "a multi-scale mask tokenizer"):
-            if header.get("format") == cls.file_format:
-                content = json.loads(header["config"])
-                config = replace(vqgan_config(weights, content["norm_groups"]), scales=tuple(content["scales"]),
-                                 unit_latents=content["unit_latents"])
-            else:
-                weights = var_names(weights)
-                config = replace(vqgan_config(weights, 32), scales=tuple(scales or VAR_SCALES))
-            own = {name: w.to(torch.float32, copy=True) for name, w in weights.items()}
-            model = build_from(lambda: cls(config), own, path, torch.float32)
-        model.source = {"name": path.absolute().stem, "sha256": fingerprint(weights)}
-        return model
 
 
 def var_names(weights):
@@ -783,7 +764,7 @@ def train_phase(model, dataset, val_set, phase, left, args, bar):
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for view, bank in zip(views, banks):
-            view.grad = bank.grad.flatten(1)
+            view.grad = None if bank.grad is None else bank.grad.flatten(1)  # a phi that no scale takes has none
         for optimizer in optimizers:
             for group in optimizer.param_groups:  # short warm-up, flat, then down to 2 %
                 group["lr"] = args.lr * min(1, (step + 1) / 50, max(0.02, 2 - 2 * fraction))
@@ -925,8 +906,8 @@ def parse_args(argv=None):
 
     add = commands.choices["train"].add_argument
     add("--init-from", type=Path, metavar="FILE", help="go on from these weights and their codebook")
-    add("--scales", type=scales, metavar="S,S,...", help="make a multi-scale tokenizer of the plain one of --init-from: "
-        "1,2,3,4,6,8 for 128 px; the encoder stays, so it takes no --free-steps")
+    add("--scales", type=scales, metavar="S,S,...", help="make a multi-scale tokenizer of the plain one of "
+        "--init-from: 1,2,3,4,6,8 for 128 px; the encoder stays, so it takes no --free-steps")
     add("--free-steps", type=int, default=6000, help="steps without a codebook (default: 6000)")
     add("--steps", type=int, default=6000, help="steps of VQ training (default: 6000)")
     add("--decoder-steps", type=int, default=3000, help="steps of the decoder alone (default: 3000)")

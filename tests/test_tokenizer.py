@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import tokenizer
 from data import load_dataset
-from tokenizer import VQGAN, TextTokenizer, VQGANConfig, decode_masks, image_to_mask, k_means, mask_to_image
+from tokenizer import (
+    VQGAN, MultiScaleVQ, TextTokenizer, VQGANConfig, decode_masks, image_to_mask, k_means, mask_to_image,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -155,6 +157,107 @@ def tiny(**options):
     torch.manual_seed(0)
     return VQGAN(VQGANConfig(channels=8, channel_mult=(1, 1, 1, 1, 2), res_blocks=1, latent_channels=8,
                              codebook_size=32, norm_groups=4, **options)).eval()
+
+
+# ---- several scales
+
+
+@pytest.fixture(scope="module")
+def var():
+    """A small checkpoint in the layout of VAR, and its official outputs."""
+    return (MultiScaleVQ.from_pretrained(FIXTURES / "var_vqvae" / "vae.pth", (1, 2, 3, 4)),
+            load_file(FIXTURES / "var_vqvae" / "io.safetensors"))
+
+
+def close(got, want, atol):
+    torch.testing.assert_close(got, want, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+def test_var_gives_the_official_tokens_and_pictures(var):
+    model, io = var
+    close(model.latents(io["images"]), io["latent"], 1e-4)
+    tokens = model.encode(io["images"])
+    assert torch.equal(tokens, io["idx"])
+    close(torch.stack(list(model.quantize.sums(tokens))), io["f_hat_per_scale"], 1e-5)
+    close(model.decode(tokens), io["recon"], 1e-4)
+    pictures = model.decode_scales(tokens)
+    assert len(pictures) == 4 and torch.equal(pictures[3], model.decode(tokens))
+    close(pictures[1], model.decode_latents(io["f_hat_per_scale"][1]).clamp(-1, 1), 1e-4)
+    close(model.teacher_inputs(tokens), io["var_input"], 1e-5)
+    with pytest.raises(ValueError, match=r"\(32, 32\) px have latents of \(2, 2\), expected the last scale, 4"):
+        model.encode(io["images"][:, :, :32, :32])
+
+
+@pytest.mark.parametrize("size, scales", [(256, tokenizer.VAR_SCALES), (512, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))])
+@torch.no_grad()
+def test_the_official_schedules(var, size, scales):
+    model, io = MultiScaleVQ.from_pretrained(FIXTURES / "var_vqvae" / "vae.pth", scales), var[1]
+    assert model.scales == scales and model.quantize.phi_of == io[f"q{size}_phi_index"].tolist()
+    tokens = model.quantize.encode(io[f"q{size}_f"])
+    assert torch.equal(tokens, io[f"q{size}_idx"])
+    close(list(model.quantize.sums(tokens))[-1], io[f"q{size}_f_hat"], 1e-5)
+    close(model.teacher_inputs(tokens), io[f"q{size}_var_input"], 1e-5)
+
+
+@pytest.mark.parametrize("phi_of", ["0123", "01223", "001233", "001122233", "0011122333", "00011112222333"])
+def test_each_scale_has_the_official_phi(phi_of):
+    config = VQGANConfig(latent_channels=4, codebook_dim=4, codebook_size=4, scales=range(1, len(phi_of) + 1))
+    assert tokenizer.MultiScaleQuantizer(config).phi_of == list(map(int, phi_of))
+
+
+@torch.no_grad()
+def test_what_is_read_for_a_scale_depends_on_coarser_tokens_alone(var):
+    model, io = var
+    other = io["idx"].clone()
+    other[:, 5:14] = (other[:, 5:14] + 1) % 80  # all of the third scale
+    changed = (model.teacher_inputs(other) != model.teacher_inputs(io["idx"])).any(-1)  # (2,29)
+    assert not changed[:, :13].any() and changed[:, 13:].all()
+
+
+def test_a_multi_scale_file_is_known_by_its_contents(var, tmp_path):
+    model = var[0]
+    model.save_pretrained(tmp_path / "ms.safetensors")
+    again = VQGAN.from_pretrained(tmp_path / "ms.safetensors")
+    assert isinstance(again, MultiScaleVQ) and again.config == model.config and again.scales == (1, 2, 3, 4)
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())
+    with pytest.raises(ValueError, match="vq_ds16.pt: expected a mask tokenizer .it has one scale"):
+        MultiScaleVQ.from_pretrained(FIXTURES / "llamagen_vq16" / "vq_ds16.pt")
+    weights = torch.load(FIXTURES / "var_vqvae" / "vae.pth", weights_only=True)
+    weights["quantize.quant_resi.qresi_ls.4.bias"] = weights.pop("quantize.quant_resi.qresi_ls.3.bias")
+    torch.save(weights, tmp_path / "vae.pth")
+    with pytest.raises(ValueError, match="missing: quantize.phi.3.bias; left over: quantize.phi.4.bias"):
+        MultiScaleVQ.from_pretrained(tmp_path / "vae.pth")
+
+
+def test_a_multi_scale_tokenizer_is_made_of_a_plain_one(tmp_path, monkeypatch, capsys):
+    import data
+
+    few = [data.Scenes("val")[i] for i in range(12)]
+    monkeypatch.setattr(data, "load_dataset", lambda *args: few)
+    plain, out = tiny(), tmp_path / "ms.safetensors"
+    plain.save_pretrained(tmp_path / "plain.safetensors")
+    flags = ["train", "--size", "64", "--scales", "1,2,4", "--save-every", "1000", "--device", "cpu", "--fit-masks",
+             "40", "--out", str(out), "--init-from", str(tmp_path / "plain.safetensors")]
+    for more, message in (([], "--free-steps 0"), (["--free-steps", "0", "--size", "128"], "the last one is 8 for"),
+                          (["--free-steps", "0", "--scales", "1,4,2"], "--scales")):
+        with pytest.raises(SystemExit):
+            tokenizer.main([*flags, *more])
+        assert message in capsys.readouterr().err
+    assert tokenizer.main([*flags, "--free-steps", "0", "--steps", "6", "--decoder-steps", "3"]) == 0
+    model = VQGAN.from_pretrained(out)
+    assert model.scales == (1, 2, 4)
+    before, now = plain.state_dict(), model.state_dict()
+    close(torch.cat([now[name].flatten() for name in before if name.startswith("encoder.")]),
+          torch.cat([w.flatten() for name, w in before.items() if name.startswith("encoder.")]), 1e-3)  # float16
+    assert model.quantize.codebook.norm(dim=-1).argmin() == 0  # for where nothing is left to say
+
+    more = ["--size", "64", "--mask-tokenizer", str(out)]
+    assert tokenizer.main(["eval", "--count", "12", *more, "--out", str(tmp_path / "e.png")]) == 0
+    scores = json.loads((tmp_path / "e.json").read_text())
+    assert list(scores["total IoU after each scale"]) == ["1", "2", "4"]
+    assert "total IoU after each scale: 1 x 1" in capsys.readouterr().out
+    assert scores["total IoU after each scale"]["4"] == pytest.approx(scores["square"]["cIoU"], abs=1e-6)
 
 
 @torch.no_grad()
