@@ -399,11 +399,20 @@ class MultiScaleQuantizer(nn.Module):
             return torch.cat([self.nearest(z) for z in self.rests(latents)], dim=1)
 
     def sums(self, tokens):
-        """Tokens (B, M) -> latents (B, C, h, h) as known up to each scale, one after the other."""
-        total = 0
-        for scale_idx, part in enumerate(tokens.split([s * s for s in self.scales], dim=1)):
-            total = total + self.contribution(self.lookup(part, scale_idx), scale_idx)
-            yield total
+        """Tokens of all or the first scales (B, m) -> latents (B, C, h, h) as known up to each scale, one by one."""
+        total, start = 0, 0
+        for scale_idx, s in enumerate(self.scales):
+            if start < tokens.shape[1]:
+                z = self.lookup(tokens[:, start : start + s * s], scale_idx)
+                total, start = total + self.contribution(z, scale_idx), start + s * s
+                yield total
+
+    def inputs(self, tokens):
+        """Tokens of all or the first scales (B, m) -> what a transformer reads from the second scale to the one after
+        them, (B, m', C): what the coarser scales decode to, at the size of the scale to come."""
+        maps = [F.interpolate(latents, (s, s), mode="area").flatten(2)
+                for latents, s in zip(self.sums(tokens), self.scales[1:])]
+        return torch.cat([self.embedding.weight.new_empty(len(tokens), self.embedding.embedding_dim, 0), *maps], 2).mT
 
 
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of VAR's 256 px models
@@ -471,10 +480,8 @@ class MultiScaleVQ(VQGAN):
                 for latents in list(self.quantize.sums(tokens))[-1 if last else 0:]]
 
     def teacher_inputs(self, tokens):
-        """Code indices (B, M) -> what a transformer reads from the second scale on, (B, M - scales[0]**2, C): the
-        latents that the coarser scales decode to, at the size of the scale to come."""
-        sums = zip(self.quantize.sums(tokens), self.scales[1:])
-        return torch.cat([F.interpolate(latents, (s, s), mode="area").flatten(2) for latents, s in sums], 2).mT
+        """Code indices (B, M) -> (B, M - scales[0]**2, C), see MultiScaleQuantizer.inputs."""
+        return self.quantize.inputs(tokens)
 
 
 def var_names(weights):
