@@ -716,14 +716,15 @@ def train(args):
     model = VQGAN.from_pretrained(args.init_from) if args.init_from else VQGAN(SCENES)
     left = {"free": args.free_steps, "codes": args.steps, "decoder": args.decoder_steps}
     encoder_moved, has_codebook = False, args.free_steps == 0  # the free steps change what the codes stand for
-    if args.scales:
+    of_plain = bool(args.scales) and not model.config.scales
+    if of_plain:
         model, encoder_moved = MultiScaleVQ.from_plain(model, args.scales), True
     model.to(args.device)
     try:
         with tqdm(total=sum(left.values()), smoothing=0.05) as bar:
             for phase in (phase for phase in left if left[phase]):
                 if encoder_moved:
-                    learned = bool(args.init_from and not args.scales) or phase == "decoder" and args.steps > 0
+                    learned = bool(args.init_from) and not of_plain or phase == "decoder" and args.steps > 0
                     model.quantize.embedding.weight.data.copy_(fit_codebook(model, dataset, args, learned))
                 encoder_moved, has_codebook = phase != "decoder", has_codebook or phase != "free"
                 train_phase(model, dataset, val_set, phase, left, args, bar)

@@ -252,6 +252,10 @@ def test_a_multi_scale_tokenizer_is_made_of_a_plain_one(tmp_path, monkeypatch, c
           torch.cat([w.flatten() for name, w in before.items() if name.startswith("encoder.")]), 1e-3)  # float16
     assert model.quantize.codebook.norm(dim=-1).argmin() == 0  # for where nothing is left to say
 
+    again = [*flags[:-3], str(tmp_path / "again.safetensors"), "--init-from", str(out), "--free-steps", "0"]
+    assert tokenizer.main([*again, "--steps", "0", "--decoder-steps", "2"]) == 0  # as the advice after a stop has it
+    assert torch.equal(VQGAN.from_pretrained(tmp_path / "again.safetensors").quantize.codebook, model.quantize.codebook)
+
     more = ["--size", "64", "--mask-tokenizer", str(out)]
     assert tokenizer.main(["eval", "--count", "12", *more, "--out", str(tmp_path / "e.png")]) == 0
     scores = json.loads((tmp_path / "e.json").read_text())
