@@ -5,6 +5,7 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
 
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
+With config.scales it writes them coarse to fine instead, all tokens of a scale at once (next-scale prediction).
 The mask tokenizer (tokenizer.VQGAN) makes the M mask tokens of a mask, rows of its codebook, and a mask of mask tokens.
 In the mask tokenizers that this repository trains, code 0 is plain background.
 

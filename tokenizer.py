@@ -1,12 +1,13 @@
-"""Pictures and text to integers and back: the mask tokenizer (VQGAN) and the text tokenizer (SentencePiece).
+"""Pictures and text to integers and back: the mask tokenizers (VQGAN, MultiScaleVQ), the text tokenizer (SentencePiece).
 
     python tokenizer.py train            # train a mask tokenizer on the masks of a data set
+    python tokenizer.py train --scales 1,2,3,4,6,8 --init-from assets/mask_tokenizer.safetensors --free-steps 0
     python tokenizer.py eval             # total IoU, mAHD and codebook use of one on held-out masks
     python tokenizer.py encode           # cache the mask tokens of a data set, so that training need not encode
     python tokenizer.py text             # make the small text vocabulary of scenes
 
 Legend: B batch, H W picture height and width, h w token grid (H/16, W/16), C channels of a latent,
-K rows of the codebook.
+K rows of the codebook, s side of a scale, M mask tokens.
 """
 
 import hashlib
