@@ -1,4 +1,4 @@
-"""Pictures and text to integers and back: the mask tokenizers (VQGAN, MultiScaleVQ), the text tokenizer (SentencePiece).
+"""Pictures and text to integers and back: the mask tokenizers (VQGAN, MultiScaleVQ) and the text tokenizer.
 
     python tokenizer.py train            # train a mask tokenizer on the masks of a data set
     python tokenizer.py train --scales 1,2,3,4,6,8 --init-from assets/mask_tokenizer.safetensors --free-steps 0
