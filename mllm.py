@@ -75,6 +75,7 @@ class JanusConfig:
     image_id: int = 100581  # <image_placeholder>
     pad_id: int = 100015
     lora: dict | None = None  # rank, alpha, dropout, targets
+    scales = ()  # next-token prediction
 
     def __post_init__(self):
         check_fields(self)

@@ -6,6 +6,7 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
 The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back.
+With config.scales it writes them coarse to fine instead, all tokens of a scale at once (next-scale prediction).
 In the mask tokenizers that this repository trains, code 0 is plain background.
 
 Shapes used below, with their sizes in the preset scenes:
@@ -22,7 +23,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -52,14 +53,20 @@ class LlamaSegConfig:
     # them that a misspelled word is read as
     words: tuple = ()
     names: tuple = ()
+    scales: tuple = ()  # next-scale prediction: sides of the grids of tokens, from 1 to mask_grid; (): next-token
+    scale_attention: str = "block"  # a token sees all of its own scale, as in VAR; "causal": those before it
+    code_width: int = 8  # C, of the rows of the mask tokenizer's codebook; read with scales alone
 
     def __post_init__(self):
         self.words, self.names = tuple(self.words), tuple(self.names)
         check_fields(self)
+        self.scales = tuple(self.scales)
+        if self.scales and (self.scales[0], self.scales[-1]) != (1, self.mask_grid):
+            raise ValueError(f"scales are {self.scales}, expected 1 to mask_grid {self.mask_grid}")
 
     @property
     def mask_tokens(self):
-        return self.mask_grid**2  # M
+        return sum(s * s for s in self.scales) or self.mask_grid**2  # M
 
 
 HEAD_PART = 1024  # mask tokens whose logits are in memory at once, with llama.recompute
@@ -71,7 +78,7 @@ class MaskWriter(nn.Module):
     """Mask tokens after a prefix: how they are learned (`forward`) and written (`generate_naive`, `generate`).
 
     LlamaSeg (below) and JanusSeg (mllm.py) differ in the prefix and agree in all after it. A subclass has llama,
-    file_format, a config with codebook_size, mask_grid, mask_tokens and hide, and
+    file_format, a config with codebook_size, mask_grid, mask_tokens, hide and scales, and
         prefix(text_ids, pixels) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K): modules or methods
         trained_state() -> the part of its state dict that a checkpoint holds
@@ -87,6 +94,10 @@ class MaskWriter(nn.Module):
         """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal. JanusSeg has
         them for padding, and a cache keeps them."""
         return None
+
+    def mask_inputs(self, tokens):
+        """The first mask tokens (B,m) -> all that can be read once they are known, (B,m,D)."""
+        return self.mask_embedding(tokens)
 
     def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
@@ -104,7 +115,7 @@ class MaskWriter(nn.Module):
         if mask_tokens.shape != (B, M):
             raise ValueError(f"mask_tokens have shape {tuple(mask_tokens.shape)}, want ({B}, {M})")
         prefix = self.prefix(text_ids, pixels)
-        inputs = self.mask_embedding(mask_tokens[:, :-1])  # (B,M-1,D): the last token predicts nothing
+        inputs = self.mask_inputs(mask_tokens)[:, :M - 1]  # (B,M-1,D): the last token predicts nothing
         if hide_tokens is not None:
             inputs = inputs.masked_fill(hide_tokens[:, :-1, None], 0.0)
         sequence = torch.cat([prefix, inputs.to(prefix.dtype)], dim=1)
@@ -129,10 +140,11 @@ class MaskWriter(nn.Module):
         """Greedy decoding without cache, the reference for `generate`: (B,L), (b,3,S,S) -> (B,M) int64."""
         prefix = self.prefix(text_ids, pixels)
         tokens = text_ids[:, :0]  # (B,0): no mask token yet
-        for _ in range(self.config.mask_tokens):
-            sequence = torch.cat([prefix, self.mask_embedding(tokens)], dim=1)
+        while tokens.shape[1] < self.config.mask_tokens:
+            sequence = torch.cat([prefix, self.mask_inputs(tokens)], dim=1)
             hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))
-            tokens = torch.cat([tokens, self.head(hidden[:, -1:]).argmax(-1)], dim=1)
+            chosen = self.head(hidden[:, prefix.shape[1] - 1 + tokens.shape[1]:]).argmax(-1)  # (B,1), or of a scale
+            tokens = torch.cat([tokens, chosen], dim=1)
         return tokens
 
     @torch.no_grad()
@@ -153,15 +165,17 @@ class MaskWriter(nn.Module):
         of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
+        With scales, a pass writes all tokens of a scale, and beam, drafts and compiled do not apply.
         ValueError for an argument that is unknown or out of range.
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
         seeds = seed if isinstance(seed, list) else [seed] * B
         check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window,
-                       compiled)
+                       compiled, self.config.scales)
         if draft == "auto":  # hidden makes a longer prefill, which a CPU that is busy with a full batch feels
             draft = "hidden" if self.config.hide and (device.type == "cuda" or B < 8) else "jacobi"
         window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1  # 1: a token per pass
+        window = 1 if self.config.scales else window
         start = clock(device)
         logits, cache, guesses = self.prefill(text_ids, pixels, M - 1 + window, draft == "hidden" and window > 1)
         prefilled = clock(device)
@@ -175,14 +189,21 @@ class MaskWriter(nn.Module):
             tokens, mask_passes = self.decoders[shape].decode(cache, guesses)
         elif window > 1:
             tokens, mask_passes = decode_drafted(self, cache, guesses, window)
-        elif decode == "greedy":
-            tokens = decode_plain(self, logits, cache)
         else:
             # drawn on the CPU, so that every device gets the same numbers
             numbers = [torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            numbers = torch.stack(numbers, dim=1).to(device)  # (M,B)
-            tokens = decode_plain(self, logits, cache, lambda logits, t: draw(
-                logits, decode, top_k, top_p, temperature, numbers[t]))
+            numbers = torch.stack(numbers).to(device)  # (B,M)
+
+            def pick(logits, start):  # (n,K), the first place of n/B -> (n,)
+                if decode == "greedy":
+                    return logits.argmax(-1)
+                uniform = numbers[:, start:start + len(logits) // B].flatten()
+                return draw(logits, decode, top_k, top_p, temperature, uniform)
+
+            if self.config.scales:
+                tokens, mask_passes = decode_scales(self, logits, cache, text_ids, pick)
+            else:
+                tokens = decode_plain(self, logits, cache, pick)
         if stats is not None:
             stats |= {"passes": max(mask_passes), "mask_passes": mask_passes,
                       "prefill_ms": 1000 * (prefilled - start), "decode_ms": 1000 * (clock(device) - prefilled)}
@@ -226,7 +247,7 @@ class MaskWriter(nn.Module):
         """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
         (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5."""
         prefix = self.prefix(text_ids, pixels)
-        x, last = torch.cat([prefix, self.mask_embedding(tokens[:, :-1])], dim=1), self.llama.layers[-1]
+        x, last = torch.cat([prefix, self.mask_inputs(tokens)[:, :tokens.shape[1] - 1]], 1), self.llama.layers[-1]
         context = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1]))
         for index, layer in enumerate(self.llama.layers[:-1]):
             x = layer(x, index, **context)
@@ -268,7 +289,13 @@ class LlamaSeg(MaskWriter):
         self.image_adaptor = nn.Sequential(nn.Linear(siglip.vision_width, D), nn.GELU(), nn.Linear(D, D))
         self.boi = nn.Parameter(torch.empty(D))  # <BOI>, begin of image
         self.bom = nn.Parameter(torch.empty(D))  # <BOM>, begin of mask
-        self.mask_embedding = nn.Embedding(K, D)
+        if config.scales:
+            self.quantizer = None  # of the MultiScaleVQ, frozen: sample.Segmenter sets it
+            self.scale_adaptor = nn.Linear(config.code_width, D)
+            self.scale_embedding = nn.Embedding(len(config.scales), D)
+            self.place_embedding = nn.Embedding(config.mask_tokens, D)
+        else:
+            self.mask_embedding = nn.Embedding(K, D)
         self.llama = Llama(config.llama)
         self.head = nn.Linear(D, K, bias=False)
         self.head_std = 0.2 / math.sqrt(D)  # states have length sqrt(D): logits of std 0.2, first loss ln(K) + 0.02
@@ -286,6 +313,29 @@ class LlamaSeg(MaskWriter):
         image = image.repeat_interleave(B // len(pixels), dim=0)  # (B,N,D)
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
+
+    def mask_inputs(self, tokens):
+        """With scales: all tokens of some scales (B,m) -> what is read for the scales up to the next one, (B,m',D). It
+        is what the coarser scales decode to, at the size of the next. <BOM> stands for the first scale."""
+        if not self.config.scales:
+            return self.mask_embedding(tokens)
+        maps = self.quantizer.inputs(tokens).to(self.boi.dtype)  # (B,m',C)
+        scale_idx = self.scale_of(tokens.device)[1:1 + maps.shape[1]]
+        places = self.place_embedding.weight[1:1 + maps.shape[1]]
+        return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + places
+
+    def scale_of(self, device):
+        """The scale of each mask token: (M,), from 0."""
+        return torch.tensor([i for i, s in enumerate(self.config.scales) for _ in range(s * s)], device=device)
+
+    def blocks(self, text_ids, length):
+        """With scales that see all of themselves: their tokens have block ids in common. <BOM> is the first scale's."""
+        prefix_length = self.config.siglip.text_length + self.config.siglip.image_tokens + 2
+        if not self.config.scales or self.config.scale_attention == "causal" or length <= prefix_length:
+            return None
+        device = text_ids.device
+        ids = torch.cat([torch.arange(prefix_length - 1, device=device), prefix_length - 1 + self.scale_of(device)])
+        return ids[:length].expand(len(text_ids), -1)
 
     @torch.no_grad()
     def init_weights(self, skip=()):
@@ -312,7 +362,8 @@ class LlamaSeg(MaskWriter):
         generator = torch.Generator().manual_seed(0)  # the same on every rank
         projection = torch.randn(codebook.shape[1], self.config.llama.width, generator=generator)
         rows = F.normalize(codebook.detach().float().cpu(), dim=-1) @ projection  # (K,D) of variance 1
-        self.mask_embedding.weight.copy_(rows * 0.02)
+        if not self.config.scales:
+            self.mask_embedding.weight.copy_(rows * 0.02)
         self.head.weight.copy_(rows * self.head_std)
 
     def fuse(self):
@@ -321,9 +372,9 @@ class LlamaSeg(MaskWriter):
         self.head.weight.data = decoding_layout(self.head.weight.data)
 
     def trained_state(self):
-        """The state dict without a frozen encoder that came from official files: what a checkpoint holds."""
-        official = self.config.freeze_encoders and self.encoder.source
-        return {name: w for name, w in self.state_dict().items() if not (official and name.startswith("encoder."))}
+        """The state dict without the quantizer and a frozen encoder from official files: what a checkpoint holds."""
+        frozen = ("quantizer.", "encoder.") if self.config.freeze_encoders and self.encoder.source else ("quantizer.",)
+        return {name: w for name, w in self.state_dict().items() if not name.startswith(frozen)}
 
     @classmethod
     def from_pretrained(cls, path, encoder=None, dtype=torch.float32, any_weights=False):
@@ -620,6 +671,19 @@ def decode_plain(model, logits, cache, pick=lambda logits, t: logits.argmax(-1))
     return tokens
 
 
+def decode_scales(model, logits, cache, text_ids, pick):
+    """All tokens of a scale per pass (Tian et al. 2024), by `pick`: the mask tokens (B,M), passes of each mask."""
+    B, prefix_length, tokens = len(logits), cache.position, pick(logits, 0)[:, None]
+    while tokens.shape[1] < model.config.mask_tokens:
+        known = tokens.shape[1]
+        inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
+        blocks = model.blocks(text_ids, prefix_length + known - 1 + inputs.shape[1])
+        hidden = model.llama(inputs, cache, None if blocks is None else blocks[:, cache.position:])
+        logits = model.head(hidden).float().flatten(0, 1)  # (B*s*s,K)
+        tokens = torch.cat([tokens, pick(logits, known).view(B, -1)], dim=1)
+    return tokens, [len(model.config.scales) - 1] * B
+
+
 def draw(logits, decode, top_k, top_p, temperature, uniform):
     """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw. uniform: (B,)
     in [0, 1), a row draws the first token at which the summed probabilities exceed its number."""
@@ -784,16 +848,17 @@ def cuda_graph(step, device):
     return graph.replay
 
 
-def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled):
+def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled, scales):
     """ValueError unless `generate` can do what its arguments ask for."""
-    drafts = DRAFTS if decode == "greedy" else ("auto", "none")
+    drafts = DRAFTS if decode == "greedy" and not scales else ("auto", "none")
     known_seeds = len(seeds) == B and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
     for name, value, fits, expected in (
         ("decode", decode, decode in DECODES, f"one of {', '.join(DECODES)}"),
         ("draft", draft, draft in drafts, f"one of {', '.join(drafts)} where decode is {decode}"),
         ("window", window, window in (None, 1) or window > 1 and decode == "greedy" and draft != "none",
          "at least 1, and no more without a draft"),
-        ("compiled", compiled, not compiled or decode == "greedy", f"False where decode is {decode}"),
+        ("compiled", compiled, not compiled or decode == "greedy" and not scales, f"False where decode is {decode}"),
+        ("decode", decode, decode != "beam" or not scales, "another one with scales"),
         ("beams", beams, 1 <= beams <= K, f"1 to {K}, the codebook size"),
         ("top_k", top_k, 1 <= top_k <= K, f"1 to {K}, the codebook size"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
@@ -1077,6 +1142,9 @@ PRESETS = {  # by name; mllm.py has its own
     "llamaseg-b-384": _paper(layers=16, width=1920, heads=20, image_size=384),
     "llamaseg-l-384": _paper(layers=22, width=2304, heads=32, image_size=384),
 }
+
+
+PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], scales=(1, 2, 3, 4, 6, 9, 12))
 
 
 # ---- helpers: clock, memory, device, dtype --------------------------------------------------------------------------

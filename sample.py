@@ -68,6 +68,8 @@ class Segmenter:
     def __init__(self, model, mask_tokenizer, text_tokenizer):
         self.model, self.mask_tokenizer, self.text_tokenizer = model, mask_tokenizer, text_tokenizer
         self.padded = isinstance(model, JanusSeg)  # Janus keeps a picture's aspect ratio
+        if model.config.scales:
+            model.quantizer = mask_tokenizer.quantize
 
     @property
     def device(self):
@@ -228,6 +230,9 @@ def check_parts(file, model, mask_tokenizer, text_tokenizer, any_weights):
     pieces = text_tokenizer.bpe.vocab_size if janus else text_tokenizer.model.vocab_size()
     most, codes = config.vocab_size if janus else config.siglip.vocab_size, mask_tokenizer.config.codebook_size
     fits = pieces <= most if janus else pieces == most  # Janus' table has rows to spare
+    if mask_tokenizer.config.scales != config.scales:
+        raise ValueError(f"{file}: a mask tokenizer of scales {mask_tokenizer.config.scales} beside a model of "
+                         f"{config.scales}: not of one training run")
     if codes != config.codebook_size or not fits:
         raise ValueError(f"{file}: {codes} codes and {pieces} text pieces beside a model of {config.codebook_size} "
                          f"and {most}: not of one training run")

@@ -54,7 +54,7 @@ from sample import (
     one_rank_first, score_examples, setup_ranks, words_of,
 )
 from scenes import WORLDS, vocabulary
-from tokenizer import VQGAN, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
+from tokenizer import VQGAN, MultiScaleVQ, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
 from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_weights, write_tensors
 
 PRESETS = MODEL_PRESETS | MLLM_PRESETS
@@ -152,7 +152,7 @@ def parse_args(argv=None):
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
             of_stage = values[COLUMNS.index(args.stage)] if args.stage else None
-            setattr(args, name, values[args.preset != "scenes"] if of_stage is None else of_stage)
+            setattr(args, name, values[not args.preset.startswith("scenes")] if of_stage is None else of_stage)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
     if args.preset == "llamaseg-janus":
@@ -754,7 +754,9 @@ def on_meta(args):
     to_come = args.mask_tokenizer.name in DOWNLOADS and not args.mask_tokenizer.exists()
     vqgan = VQGANConfig() if to_come else VQGAN.from_pretrained(args.mask_tokenizer).config
     with torch.device("meta"):
-        model, mask_tokenizer = JanusSeg(config) if janus else LlamaSeg(config), VQGAN(vqgan).requires_grad_(False)
+        model = JanusSeg(config) if janus else LlamaSeg(config)
+        mask_tokenizer = (MultiScaleVQ if vqgan.scales else VQGAN)(vqgan).requires_grad_(False)
+        model.quantizer = mask_tokenizer.quantize if config.scales else None
         if janus:
             model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     return model, mask_tokenizer

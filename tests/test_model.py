@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 from model import KVCache, Llama, LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIP, SigLIPConfig
+from tokenizer import MultiScaleQuantizer, VQGANConfig
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -931,6 +932,94 @@ def test_generate_refuses_what_it_cannot_do(options, message):
     text_ids, pixels, _ = tiny_batch()
     with pytest.raises(ValueError, match=message):
         tiny_model().generate(text_ids, pixels, **options)
+
+
+# ---- next-scale prediction ------------------------------------------------------------------------------------------
+
+
+SCALED = replace(TINY, scales=(1, 2, 4), code_width=6)
+
+
+def scaled_model(config=SCALED, device="cpu"):
+    """A tiny model with scales, and the quantizer of a random multi-scale mask tokenizer."""
+    model = tiny_model(config)
+    model.quantizer = MultiScaleQuantizer(VQGANConfig(codebook_size=24, codebook_dim=6, scales=config.scales))
+    model.quantizer.requires_grad_(False)
+    return model.to(device)
+
+
+@pytest.mark.parametrize("attention", ["block", "causal"])
+@torch.no_grad()
+def test_a_scale_is_written_from_the_coarser_ones(attention):
+    """block: all tokens of a scale see each other's inputs, which are made of coarser tokens. A token never matters to
+    its own scale or to a coarser one."""
+    model = scaled_model(replace(SCALED, scale_attention=attention))
+    text_ids, pixels, tokens = tiny_batch(config=SCALED)
+    assert tokens.shape == (4, 21) and model.config.mask_tokens == 21
+    logits = model(text_ids, pixels, tokens)[0]
+    for t, first in ((0, 1), (3, 5), (4, 5), (20, 21)):
+        other = tokens.clone()
+        other[:, t] = (other[:, t] + 1) % 24
+        changed = model(text_ids, pixels, other)[0]
+        torch.testing.assert_close(changed[:, :first], logits[:, :first], atol=1e-5, rtol=0)
+        assert first == 21 or (changed[:, first:] - logits[:, first:]).abs().amax((0, 2)).min() > 1e-4
+    model.place_embedding.weight[20] += 5.0  # the input of the last place: of its scale block sees it, causal does not
+    moved = (model(text_ids, pixels, tokens)[0] - logits).abs().amax((0, 2)) > 1e-4
+    assert moved.tolist() == [False] * 5 + [attention == "block"] * 15 + [True]
+
+
+@pytest.mark.parametrize("attention", ["block", "causal"])
+def test_scales_with_a_cache_equal_those_without(attention, device):
+    model = scaled_model(replace(SCALED, scale_attention=attention), device)
+    text_ids, pixels, _ = tiny_batch(rows=4, pictures=2, config=SCALED, device=device)
+    stats = {}
+    tokens = model.generate(text_ids, pixels, stats=stats)
+    assert torch.equal(tokens, model.generate_naive(text_ids, pixels)) and len(tokens.unique()) > 4
+    assert stats["passes"] == 2 and stats["mask_passes"] == [2] * 4
+    assert torch.equal(model(text_ids, pixels, tokens)[0].argmax(-1), tokens)  # as teacher forcing sees them
+    assert model.confidence(text_ids, pixels, tokens).shape == (4, 21)
+    alone = [model.generate(text_ids[i:i + 1], pixels[i // 2:i // 2 + 1], decode="random", seed=i) for i in range(4)]
+    together = model.generate(text_ids, pixels, decode="random", seed=list(range(4)))
+    assert torch.equal(together, torch.cat(alone)) and not torch.equal(together, tokens)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"decode": "beam"}, "decode is .beam., expected another one"), ({"compiled": True}, "compiled is True, .* False"),
+    ({"draft": "jacobi"}, "draft is 'jacobi', expected one of auto, none"), ({"window": 4, "draft": "none"}, "window"),
+], ids=str)
+def test_what_scales_do_not_have_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_model().generate(*tiny_batch(config=SCALED)[:2], **options)
+
+
+def test_one_batch_overfits_with_scales(tmp_path):
+    model = scaled_model()
+    text_ids, pixels, tokens = tiny_batch(config=SCALED)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(60):
+        loss = model(text_ids, pixels, tokens)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1 and torch.equal(model.generate(text_ids, pixels), tokens)
+    model.save_pretrained(tmp_path / "m.safetensors")
+    again = LlamaSeg.from_pretrained(tmp_path / "m.safetensors")
+    assert again.config == model.config and not any("quantizer" in name for name in again.trained_state())
+    again.quantizer = model.quantizer
+    assert torch.equal(again.generate(text_ids, pixels), tokens)
+    with pytest.raises(ValueError, match=r"scales are \(1, 2\), expected 1 to mask_grid 4"):
+        replace(SCALED, scales=[1, 2])
+
+
+def test_a_compiled_training_step_with_scales_is_one_graph(one_graph):
+    model = scaled_model()
+    with one_graph("eager"):
+        compiled = torch.compile(model)
+        for seed in range(3):
+            batch = tiny_batch(rows=4, pictures=2, config=SCALED, seed=seed)
+            loss = compiled(*batch)[1]
+            loss.backward()
+            torch.testing.assert_close(loss, model(*batch)[1])
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
