@@ -265,7 +265,8 @@ def segment(args):
                     described = {"image": str(pictures[i]), "prompt": prompts[k], "read_as": said["prompts"],
                                  "unknown": said["unknown"], "there": round(there[row * len(prompts) + k], 4)}
                     stem = stems[i * len(prompts) + k]
-                    records.append(described | keep(args, f"{names[i]}: {prompts[k]}", stem, image, mask, described, ms))
+                    title = f"{names[i]}: {prompts[k]}"
+                    records.append(described | keep(args, title, stem, image, mask, described, ms))
             explain(args, segmenter, images[0], inside)
             del images, image, masks, mask  # large pictures leave the memory before others are read
     finally:

@@ -108,7 +108,8 @@ WORLDS = {  # by the names of their data sets
     "scenes": World(
         2, SHAPES, WIDE_COLORS, PHRASES, most_objects=(3, 5, 5, 12),
         fills=("plain",) * 6 + ("gradient", "striped", "dotted", "outlined", "thin", "bordered", "shadow", "soft"),
-        backgrounds=("flat",) * 3 + ("gradient", "noisy", "blotchy", "checkered", "banded", "lined", "halved", "cloudy"),
+        backgrounds=("flat", "flat", "flat", "gradient", "noisy", "blotchy", "checkered", "banded", "lined", "halved",
+                     "cloudy"),
         effects=("none",) * 4 + ("blur", "jpeg"), varied=True, absent=0.2,
         radii=((0.12, 0.4),) * 4 + ((0.06, 0.2),) * 2 + ((0.025, 0.06), (0.2, 0.5))),
     "scenes-plain": World(0, SHAPES, COLORS, PLAIN_PHRASES),
