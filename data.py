@@ -32,7 +32,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
-from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, pick_phrases
+from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, pick_phrases
 from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
@@ -808,6 +808,23 @@ class Batches(Dataset):
             self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(count // self.phrases)
         start = self.mixture.cumulative_sizes[k] - count
         return start + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
+
+
+class Patches(Dataset):
+    """Batches for train.PatchReader: item k is a function of (k, rank) alone. It has pictures uint8 (b, S, S, 3) of a
+    drawn world's training split, and truth (b, N, ...) of scenes.patch_truth."""
+
+    def __init__(self, name, size, grid, batch_size, rank=0, world_size=1):
+        self.scenes, self.size, self.grid = Scenes("train", name), size, grid
+        self.batch_size, self.rank, self.world_size = batch_size // world_size, rank, world_size
+
+    def __getitem__(self, k):
+        pictures, truth, first = [], [], (k * self.world_size + self.rank) * self.batch_size
+        for index in range(first, first + self.batch_size):
+            image, owner, objects, _ = self.scenes.scene(len(self.scenes) - 1 - index)  # those that come last later
+            pictures.append(resize_pixels(np.array(image), self.size))
+            truth.append(patch_truth(owner, objects, self.scenes.world, self.grid, self.size // self.grid))
+        return {"pictures": torch.from_numpy(np.array(pictures)), "truth": torch.from_numpy(np.array(truth))}
 
 
 # ---- pictures for people ---------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class LlamaSegConfig:
     # them that a misspelled word is read as
     words: tuple = ()
     names: tuple = ()
+    patch_head: bool = False  # image tokens learn, too, whether their patch is in the mask, see LlamaSeg.prefix_loss
     scales: tuple = ()  # next-scale prediction: sides of the grids of tokens, from 1 to mask_grid; (): next-token
     scale_attention: str = "block"  # a token sees all of its own scale, as in VAR; "causal": those before it
     code_width: int = 8  # C, of the rows of the mask tokenizer's codebook; read with scales alone
@@ -99,6 +100,10 @@ class MaskWriter(nn.Module):
         """The first mask tokens (B,m) -> all that can be read once they are known, (B,m,D)."""
         return self.mask_embedding(tokens)
 
+    def prefix_loss(self, hidden, mask_tokens):
+        """What is learned besides from the states of the prefix (B,T,D) in training; 0: nothing."""
+        return 0.0
+
     def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0):
         """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
 
@@ -120,6 +125,7 @@ class MaskWriter(nn.Module):
             inputs = inputs.masked_fill(hide_tokens[:, :-1, None], 0.0)
         sequence = torch.cat([prefix, inputs.to(prefix.dtype)], dim=1)
         hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))  # (B,T-1,D)
+        more_loss = self.prefix_loss(hidden[:, :prefix.shape[1]], mask_tokens)
         hidden, targets = hidden[:, prefix.shape[1] - 1:].flatten(0, 1), mask_tokens.flatten()  # from <BOM> on
         if not (self.llama.recompute and torch.is_grad_enabled()):
             logits, losses = self.losses(hidden, targets)  # (B*M,K), (B*M,)
@@ -128,7 +134,7 @@ class MaskWriter(nn.Module):
             parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
             losses = torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
             logits = None
-        return logits, (losses * torch.where(targets == 0, background_weight, 1.0)).mean()
+        return logits, (losses * torch.where(targets == 0, background_weight, 1.0)).mean() + more_loss
 
     def losses(self, hidden, targets):
         """hidden (n,D), targets (n,) -> logits (n,K), cross-entropy of each (n,) in float32."""
@@ -296,6 +302,8 @@ class LlamaSeg(MaskWriter):
             self.place_embedding = nn.Embedding(config.mask_tokens, D)
         else:
             self.mask_embedding = nn.Embedding(K, D)
+        if config.patch_head:
+            self.patch_head = nn.Linear(D, 1)
         self.llama = Llama(config.llama)
         self.head = nn.Linear(D, K, bias=False)
         self.head_std = 0.2 / math.sqrt(D)  # states have length sqrt(D): logits of std 0.2, first loss ln(K) + 0.02
@@ -336,6 +344,14 @@ class LlamaSeg(MaskWriter):
         device = text_ids.device
         ids = torch.cat([torch.arange(prefix_length - 1, device=device), prefix_length - 1 + self.scale_of(device)])
         return ids[:length].expand(len(text_ids), -1)
+
+    def prefix_loss(self, hidden, mask_tokens):
+        """Of hidden (B,T,D), each image token's state tells whether its patch has something of the mask, so that what a
+        phrase means is learned sooner. Paper: does not do this; the preset scenes does."""
+        if not self.config.patch_head:
+            return 0.0
+        told = self.patch_head(hidden[:, -1 - self.config.siglip.image_tokens:-1])[:, :, 0]  # (B,N), N = M
+        return F.binary_cross_entropy_with_logits(told.float(), (mask_tokens != 0).float())
 
     @torch.no_grad()
     def init_weights(self, skip=()):
@@ -1134,7 +1150,7 @@ PRESETS = {  # by name; mllm.py has its own
         ),
         # rope_theta: the sequence has 313 tokens; Llama's 10000 is meant for thousands
         llama=LlamaConfig(width=256, layers=4, heads=4, mlp=704, rope_theta=1000.0),
-        codebook_size=4096, mask_grid=12, freeze_encoders=False,
+        codebook_size=4096, mask_grid=12, freeze_encoders=False, patch_head=True,
     ),
     # The paper's models, at 256 px with 256 mask tokens and at 384 px with 576. Not trained here: README has the table.
     "llamaseg-b": _paper(layers=16, width=1920, heads=20, image_size=256),

@@ -130,14 +130,12 @@ class Segmenter:
         prompts, unknown = zip(*(self.read(prompt) for asked in prompts for prompt in asked))
         text_ids = self.text_tokenizer(list(prompts)).to(self.device)  # (b*n,L)
         tokens = self.model.generate(text_ids, pixels, **decoding)  # (b*n,M)
-        for row, words in enumerate(unknown):
-            if words:
-                tokens[row] = self.empty[0]
         if inside is not None:
             inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens, prompts=prompts, unknown=unknown)
         sizes = [image.size for image in images for _ in range(n)]
         boxes = [padded_box(*size, pixels.shape[-1]) for size in sizes] if self.padded else None
         masks = decode_masks(self.mask_tokenizer, tokens, [size[::-1] for size in sizes], boxes)
+        masks = [np.zeros_like(mask) if words else mask for mask, words in zip(masks, unknown)]
         return [masks[i:i + n] for i in range(0, len(masks), n)]
 
     def read(self, prompt):

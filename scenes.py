@@ -431,6 +431,34 @@ def measure(owner, objects):
     return True
 
 
+def patch_truth(owner, objects, world, grid, size=16):
+    """What each patch of a picture shows: what an encoder can learn from it before it meets phrases.
+
+    owner: int8 (H, W) and measured objects of a scene; the picture is seen at grid x grid patches of `size` x `size`
+    pixels. Returns float32 (grid * grid, n + 3 + 64 + 1): for each of the n colours and shapes, and for any object,
+    whether it is in the patch; of the object that fills most of it the centre as seen from the patch, in quarters of
+    the picture, the log of its radius, and its share of the 8 x 8 parts of the patch; whether there is one.
+    """
+    (height, width), side = owner.shape, grid * size
+    rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in owner.shape)
+    seen = owner[rows[:, None], columns]  # (side, side)
+    patches = seen.reshape(grid, size, grid, size).swapaxes(1, 2).reshape(grid * grid, size * size)
+    share = np.stack([(patches == index).mean(1) for index in range(len(objects))], 1)  # (patches, objects)
+    names = [*world.colors, *world.shapes]
+    things = np.zeros((grid * grid, len(names) + 1), np.float32)
+    for index, shape in enumerate(objects):
+        for column in (names.index(shape.color), names.index(shape.kind), -1):
+            things[share[:, index] > 0.02, column] = 1
+    main = share.argmax(1)
+    centers = np.array([((s.box[0] + s.box[2]) / 2 / width, (s.box[1] + s.box[3]) / 2 / height) for s in objects])
+    radii = np.log([s.radius / min(owner.shape) / 0.15 for s in objects])
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    offsets = 4 * (centers[main] - (np.stack([x, y], 1) + 0.5) / grid)
+    cover = (patches == main[:, None]).reshape(-1, 8, size // 8, 8, size // 8).mean((2, 4)).reshape(-1, 64)
+    there = share.max(1, keepdims=True) > 0.02
+    return np.concatenate([things, offsets, radii[main][:, None], cover, there], 1).astype(np.float32)
+
+
 # ---- phrases ---------------------------------------------------------------------------------------------
 
 # word: (axis, sign) of the centre of an object's visible box
@@ -534,7 +562,7 @@ def _add_sizes(add, noun, indices, objects):
             area = sorted((objects[areas[pair][-1 if rest == 2 else 0]].area, objects[areas[rest]].area))
             radius = sorted((objects[radii[pair][-1 if rest == 2 else 0]].radius, objects[radii[rest]].radius))
             if set(areas[pair]) == set(radii[pair]) and area[1] > 1.35 * area[0] and radius[1] > 1.15 * radius[0]:
-                add("several", [f"the two {word} {_plural(noun)}" for word in words], "referring", None, areas[pair])
+                add("several", [f"the two {word} {_plural(noun)}" for word in words], "semantic", None, areas[pair])
 
 
 def _add_extremes(add, noun, indices, objects, centers, extent):

@@ -35,6 +35,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.func import functional_call
@@ -43,7 +44,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TEMPLATES, Batches, LabelMaps, Mixture, hold_out, load_mixture, to_pixels, write_picture
+from data import TEMPLATES, Batches, LabelMaps, Mixture, Patches, hold_out, load_mixture, to_pixels, write_picture
 from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
@@ -77,9 +78,13 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
     "warmup_steps":      (100,           1000,         None,           0.01,              0.01),  # below 1: a share
     "hide":              (True,          False,        None,           None,              None),
     "background_weight": (0.4,           1.0,          None,           None,              None),
+    "encoder_steps":     (1500,          0,            0,              0,                 0),
     "mask_tokenizer":    (ASSETS / "mask_tokenizer.safetensors", WEIGHTS / "vq_ds16_c2i", None, None, None),
     "text_tokenizer":    (ASSETS / "text.model", None, None, None, None),  # None: the encoder's
 }
+
+
+PATCH_BATCH = 32  # pictures in a step of learn_patches
 
 
 # ---- flags -----------------------------------------------------------------------------------------------
@@ -115,6 +120,8 @@ def flags():
     add("--warmup-steps", type=float, help="below 1: a share of all (default: 100; llamaseg-*: 1000; stages: 0.01)")
     add("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
     add("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
+    add("--encoder-steps", type=int, help="steps in which the encoder learns what each patch of a drawn picture shows, "
+        "before the first phrase (default: 1500; not with --init-from; llamaseg-*: 0)")
     add("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens from the model's "
         "input (default: on; llamaseg-*: off)")
     add("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain background in "
@@ -198,7 +205,9 @@ def train(args, at_end):
     run, stop = set_up(args, at_end), []
     at_end.enter_context(on_signal(lambda number, frame: stop.append(number)))
     model = parallel(run)
-    goes_on = not run.evaluation_left_out or evaluate_after(run, run.first_step)
+    if args.encoder_steps and not run.first_step:
+        learn_patches(run, stop)
+    goes_on = not (stop or run.evaluation_left_out) or evaluate_after(run, run.first_step)
     started, (batch, ids) = time.perf_counter(), next_batch(run)
     for step in range(run.first_step, args.max_steps if goes_on else 0):
         torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
@@ -283,6 +292,60 @@ def set_up(args, at_end):
         bar=None, at_end=at_end, ideal_seconds=step_flops / world_size / peak_flops,
         metric=metric, best=max((r[metric] for r in records if r.get(metric) is not None), default=-1.0),
         evaluation_left_out=from_all_ranks(left_out)[0])
+
+
+class PatchReader(nn.Module):
+    """The picture encoder with a linear layer that tells what each patch shows, see scenes.patch_truth. `things`: how
+    many colours and shapes there are, and one for any object."""
+
+    def __init__(self, encoder, things):
+        super().__init__()
+        self.encoder, self.things = encoder, things
+        self.head = nn.Linear(encoder.config.vision_width, things + 3 + 64)
+
+    def forward(self, pixels, truth):
+        """pixels (b,3,S,S), truth (b,N,things + 68) -> what is told (b,N,things + 67), loss ()."""
+        told = self.head(self.encoder.encode_image(pixels)).float()
+        things, places, cover = told.split([self.things, 3, 64], -1)
+        true_things, true_places, true_cover, there = truth.split([self.things, 3, 64, 1], -1)
+        share = there / there.sum()  # of the patches with an object
+        place_loss = (F.smooth_l1_loss(places, true_places, reduction="none").mean(-1, True) * share).sum()
+        cover_loss = F.binary_cross_entropy_with_logits(cover, true_cover, reduction="none")
+        cover_loss = (cover_loss.mean(-1, True) * share).sum()
+        return told, 4 * F.binary_cross_entropy_with_logits(things, true_things) + place_loss + cover_loss
+
+
+def learn_patches(run, stop):
+    """--encoder-steps: before any phrase the encoder learns what each patch of a drawn picture shows. Phrases alone
+    teach that slowly: LOG.md. Paper: its encoders are SigLIP2's, trained before. A stop leaves nothing of it."""
+    args, siglip, world = run.args, run.segmenter.model.encoder, WORLDS[args.data]
+    reader = PatchReader(siglip, len(world.colors) + len(world.shapes) + 1).to(run.device)
+    for p in siglip.text_model.parameters():
+        p.requires_grad_(False)
+    optimizers = make_optimizers(reader, args)
+    size, grid = siglip.config.image_size, math.isqrt(siglip.config.image_tokens)
+    batches = Patches(args.data, size, grid, PATCH_BATCH, run.rank, run.world_size)
+    model = torch.compile(reader) if args.compile else reader
+    for step in (bar := tqdm(range(args.encoder_steps), desc="encoder", disable=run.rank > 0)):
+        batch = {name: value.to(run.device) for name, value in batches[step].items()}
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            loss = model(to_pixels(batch["pictures"]), batch["truth"])[1]
+        loss.backward()
+        if any(from_all_ranks(bool(stop))):
+            say("stopped before the first step: nothing is saved")
+            break
+        gradients = [p.grad for p in reader.parameters() if p.grad is not None]
+        for gradient in gradients if dist.is_initialized() else ():
+            dist.all_reduce(gradient.div_(run.world_size))
+        nn.utils.clip_grad_norm_(reader.parameters(), args.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, (step + 1) / 100)  # warm-up alone: the phrases' steps lower it
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix_str(f"loss {loss.item():.4f}", False)
+    for p in siglip.text_model.parameters():
+        p.requires_grad_(True)
 
 
 def parallel(run):

@@ -16,7 +16,8 @@ from scipy.ndimage import binary_dilation, generate_binary_structure
 import metrics
 from data import Scenes, load_dataset, rle_decode
 from metrics import SegmentationMetrics
-from sample import Segmenter, overlay
+from model import LlamaSeg
+from sample import Segmenter, one_edit_apart, overlay
 
 
 @pytest.fixture(scope="module")
@@ -836,3 +837,72 @@ def test_a_data_set_without_examples_is_named(sample, tmp_path):
     done = sample("sample.py", "--dataset", f"jsonl:{tmp_path / 'none.jsonl'}", "--out", tmp_path / "out")
     assert done.returncode == 1 and b"none.jsonl:test has no examples" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# --- words that the model does not know, and things that are not there
+
+
+@pytest.mark.parametrize("a, b, close", [
+    ("circel", "circle", True), ("squre", "square", True), ("gren", "green", True), ("starr", "star", True),
+    ("tsar", "star", True), ("rats", "star", False),
+    ("hart", "heart", True), ("riing", "ring", True), ("bleu", "blue", True),
+    ("circle", "cross", False), ("cirle", "circles", False), ("a", "", True), ("star", "star", True)])
+def test_one_edit_apart(a, b, close):
+    assert one_edit_apart(a, b) == one_edit_apart(b, a) == close
+    letters = "abcdefghijklmnopqrstuvwxyz"  # all words one edit from a, by hand
+    near = {a, *(a[:i] + a[i + 1:] for i in range(len(a)))}
+    near |= {a[:i] + c + a[j:] for i in range(len(a) + 1) for j in (i, i + 1) for c in letters}
+    near |= {a[:i] + a[i + 1] + a[i] + a[i + 2:] for i in range(len(a) - 1)}
+    assert (b in near) == close
+
+
+def reader(words=True):
+    """A Segmenter that can only read."""
+    from scenes import WORLDS, vocabulary
+
+    names, known = vocabulary(WORLDS["scenes"])
+    config = SimpleNamespace(names=names, words=known if words else (), scales=())
+    return Segmenter(SimpleNamespace(config=config), None, None)
+
+
+@pytest.mark.parametrize("prompt, read, unknown", [
+    ("the red circle", "the red circle", []), ("The RED circle!", "The RED circle!", []),
+    ("red circel", "red circle", []), ("the geen sqaure", "the green square", []),
+    ("the giraffe", "the giraffe", ["giraffe"]), ("cat", "cat", ["cat"]), ("the tree", "the tree", ["tree"]),
+    ("not red", "not red", ["not"]), ("2 stars", "2 stars", ["2"]),
+    ("something for valentine's day", "something for valentine's day", [])])
+def test_misspelled_words_are_mended_and_unknown_ones_told(prompt, read, unknown):
+    assert reader().read(prompt) == (read, unknown)
+    assert reader(words=False).read(prompt) == (prompt, [])
+
+
+def test_an_unknown_word_has_an_empty_mask(sample, picture, tmp_path, tiny_checkpoint):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "known")
+    model = LlamaSeg.from_pretrained(folder / "model.safetensors")
+    model.config.words, model.config.names = ("the", "circle", "red"), ("circle",)
+    model.save_pretrained(folder / "model.safetensors")
+    done = sample("sample.py", "--image", picture, "--checkpoint", folder, "--prompt", "the giraffe",
+                  "--prompt", "the circel", "--json", "-", "--out", tmp_path / "out")
+    lines = done.stderr.decode()
+    assert done.returncode == 0 and "nothing found (unknown word: giraffe)" in lines
+    first, second = json.loads(done.stdout)
+    assert first["unknown"] == ["giraffe"] and first["area"] == 0 and first["there"] == 0
+    assert second["read_as"] == "the circle" and second["unknown"] == [] and 0 <= second["there"] <= 1
+    assert "(read as 'the circle')" in lines
+
+
+def test_the_probability_that_something_is_there_is_the_chain_rule(tiny_checkpoint, picture):
+    segmenter = Segmenter.load(tiny_checkpoint)
+    text_ids, pixels = segmenter.prepare(Image.open(picture), ["the red circle", "a star"])
+    inside = {"text_ids": text_ids, "pixels": pixels, "unknown": [[], []]}
+    empty = segmenter.mask_tokenizer.encode(torch.full((1, 3, 64, 64), -1.0))
+    nothing = torch.ones(2)
+    with torch.inference_mode():
+        prefix = segmenter.model.prefix(text_ids, pixels)
+        for t in range(empty.shape[1]):  # token by token, without teacher forcing
+            sequence = torch.cat([prefix, segmenter.model.mask_embedding(empty[:, :t].expand(2, -1))], dim=1)
+            probabilities = segmenter.model.head(segmenter.model.llama(sequence)[:, -1]).softmax(-1)
+            nothing *= probabilities[:, empty[0, t]]
+    assert torch.allclose(torch.tensor(segmenter.there(inside)), 1 - nothing, atol=1e-5)
+    inside["unknown"][1] = ["star"]
+    assert segmenter.there(inside)[1] == 0

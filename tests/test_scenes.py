@@ -1,11 +1,15 @@
 """The drawn world: its phrases against a second reader, its masks against the pixels."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from data import TEMPLATES, Scenes, instruct
-from scenes import NOVEL, RICH_COLORS, RICH_SHAPES, WORLDS, draw_scene, scene_phrases
+from scenes import (
+    ABSENT, NOVEL, RICH_COLORS, RICH_SHAPES, WORLDS, absent_phrases, draw_scene, scene_phrases, vocabulary,
+)
 from tokenizer import TextTokenizer
 from weights import ASSETS
 
@@ -38,7 +42,7 @@ def test_examples_are_well_formed():
             assert example.mask.dtype == bool and example.mask.any()
             assert example.task in ("semantic", "referring", "reasoning")
             _, owner, objects, _ = dataset.scene(i)
-            assert 1 <= len(objects) <= world.most_objects
+            assert 1 <= len(objects) <= max(world.most_objects)
             assert set(np.unique(owner)) - {-1} == set(range(len(objects)))
 
 
@@ -69,9 +73,104 @@ def matching(phrase, objects):
     ends = {"leftmost": (0, min), "rightmost": (0, max), "topmost": (1, min), "bottommost": (1, max)}
     if len(words) == 2 and words[0] in ends and words[1] in ("object", "shape"):
         axis, pick = ends[words[0]]
-        middle = [(o.box[axis] + o.box[axis + 2]) / 2 for o in objects]
+        middle = [center(o)[axis] for o in objects]
         return {middle.index(pick(middle))}
     return None
+
+
+def center(shape):
+    return (shape.box[0] + shape.box[2]) / 2, (shape.box[1] + shape.box[3]) / 2
+
+
+def matching_more(phrase, objects, extent):
+    """The same for phrases of several objects, of order and of corners; extent: (width, height)."""
+    everything = set(range(len(objects)))
+    if " and " in phrase:
+        one, other = (matching(part, objects) for part in phrase.split(" and "))
+        return one | other
+    for word in ("everything but ", "everything except "):
+        if phrase.startswith(word):
+            return everything - matching(phrase.removeprefix(word), objects)
+    words = phrase.split()
+    if " from the " in phrase:
+        noun, side = " ".join(words[2:-3]), words[-1]
+        of_noun = everything if noun in ("object", "shape") else matching(noun, objects)
+        if of_noun is None:  # "red object"
+            of_noun = matching(f"everything {words[2]}", objects)
+        key = {"left": lambda i: center(objects[i])[0], "right": lambda i: -center(objects[i])[0],
+               "top": lambda i: center(objects[i])[1], "bottom": lambda i: -center(objects[i])[1]}[side]
+        return {sorted(of_noun, key=key)[("first", "second", "third").index(words[1])]}
+    if words[-1] == "corner" and words[1] in ("object", "shape"):
+        ends = [extent[0] * (words[-2] == "right"), extent[1] * (words[-3] == "bottom")]
+        reach = [max(abs(c - end) / size for c, end, size in zip(center(o), ends, extent)) for o in objects]
+        return {reach.index(min(reach))}
+    if phrase in ("the two biggest shapes", "the two smallest objects"):
+        order = sorted(everything, key=lambda i: objects[i].area, reverse="biggest" in phrase)
+        return set(order[:2])
+    if words[1:3] == ["object", "inside"]:
+        ring = matching(" ".join(words[3:]), objects)
+        if ring is None:  # "the red object"
+            return None
+        (ring,) = ring
+        left, top, right, bottom = objects[ring].box
+        return {i for i, o in enumerate(objects) if i != ring and left < o.box[0] and top < o.box[1]
+                and o.box[2] < right and o.box[3] < bottom and abs(center(o)[0] - center(objects[ring])[0]) < 10}
+    return None
+
+
+def test_phrases_of_order_place_and_several_objects(drawn):
+    seen = set()
+    for owner, objects in drawn:
+        for group, phrases in scene_phrases(objects, *owner.shape).items():
+            for phrase, _, _, indices in phrases if group in ("and", "but", "ordinal", "corner", "several", "inside") \
+                    else ():
+                wanted = matching_more(phrase, objects, owner.shape[::-1])
+                if wanted is not None:
+                    assert set(indices) == wanted, (phrase, [(o.color, o.kind, o.box) for o in objects])
+                    seen.add(group)
+    assert seen == {"and", "but", "ordinal", "corner", "several", "inside"}
+
+
+def test_absent_phrases_name_nothing_that_is_there(drawn):
+    seen, rng = set(), np.random.default_rng(0)
+    for owner, objects in drawn:
+        colors, kinds = {o.color for o in objects}, {o.kind for o in objects}
+        true = {phrase for group in scene_phrases(objects, *owner.shape).values() for phrase, *_ in group}
+        for kind, (phrase, _, _, indices) in absent_phrases(objects, WORLDS["scenes"], *owner.shape, rng).items():
+            assert indices == () and phrase not in true
+            assert not matching(phrase, objects)
+            words = phrase.split()
+            assert not any((a, b) in NOVEL for a, b in zip(words, words[1:]))
+            if kind == "neither":
+                assert not colors & set(words) and not kinds & set(words)
+            if kind == "relation":
+                places = " (?:to the )?(?:left of|right of|above|below) the "
+                first, other = re.split(places, phrase.removeprefix("the "))
+                assert all(any(name in (o.kind, f"{o.color} {o.kind}") for o in objects) for name in (first, other))
+            seen.add(kind)
+    assert seen == set(ABSENT)
+
+
+def test_absent_split_and_share():
+    dataset = Scenes("absent")
+    for i in range(40):
+        example = dataset[i]
+        assert not example.mask.any() and example.task == "referring"
+    asked = [phrase for i in range(150) for phrase in Scenes("train", phrases=8).scene(i)[3]]
+    assert 0.15 < np.mean([phrase[3] == () for phrase in asked]) < 0.25
+    assert all(Scenes("test")[i].mask.any() for i in range(60))
+
+
+def test_vocabulary_is_what_the_phrases_have(drawn):
+    world, seen = WORLDS["scenes"], set()
+    names, words = vocabulary(world)
+    rng = np.random.default_rng(0)
+    for owner, objects in drawn:
+        for group in scene_phrases(objects, *owner.shape).values():
+            seen |= {word for phrase, *_ in group for word in phrase.split()}
+        for phrase, *_ in absent_phrases(objects, world, *owner.shape, rng).values():
+            seen |= set(phrase.split())
+    assert seen <= set(words) and len(set(words) - seen) <= 2 and set(names) <= set(words)
 
 
 def test_a_lone_object_is_every_extreme(drawn):
@@ -118,7 +217,7 @@ def test_relations_and_sizes_hold_with_a_margin(drawn):
                     anchors = [k for k, nouns in enumerate(names) if other in nouns]
                     assert len(anchors) == 1
                     centre = [(axis[owner == k].min() + axis[owner == k].max()) / 2 for k in (target, anchors[0])]
-                    assert sign * (centre[0] - centre[1]) > 0.05 * max(owner.shape), phrase
+                    assert sign * (centre[0] - centre[1]) > 0.1 * owner.shape[1 if axis is xs else 0], phrase
                     seen.add(word)
         for phrase, _, _, (target,) in groups["size"]:
             if phrase in ("the biggest object", "the smallest object"):
@@ -132,7 +231,7 @@ def test_masks_are_the_visible_pixels():
     # On a flat background without grain a pixel differs from it exactly where an object is, but for soft edges.
     checked = 0
     for seed in range(200):
-        picture, owner, objects = draw_scene(np.random.default_rng(seed), WORLDS["scenes"])
+        picture, owner, objects = draw_scene(np.random.default_rng(seed), WORLDS["scenes-plain"])
         flat = [tuple(c) for c in (picture[0, 0], picture[0, -1], picture[-1, 0], picture[-1, -1])]
         if len(set(flat)) > 1 or (owner[[0, 0, -1, -1], [0, -1, 0, -1]] >= 0).any():
             continue
