@@ -1,4 +1,5 @@
-"""Masks in, numbers out: IoU, its averages over a set (cIoU, gIoU, mIoU) and the average Hausdorff distance.
+"""Masks in, numbers out: IoU, its averages over a set (cIoU, gIoU, mIoU) and the average Hausdorff distance. For all
+segments of a picture at once: panoptic quality (PQ) and COCO's average precision (AP).
 
     python metrics.py predictions/ masks/                       # PRED_DIR GT_DIR: two folders of masks
     python metrics.py predictions/ masks/ --json numbers.json
@@ -244,6 +245,221 @@ class SegmentationMetrics:
 def _mean(values):
     # fsum rounds once, at the end: the same examples in another order give the same float.
     return math.fsum(values) / len(values) if values else None
+
+
+# ---- all segments of a picture: PQ and AP ----------------------------------------------------------------------------
+
+
+def _predicted_masks(pred, gt):
+    """The masks of a list of {"mask", ...} as bool (P, H, W); ValueError unless each has the size of gt, a Panoptic."""
+    masks = np.zeros((len(pred), *gt.masks.shape[1:]), bool)
+    for k, segment in enumerate(pred):
+        mask, _ = _masks(**{f"picture {gt.id}: predicted mask {k}": segment["mask"], "the picture": masks[k]})
+        masks[k] = mask
+    return masks
+
+
+def _segment_map(masks, whose):
+    """Masks (n, H, W) that do not overlap -> int32 (H, W): 1 + the index of the mask at each pixel, 0 for none."""
+    numbers = np.zeros(masks.shape[1:], np.int32)
+    for number, mask in enumerate(masks, 1):
+        numbers += mask * np.int32(number)
+    if np.count_nonzero(numbers) != np.count_nonzero(masks):
+        raise ValueError(f"{whose} overlap: panoptic quality gives each pixel to one segment")
+    return numbers
+
+
+def _add_pictures(rows, others):
+    """Add the rows of other pictures, {id: row}; a picture on both sides raises ValueError and changes nothing."""
+    twice = sorted(rows.keys() & others.keys())
+    if twice:
+        raise ValueError(f"pictures counted twice: {len(twice)}, first id {twice[0]!r}")
+    rows |= others
+
+
+class PanopticQuality:
+    """PQ, SQ and RQ of a set of pictures (Kirillov et al. 2019), by the rules of panopticapi's evaluation.py.
+
+    A predicted and a true segment of the same class match if their IoU exceeds 0.5, which at most one can. Per class:
+
+        SQ = mean IoU of the matches    RQ = TP / (TP + FP / 2 + FN / 2)    PQ = SQ * RQ
+
+    Void, the pixels of no true segment and of gt.ignore, is taken out of unions. A crowd matches nothing and is never
+    missed (FN). An unmatched prediction with more than half of its pixels on void or on the crowd of its class is no
+    FP; of several crowds of a class panopticapi looks at the last alone, and so does this.
+    """
+
+    def __init__(self):
+        self.rows = {}  # picture id: {label: [list of the IoU of each match, FP, FN]}
+        self.things = {}  # label: whether it is a thing
+
+    def update(self, pred, gt):
+        """Add one picture. pred: list of {"mask" (H, W), "label"}, without overlaps; gt: a data.Panoptic.
+
+        A label that no picture has is a thing or stuff as gt.classes or the prediction's own "is_thing" say. If neither
+        does, it counts in "All" alone. A true segment without a scored pixel is not counted.
+        ValueError for overlaps, an empty predicted mask, a label that is not in gt.classes, a picture seen before.
+        Returns the row that was added: {label: [list of the IoU of each match, FP, FN]}.
+        """
+        masks, classes = _predicted_masks(pred, gt), gt.classes or {}
+        for k, segment in enumerate(pred):
+            if classes and segment["label"] not in classes or not masks[k].any():
+                reason = "has no pixels" if not masks[k].any() else f"is none of the {len(classes)} classes"
+                raise ValueError(f"picture {gt.id}: predicted segment {k}, {segment['label']!r}, {reason}")
+        found, truth = _segment_map(masks, "predicted masks"), _segment_map(gt.masks, f"the masks of picture {gt.id}")
+        if gt.ignore is not None:
+            truth[gt.ignore] = 0
+        # Pixels of each true (row) and predicted (column) segment; row 0: void, column 0: nothing predicted.
+        shape = len(gt.masks) + 1, len(pred) + 1
+        pixels = np.bincount((truth * np.int32(shape[1]) + found).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+        row = self._score(pixels, gt.labels, gt.is_crowd, [segment["label"] for segment in pred])
+        _add_pictures(self.rows, {gt.id: row})
+        self.things |= {segment["label"]: segment["is_thing"] for segment in pred if "is_thing" in segment}
+        self.things |= dict(zip(gt.labels, gt.is_thing)) | classes
+        return row
+
+    @staticmethod
+    def _score(pixels, labels, is_crowd, pred_labels):
+        """Pixels (1 + n, 1 + P) that n true segments and void share with P predictions -> a row, as `rows` holds it."""
+        row = {label: [[], 0, 0] for label in (*labels, *pred_labels)}
+        true_areas, areas = pixels.sum(1), pixels.sum(0)
+        matched, hidden = set(), pixels[0].copy()  # hidden: pixels of each prediction that lie on void or a crowd
+        crowds = {label: k for k, label in enumerate(labels, 1) if is_crowd[k - 1]}
+        for k, label in enumerate(labels, 1):
+            if is_crowd[k - 1] or not true_areas[k]:
+                continue
+            for j in np.flatnonzero(pixels[k, 1:]) + 1:
+                iou = pixels[k, j] / (true_areas[k] + areas[j] - pixels[k, j] - pixels[0, j])
+                if pred_labels[j - 1] == label and iou > 0.5:
+                    row[label][0].append(float(iou))
+                    matched.add(j)
+                    break
+            else:
+                row[label][2] += 1
+        for j, label in enumerate(pred_labels, 1):
+            hidden[j] += pixels[crowds[label], j] if label in crowds else 0
+            row[label][1] += j not in matched and not hidden[j] / areas[j] > 0.5
+        return {label: counts for label, counts in row.items() if counts != [[], 0, 0]}
+
+    def merge(self, other):
+        """Add another rank's pictures. A picture on both sides raises ValueError and changes nothing."""
+        _add_pictures(self.rows, other.rows)
+        self.things |= other.things
+
+    def compute(self) -> dict:
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}}: means over the n classes with TP + FP + FN > 0, in
+        [0, 1], None where n is 0. SQ is 0 for a class without a match, as panopticapi has it.
+        """
+        totals = {}  # label: [list of IoU, FP, FN]
+        for row in self.rows.values():
+            for label, counts in row.items():
+                total = totals.setdefault(label, [[], 0, 0])
+                for k in range(3):
+                    total[k] += counts[k]
+        quality = {}  # label: (PQ, SQ, RQ)
+        for label, (ious, false, missed) in totals.items():
+            sq, rq = _mean(ious) or 0.0, len(ious) / (len(ious) + false / 2 + missed / 2)
+            quality[label] = sq * rq, sq, rq
+        chosen = {"All": list(quality), "Things": [label for label in quality if self.things.get(label) is True],
+                  "Stuff": [label for label in quality if self.things.get(label) is False]}
+        return {name: {key: _mean([quality[label][k] for label in labels]) for k, key in enumerate(("pq", "sq", "rq"))}
+                | {"n": len(labels)} for name, labels in chosen.items()}
+
+
+class AveragePrecision:
+    """COCO's average precision of masks, as pycocotools' COCOeval computes it with its default settings.
+
+    Per picture and class the 100 predictions of the highest scores each take, in the order of their scores, the free
+    true object of the highest IoU, if that reaches a threshold of 0.50, 0.55 ... 0.95. Precision, made to fall with
+    recall, is read at the 101 recalls 0, 0.01 ... 1; AP is its mean over recalls, thresholds and classes. Crowds and, for
+    small, medium and large, true objects of other areas are neither found nor missed: a prediction that takes one of
+    those, or takes none and has another area itself, is left out. A crowd can be taken many times, and its IoU is the
+    share of the prediction that lies on it. Stuff and gt.ignore play no part.
+    """
+
+    AREAS = {"AP": (0, 1e10), "APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # A of them, in pixels
+    THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T of them
+    MOST = 100  # predictions per picture and class
+
+    def __init__(self):
+        self.rows = {}  # picture id: {label: (scores (D,), verdicts int8 (D, A, T), number of true objects (A,))}
+
+    def update(self, pred, gt):
+        """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic, masks may overlap.
+
+        ValueError for a mask of another size, a score that is not finite, a picture seen before.
+        """
+        masks, scores = _predicted_masks(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
+        if not np.isfinite(scores).all():
+            raise ValueError(f"picture {gt.id}: the scores must be finite, got {scores.tolist()}")
+        # eight pixels per byte: a mask at COCO's size is 38 kB, and the bits that two have in common are quickly counted
+        bits, true_bits = (np.packbits(m.reshape(len(m), -1), axis=1) for m in (masks, gt.masks))
+        pixels, true_pixels = (np.bitwise_count(b).sum(1, dtype=np.int64) for b in (bits, true_bits))
+        areas = true_pixels if gt.areas is None else np.array(gt.areas)
+        is_crowd, labels = np.array(gt.is_crowd, bool), [segment["label"] for segment in pred]
+        things = [label if thing else None for label, thing in zip(gt.labels, gt.is_thing)]
+        row = {}
+        for label in {*labels, *things} - {None}:
+            d = np.array([k for k, other in enumerate(labels) if other == label], int)
+            d = d[np.argsort(-scores[d], kind="stable")[: self.MOST]]
+            g = np.array([k for k, other in enumerate(things) if other == label], int)
+            common = np.array([[np.bitwise_count(bits[i] & true_bits[j]).sum(dtype=np.int64) for j in g] for i in d])
+            common = common.reshape(len(d), len(g))
+            union = pixels[d, None] + np.where(is_crowd[g], 0, true_pixels[g] - common)
+            iou = np.divide(common, union, out=np.zeros(union.shape), where=union > 0)
+            skip_true, skip = (np.array([(a < low) | (a > high) for low, high in self.AREAS.values()])
+                               for a in (areas[g], pixels[d]))
+            skip_true |= is_crowd[g]
+            row[label] = scores[d], self._match(iou, is_crowd[g], skip_true, skip), (~skip_true).sum(1)
+        _add_pictures(self.rows, {gt.id: row})
+
+    def _match(self, iou, is_crowd, skip_true, skip):
+        """IoU (D, G) of predictions in the order of their scores and true objects, is_crowd (G,), which are not scored
+        in each range of areas, skip_true (A, G) and skip (A, D) -> verdicts int8 (D, A, T): 1 found, 0 false, -1 left out.
+        """
+        verdicts = np.repeat(-skip.T.astype(np.int8)[:, :, None], len(self.THRESHOLDS), axis=2)
+        least = np.minimum(self.THRESHOLDS, 1 - 1e-10)[:, None]
+        free = np.ones((len(skip), len(least), iou.shape[1]), bool)  # (A, T, G)
+        for d in np.flatnonzero(iou.max(1, initial=0) >= least[0]):
+            # One that is scored comes before all that are not, and the last of equals is taken.
+            value = np.where(free & (iou[d] >= least), iou[d] + 2.0 * ~skip_true[:, None], -1)
+            best = iou.shape[1] - 1 - value[..., ::-1].argmax(2)
+            a, t = np.nonzero(value.max(2) >= 0)
+            g = best[a, t]
+            verdicts[d, a, t] = np.where(skip_true[a, g], -1, 1)
+            free[a, t, g] = is_crowd[g]
+        return verdicts
+
+    def merge(self, other):
+        """Add another rank's pictures. A picture on both sides raises ValueError and changes nothing."""
+        _add_pictures(self.rows, other.rows)
+
+    def compute(self) -> dict:
+        """{"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; None where no class has a true object of such areas."""
+        by_label = {}
+        for id in sorted(self.rows, key=lambda id: (len(id), id)):  # COCO's order, which decides between equal scores
+            for label, row in self.rows[id].items():
+                by_label.setdefault(label, []).append(row)
+        aps = [self._average(*map(np.concatenate, list(zip(*rows))[:2]), sum(row[2] for row in rows))
+               for _, rows in sorted(by_label.items())]
+        aps = np.array(aps).reshape(-1, len(self.AREAS), len(self.THRESHOLDS))
+        chosen = {"AP": aps[:, 0], "AP50": aps[:, 0, 0], "AP75": aps[:, 0, 5]}
+        chosen |= {name: aps[:, k] for k, name in enumerate(self.AREAS) if k}
+        return {name: _mean(values[~np.isnan(values)].tolist()) for name, values in chosen.items()}
+
+    def _average(self, scores, verdicts, objects):
+        """Scores (D,), verdicts (D, A, T) and numbers of true objects (A,) of a class in all pictures -> AP (A, T), nan
+        where there is no object."""
+        verdicts = verdicts[np.argsort(-scores, kind="stable")]
+        found, false = ((verdicts == verdict).cumsum(0) for verdict in (1, 0))
+        averages = np.full(verdicts.shape[1:], math.nan)
+        for a, t in np.ndindex(averages.shape):
+            if objects[a]:
+                precision = found[:, a, t] / (found[:, a, t] + false[:, a, t] + np.spacing(1))
+                precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0: a recall not reached
+                places = np.searchsorted(found[:, a, t] / objects[a], np.linspace(0, 1, 101))
+                averages[a, t] = precision[places].mean()
+        return averages
 
 
 # ---- what all commands share ----------------------------------------------------------------------------------------
