@@ -9,7 +9,6 @@ Legend: H W a picture's own height and width, S the side of the square that the 
 picture, B phrases in a batch. Masks are bool (H, W), True on the object.
 """
 
-import colorsys
 import hashlib
 import json
 import pickle
@@ -54,24 +53,17 @@ class Example:
 
 @dataclass
 class Panoptic:
-    """One picture and all of its n segments. DESIGN: the front door of the data sets for PQ and AP.
-
-    Things are counted, stuff is not. A crowd is one mask over many things of a class that nobody told apart.
-    """
+    """One picture and all of its n segments. DESIGN: the front door of the data sets for PQ and AP."""
 
     image: Image.Image  # RGB, any size
     id: str  # unique in its split: the data set's own picture id
     masks: np.ndarray  # bool (n, H, W) at the picture's own size; those of coco-instances may overlap
     labels: list  # n class names
-    is_thing: list  # n bools
-    is_crowd: list  # n bools
+    is_thing: list  # n bools: things are counted, stuff is not
+    is_crowd: list  # n bools: one mask over many things of a class that nobody told apart
     ignore: np.ndarray | None = None  # bool (H, W): pixels that are not scored
     areas: list | None = None  # COCO's areas, by which AP parts small from large objects; None: the masks' pixels
     classes: dict | None = None  # all classes of the data set, in its order: {name: is it a thing?}
-
-    def instances(self):
-        """The indices of the masks that show one thing each, neither stuff nor crowds."""
-        return [k for k, thing in enumerate(self.is_thing) if thing and not self.is_crowd[k]]
 
 
 # The paper's example is the first; the paper says there are ten and does not print the others.
@@ -342,6 +334,8 @@ class Scenes:
 
     def scene(self, index):
         """Picture `index`: (PIL image, owner int8 (H, W), list of Shape, list of P picked phrases)."""
+        if not 0 <= index < self.SPLITS[self.split]:
+            raise IndexError(f"picture {index} of {self.SPLITS[self.split]}")
         if self._recent[0] != index:
             rng = np.random.default_rng([list(self.SPLITS).index(self.split), index, self.world.seed])
             picked = []
@@ -362,8 +356,6 @@ class Scenes:
         return pick_phrases(objects, *owner.shape, self.phrases, rng, self.world, must, absent)
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
         image, owner, _, picked = self.scene(i // self.phrases)
         phrase, task, label, indices = picked[i % self.phrases]
         return Example(image, phrase, np.isin(owner, indices), f"{self.split}-{i:07d}", task, label)
@@ -373,22 +365,20 @@ class SceneInstances(Scenes):
     """The pictures of `scenes` with all their objects: the shapes are classes of things, the background is stuff."""
 
     SPLITS = {split: count for split, count in Scenes.SPLITS.items() if split != "absent"}
+    CLASSES = {**dict.fromkeys(WORLDS["scenes"].shapes, True), "background": False}
 
-    def __init__(self, split="train", name="scenes-instances", root=None):
+    def __init__(self, split, name, root=None):
         super().__init__(split, "scenes")
-        self.classes = {**dict.fromkeys(self.world.shapes, True), "background": False}
 
     def _phrases(self, *scene):
         return [None]  # nothing is asked here
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
         image, owner, objects, _ = self.scene(i)
-        order = [*range(len(objects)), -1]  # -1 owns the background
+        masks = owner == np.reshape([*range(len(objects)), -1], (-1, 1, 1))  # -1 owns the background
         labels = [*(shape.kind for shape in objects), "background"]
-        return Panoptic(image, f"{self.split}-{i:07d}", owner == np.reshape(order, (-1, 1, 1)), labels,
-                        [self.classes[label] for label in labels], [False] * len(labels), classes=self.classes)
+        is_thing, no_crowds = [self.CLASSES[label] for label in labels], [False] * len(labels)
+        return Panoptic(image, f"{self.split}-{i:07d}", masks, labels, is_thing, no_crowds, classes=self.CLASSES)
 
 
 # ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
@@ -408,8 +398,8 @@ def _find(root, *candidates):
 # --- label maps: one example for each picture and class
 
 
-def read_label_map(path):
-    """A PNG or TIFF of class numbers or a .mat of PASCAL Context -> integer array (H, W): raw indices, never colors."""
+def read_label_map(path, modes=("L", "P", "I;16", "I")):
+    """A PNG or TIFF or a .mat of PASCAL Context -> integer array (H, W), (H, W, 3) if RGB: raw values, never colors."""
     with _reading(path, "label map"):
         if path.suffix == ".mat":
             from scipy.io import loadmat  # takes a third of a second
@@ -417,8 +407,8 @@ def read_label_map(path):
             return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
         with Image.open(regular(path)) as image:
             mode, labels = image.mode, np.asarray(image)
-    if mode not in ("L", "P", "I;16", "I"):
-        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of class numbers")
+    if mode not in modes:
+        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of numbers, mode {' or '.join(modes)}")
     return labels
 
 
@@ -428,8 +418,6 @@ class LabelMaps:
     name: of LAYOUTS. classes: "present" asks for the classes that a picture has; "all" asks for every class, with an
     empty mask where it is absent.
     """
-
-    SPLITS = ("train", "val")
 
     def __init__(self, split, name, root, classes="present"):
         stems, pictures, maps, end, values, self.ignored = LAYOUTS[name](split, name, root)
@@ -615,16 +603,10 @@ class Refer:
             picture = open_picture(self.pictures / file)
             if picture.size != (image["width"], image["height"]):
                 raise ValueError(f"{file} has size {picture.size}, expected {image['width'], image['height']}")
-            mask = _coco_mask(annotation, *picture.size[::-1])
+            # parts of fewer than three points enclose nothing
+            parts = [part for part in annotation["segmentation"] if isinstance(part, dict) or len(part) >= 6]
+            mask = polygons_to_mask(parts, *picture.size[::-1])
         return Example(picture, phrase, mask, f"{number}:{sentence_id}", "referring")
-
-
-def _coco_mask(annotation, height, width):
-    """The segmentation of a COCO annotation -> bool (height, width)."""
-    parts = annotation["segmentation"]
-    if not isinstance(parts, dict):  # parts of fewer than three points enclose nothing
-        parts = [part for part in parts if isinstance(part, dict) or len(part) >= 6]
-    return polygons_to_mask(parts, height, width)
 
 
 def _words(phrase):
@@ -634,163 +616,127 @@ def _words(phrase):
     return phrase.strip()
 
 
-# --- all segments of a picture: one Panoptic for each picture
+# --- all segments: one Panoptic for each picture
 
 
 class Segments:
-    """Pictures with all their segments. A subclass fills `rows` with (id, path of the picture, what its own `segments`
-    reads for it) and `classes` with {name: is it a thing?}, and says in `segments` what is in a picture.
+    """Pictures with all their segments. name: of SEGMENTS, which has a function of (split, name, root) that returns rows
+    and {class: is it a thing?}. A row is a picture's id, its path, and a function and its arguments, the first of them a
+    file, that returns masks, labels, is_crowd, ignore and areas of its Panoptic.
     """
 
-    SPLITS = ("train", "val")
+    def __init__(self, split, name, root):
+        self.rows, self.classes = SEGMENTS[name](split, name, root)
+        self.counts = {"pictures": len(self.rows)}
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        id, picture, row = self.rows[i]
+        id, picture, read, file, *more = self.rows[i]
         image = open_picture(picture)
-        labels, is_crowd, masks, more = self.segments(picture, row, image.size[::-1])
-        return Panoptic(image, id, masks, labels, [self.classes[label] for label in labels], is_crowd, **more,
-                        classes=self.classes)
-
-    @property
-    def counts(self):
-        return {"pictures": len(self.rows)}
-
-    def segments(self, picture, row, size):
-        """-> class names, which are crowds, masks bool (n, H, W) of the `size` (H, W), further fields of Panoptic."""
-        raise NotImplementedError
-
-    def _cut(self, numbers, segments):
-        """A map of segment numbers (H, W) and its segments [(number, name, crowd)] -> what `segments` returns."""
-        listed, labels, is_crowd = map(list, zip(*segments)) if segments else ([], [], [])
-        masks = numbers == np.array(listed, numbers.dtype).reshape(-1, 1, 1)
-        void = ~masks.any(0)
-        return labels, is_crowd, masks, {"ignore": void if void.any() else None}
+        masks, labels, is_crowd, ignore, areas = read(file, *more)
+        if masks.shape[1:] != image.size[::-1]:
+            raise ValueError(f"{file}: segments of size {masks.shape[:0:-1]}, {picture} has {image.size}")
+        is_thing = [self.classes[label] for label in labels]
+        return Panoptic(image, id, masks, labels, is_thing, is_crowd, ignore, areas, self.classes)
 
 
 def _files(folder, end, wanted=None):
     """{stem: path} of the files below a folder that end in `end`, sorted; ValueError unless they are those `wanted`."""
     found = {path.name.removesuffix(end): path for path in sorted(folder.rglob(f"*{end}"))}
-    wanted = found.keys() if wanted is None else set(wanted)
-    for odd, what in ((wanted - found.keys(), "missing"), (found.keys() - wanted, "of no picture of this split")):
-        if odd:
-            raise ValueError(f"{folder}: {min(odd)}{end} is {what} ({len(odd)} such files)")
+    odd = sorted(found.keys() ^ set(found if wanted is None else wanted)) or ["*"] * (not found)
+    if odd:
+        what = "belongs to no picture" if odd[0] in found else "is missing"
+        raise ValueError(f"{folder}: {odd[0]}{end} {what} ({len(odd)} files do not fit)")
     return found
 
 
-class CocoPanoptic(Segments):
-    """coco-panoptic, ade20k-panoptic: a JSON with the segments of each picture, and a PNG whose pixels are their ids
-    R + 256 G + 65536 B, 0 for void. The id is the data set's image_id."""
-
-    def __init__(self, split, name, root):
-        if name == "coco-panoptic":
-            base, folder = _find(root, "coco/annotations", "annotations").parent, f"{split}2017"
-            self.file = _find(base, f"annotations/panoptic_{folder}.json")
-            maps = _find(base, f"panoptic_{folder}", f"annotations/panoptic_{folder}")
-            pictures = _find(base, folder, f"images/{folder}")
-        else:
-            file = f"ade20k_panoptic_{split}.json"
-            self.file = _find(root, f"ADEChallengeData2016/{file}", file)
-            maps = _find(self.file.parent, self.file.stem)
-            pictures = _find(self.file.parent, f"images/{dict(train='training', val='validation')[split]}")
-        with _reading(self.file, "panoptic annotations"):
-            content = parse_json(regular(self.file).read_bytes())
-            names = {category["id"]: category["name"].strip() for category in content["categories"]}
-            self.classes = {names[category["id"]]: bool(category["isthing"]) for category in content["categories"]}
-            if len(self.classes) < len(content["categories"]):
-                raise ValueError("two categories have one id or name")
-            chosen = {Path(annotation["file_name"]).stem: annotation for annotation in content["annotations"]}
-            ids = [annotation["image_id"] for annotation in content["annotations"]]
-            if len(chosen) < len(ids) or sorted(ids) != sorted(image["id"] for image in content["images"]):
-                raise ValueError("its images and annotations are not one for one")
-            listed = {stem: self._listed(annotation, names) for stem, annotation in chosen.items()}
-        self.maps, pictures = _files(maps, ".png", chosen), _files(pictures, ".jpg", chosen)
-        self.rows = [(str(annotation["image_id"]), pictures[stem], listed[stem]) for stem, annotation in chosen.items()]
-
-    @staticmethod
-    def _listed(annotation, names):
-        """The segments of a picture, [(number, name, crowd)]."""
-        unknown = [s["category_id"] for s in annotation["segments_info"] if s["category_id"] not in names]
-        if unknown:
-            raise ValueError(f"image_id {annotation['image_id']}: category_id {unknown[0]} is none of its categories")
-        return [(s["id"], names[s["category_id"]], bool(s["iscrowd"])) for s in annotation["segments_info"]]
-
-    def segments(self, picture, row, size):
-        file = self.maps[picture.stem]
-        with _reading(file, "segment map"), Image.open(regular(file)) as image:
-            if image.mode != "RGB":
-                raise ValueError(f"a picture of mode {image.mode}, expected RGB")
-            numbers = np.asarray(image) @ np.array([1, 256, 65536], np.int32)  # (H, W)
-        if numbers.shape != size:
-            raise ValueError(f"{file}: segments of size {numbers.shape[::-1]}, {picture} has {size[::-1]}")
-        there, listed = set(np.unique(numbers).tolist()) - {0}, [number for number, *_ in row]
-        if len(listed) > len(there) or there != set(listed):
-            odd = sorted(there ^ set(listed)) or sorted(listed)
-            raise ValueError(f"{file}: its segments are not those of {self.file.name}, first {odd[0]}")
-        return self._cut(numbers, row)
+def _cut(numbers, segments):
+    """A map (H, W) and the segments on it, [(number, label, is it a crowd?)] -> masks, labels, is_crowd, ignore, None."""
+    masks = numbers == np.array([number for number, *_ in segments], numbers.dtype).reshape(-1, 1, 1)
+    void = ~masks.any(0)
+    return masks, [s[1] for s in segments], [s[2] for s in segments], void if void.any() else None, None
 
 
-class CocoInstances(Segments):
-    """coco-instances: polygons of 80 classes of things, which may overlap, and run-length masks of crowds."""
-
-    def __init__(self, split, name, root):
-        base, folder = _find(root, "coco/annotations", "annotations").parent, f"{split}2017"
-        self.file = _find(base, f"annotations/instances_{folder}.json")
-        pictures = _find(base, folder, f"images/{folder}")
-        with _reading(self.file, "instances"):
-            content = parse_json(regular(self.file).read_bytes())
-            self.names = {category["id"]: category["name"] for category in content["categories"]}
-            found = {image["id"]: (image, []) for image in content["images"]}
-            for annotation in content["annotations"]:
-                for key, known in (("image_id", found), ("category_id", self.names)):
-                    if annotation[key] not in known:
-                        raise ValueError(f"annotation {annotation['id']}: unknown {key} {annotation[key]}")
-                found[annotation["image_id"]][1].append(annotation)
-            stems = [Path(image["file_name"]).stem for image, _ in found.values()]
-        self.classes, pictures = dict.fromkeys(self.names.values(), True), _files(pictures, ".jpg", stems)
-        self.rows = [(str(id), pictures[stem], row) for stem, (id, row) in zip(stems, found.items())]
-
-    def segments(self, picture, row, size):
-        image, annotations = row
-        with _reading(f"{self.file}: image {image['id']}"):
-            if size != (image["height"], image["width"]):
-                raise ValueError(f"{picture} has size {size[::-1]}, expected {image['width'], image['height']}")
-            masks = np.zeros((len(annotations), *size), bool)
-            for mask, annotation in zip(masks, annotations):
-                mask[:] = _coco_mask(annotation, *size)
-            return ([self.names[a["category_id"]] for a in annotations], [bool(a["iscrowd"]) for a in annotations],
-                    masks, {"areas": [float(a["area"]) for a in annotations]})
+def _panoptic(split, name, root):
+    """COCO's panoptic format: a JSON of the segments of each picture, and a PNG of their ids."""
+    if name == "coco-panoptic":
+        base, stem = _find(root, "coco/annotations", "annotations").parent, f"panoptic_{split}2017"
+        file, maps = _find(base, f"annotations/{stem}.json"), _find(base, stem, f"annotations/{stem}")
+        pictures = _find(base, f"{split}2017", f"images/{split}2017")
+    else:
+        stem = f"ade20k_panoptic_{split}"
+        file = _find(root, f"ADEChallengeData2016/{stem}.json", f"{stem}.json")
+        maps, folder = _find(file.parent, stem), {"train": "training", "val": "validation"}[split]
+        pictures = _find(file.parent, f"images/{folder}")
+    with _reading(file, "panoptic annotations"):
+        content, found = parse_json(regular(file).read_bytes()), {}  # stem: (image_id, its segments)
+        names = {category["id"]: category["name"].strip() for category in content["categories"]}
+        classes = {names[category["id"]]: bool(category["isthing"]) for category in content["categories"]}
+        for annotation in content["annotations"]:
+            segments = [(s["id"], names[s["category_id"]], bool(s["iscrowd"])) for s in annotation["segments_info"]]
+            found[Path(annotation["file_name"]).stem] = annotation["image_id"], segments
+        if len(found) < len(content["annotations"]):
+            raise ValueError("two of its annotations are of one picture")
+    maps, pictures = _files(maps, ".png", found), _files(pictures, ".jpg", found)
+    return [(str(id), pictures[stem], _read_panoptic, maps[stem], segments)
+            for stem, (id, segments) in found.items()], classes
 
 
-class Cityscapes(Segments):
-    """cityscapes: maps of labelId, or of labelId * 1000 + k for one thing. A thing class without k is a crowd, and what
-    is none of the 19 evaluated classes is void, as cityscapesScripts' createPanopticImgs.py has it."""
+def _read_panoptic(file, segments):
+    numbers = read_label_map(file, ("RGB",)) @ np.array([1, 256, 65536], np.int32)  # (H, W); 0 is void
+    there, listed = sorted({*np.unique(numbers).tolist()} - {0}), sorted(number for number, *_ in segments)
+    if there != listed:
+        raise ValueError(f"{file}: it holds the segments {short(there)}, the JSON lists {short(listed)}")
+    return _cut(numbers, segments)
 
-    def __init__(self, split, name, root):
-        base = _find(root, "cityscapes/gtFine", "gtFine").parent
-        self.maps = _files(_find(base, f"gtFine/{split}"), "_gtFine_instanceIds.png")
-        if not self.maps:
-            raise FileNotFoundError(f"{base / 'gtFine' / split}: no *_gtFine_instanceIds.png, expected one per picture")
-        pictures = _files(_find(base, f"leftImg8bit/{split}"), "_leftImg8bit.png", self.maps)
-        self.names = dict(zip(map(int, _lines("cityscapes_ids")), _lines("cityscapes")))  # of each evaluated labelId
-        self.classes = {name: label >= 24 for label, name in self.names.items()}  # from "person" on they are things
-        self.rows = [(stem, pictures[stem], file) for stem, file in self.maps.items()]
 
-    def segments(self, picture, row, size):
-        numbers = read_label_map(row)
-        if numbers.shape != size:
-            raise ValueError(f"{row}: labels of size {numbers.shape[::-1]}, {picture} has {size[::-1]}")
-        segments = []
-        for number in values_in(numbers):
-            label = number // 1000 if number >= 1000 else number
-            if not 0 <= label <= 33:
-                raise ValueError(f"{row}: value {number} is no labelId of 0 to 33, nor one times 1000 + k")
-            if label in self.names:
-                name = self.names[label]
-                segments.append((number, name, number < 1000 and self.classes[name]))
-        return self._cut(numbers, segments)
+def _coco_instances(split, name, root):
+    """COCO's 80 classes of things: polygons, which may overlap, and run-length masks of crowds."""
+    base, folder = _find(root, "coco/annotations", "annotations").parent, f"{split}2017"
+    file, pictures = _find(base, f"annotations/instances_{folder}.json"), _find(base, folder, f"images/{folder}")
+    with _reading(file, "instances"):
+        content = parse_json(regular(file).read_bytes())
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        found = {image["id"]: (image, []) for image in content["images"]}
+        for annotation in content["annotations"]:
+            found[annotation["image_id"]][1].append((names[annotation["category_id"]], annotation))
+        stems = [Path(image["file_name"]).stem for image, _ in found.values()]
+    pictures = _files(pictures, ".jpg", stems)
+    return [(str(id), pictures[stem], _read_instances, file, *row)
+            for stem, (id, row) in zip(stems, found.items())], dict.fromkeys(names.values(), True)
+
+
+def _read_instances(file, image, annotations):
+    with _reading(f"{file}: image {image['id']}"):
+        size = image["height"], image["width"]
+        masks = np.array([polygons_to_mask(a["segmentation"], *size) for _, a in annotations], bool).reshape(-1, *size)
+        return (masks, [label for label, _ in annotations], [bool(a["iscrowd"]) for _, a in annotations], None,
+                [float(a["area"]) for _, a in annotations])
+
+
+def _cityscapes(split, name, root):
+    """Maps of labelId, or of labelId * 1000 + k for one thing; 19 classes are evaluated, the rest is void."""
+    base = _find(root, "cityscapes/gtFine", "gtFine").parent
+    maps = _files(_find(base, f"gtFine/{split}"), "_gtFine_instanceIds.png")
+    pictures = _files(_find(base, f"leftImg8bit/{split}"), "_leftImg8bit.png", maps)
+    names = dict(zip(map(int, _lines("cityscapes_ids")), _lines("cityscapes")))  # of the evaluated labelIds
+    return ([(stem, pictures[stem], _read_cityscapes, file, names) for stem, file in maps.items()],
+            {name: label >= 24 for label, name in names.items()})  # from "person" on they are things
+
+
+def _read_cityscapes(file, names):
+    numbers = read_label_map(file)
+    labels = {number: number // 1000 if number >= 1000 else number for number in values_in(numbers)}
+    if not set(labels.values()) <= set(range(34)):
+        raise ValueError(f"{file}: value {max(labels)} is no labelId of 0 to 33, nor 1000 times one + k")
+    # A thing without k is a crowd, as cityscapesScripts' createPanopticImgs.py has it.
+    return _cut(numbers, [(n, names[label], 24 <= n < 1000) for n, label in labels.items() if label in names])
+
+
+SEGMENTS = {"coco-panoptic": _panoptic, "ade20k-panoptic": _panoptic, "coco-instances": _coco_instances,
+            "cityscapes": _cityscapes}
 
 
 # --- one JSON object per line
@@ -878,9 +824,7 @@ def _hash(text):
 
 DATASETS = {**dict.fromkeys(WORLDS, Scenes), **dict.fromkeys(LAYOUTS, LabelMaps),
             **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines,
-            "scenes-instances": SceneInstances, "coco-panoptic": CocoPanoptic, "coco-instances": CocoInstances,
-            "ade20k-panoptic": CocoPanoptic, "cityscapes": Cityscapes}
-DRAWN = (*WORLDS, "scenes-instances")
+            "scenes-instances": SceneInstances, **dict.fromkeys(SEGMENTS, Segments)}
 
 
 def load_dataset(name, split, root=None, **options):
@@ -903,9 +847,9 @@ def load_dataset(name, split, root=None, **options):
     for option in options:
         if option not in signature(DATASETS[kind]).parameters:
             raise BadUsage(f"{name} has no option {option!r}")
-    if root is None and kind == name and name not in DRAWN:
+    if root is None and kind == name and not issubclass(DATASETS[name], Scenes):
         raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
-    splits = getattr(DATASETS[kind], "SPLITS", [split])
+    splits = getattr(DATASETS[kind], "SPLITS", ("train", "val") if name in (*LAYOUTS, *SEGMENTS) else [split])
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     return DATASETS[kind](split, name, root and Path(root), **options)
@@ -1056,13 +1000,9 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
 
 
 def paint_segments(panoptic):
-    """A Panoptic -> PIL picture with each segment in a colour of its own, crowds striped, the rest black."""
-    picture = np.zeros((*panoptic.masks.shape[1:], 3), np.uint8)
-    stripes = np.add(*np.ogrid[: picture.shape[0], : picture.shape[1]]) // 4 % 2 == 0
-    for k, mask in enumerate(panoptic.masks):  # 0.618: hues in a row lie far apart
-        color = colorsys.hsv_to_rgb(0.618 * k % 1, 0.5 if k % 2 else 0.8, 0.9)
-        picture[mask & stripes if panoptic.is_crowd[k] else mask] = [round(255 * c) for c in color]
-    return Image.fromarray(picture)
+    """A Panoptic -> PIL picture with each segment in a color of its own, the rest black."""
+    colors = np.random.default_rng(1).integers(60, 256, (len(panoptic.masks), 1, 1, 3), np.uint8)
+    return Image.fromarray((colors * panoptic.masks[..., None]).max(0, initial=0))
 
 
 def write_picture(image, path):
@@ -1109,11 +1049,9 @@ def preview(args):
     if args.first >= len(dataset):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
-    if isinstance(chosen[0], Panoptic):
-        cells, headings = [(", ".join(e.labels), [e.image, paint_segments(e)]) for e in chosen], ("picture", "segments")
-    else:
-        cells, headings = [(e.phrase, [e.image, e.mask]) for e in chosen], ("picture", "mask")
-    contact_sheet(cells, args.out, headings=headings)
+    cells = [(", ".join(e.labels), [e.image, paint_segments(e)]) if isinstance(e, Panoptic) else
+             (e.phrase, [e.image, e.mask]) for e in chosen]
+    contact_sheet(cells, args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1
     print(printable(f"wrote {args.out}: examples {args.first} to {last} of {args.name}:{args.split}"))
 
@@ -1141,7 +1079,7 @@ def main(argv=None):
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     if args.command == "preview" and args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
-    reads = {"root": args.name not in DRAWN, "split": not args.name.startswith("jsonl:"),
+    reads = {"root": DATASETS.get(args.name) not in (Scenes, SceneInstances), "split": not args.name.startswith("jsonl:"),
              "split_by": args.name in Refer.SPLITTERS, "count": not getattr(args, "all", False)}
     args.parser.check_read(args, " ".join(argv or sys.argv[1:]), [f for f in vars(args) if reads.get(f, True)])
     return parser.run(args.job, args)

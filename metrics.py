@@ -247,16 +247,34 @@ def _mean(values):
     return math.fsum(values) / len(values) if values else None
 
 
-# ---- all segments of a picture: PQ and AP ----------------------------------------------------------------------------
+# ---- all segments of a picture: panoptic quality and average precision ----------------------------------------------
 
 
-def _predicted_masks(pred, gt):
-    """The masks of a list of {"mask", ...} as bool (P, H, W); ValueError unless each has the size of gt, a Panoptic."""
-    masks = np.zeros((len(pred), *gt.masks.shape[1:]), bool)
-    for k, segment in enumerate(pred):
-        mask, _ = _masks(**{f"picture {gt.id}: predicted mask {k}": segment["mask"], "the picture": masks[k]})
-        masks[k] = mask
-    return masks
+class _Pictures:
+    """What PQ and AP share: `rows`, the little that is kept of each picture, by its id."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def merge(self, other):
+        """Add another rank's pictures. A picture on both sides raises ValueError and changes nothing."""
+        twice = sorted(self.rows.keys() & other.rows.keys())
+        if twice:
+            raise ValueError(f"pictures counted twice: {len(twice)}, first id {twice[0]!r}")
+        self.rows |= other.rows
+
+    def _add(self, id, row):
+        one = _Pictures()
+        one.rows[id] = row
+        self.merge(one)
+
+    @staticmethod
+    def _stack(pred, gt):
+        """The masks of a list of {"mask", ...} as bool (P, H, W); ValueError unless all have the size of gt's."""
+        masks = np.zeros((len(pred), *gt.masks.shape[1:]), bool)
+        for k, segment in enumerate(pred):
+            masks[k], _ = _masks(**{f"picture {gt.id}: predicted mask {k}": segment["mask"], "picture": masks[k]})
+        return masks
 
 
 def _segment_map(masks, whose):
@@ -269,18 +287,10 @@ def _segment_map(masks, whose):
     return numbers
 
 
-def _add_pictures(rows, others):
-    """Add the rows of other pictures, {id: row}; a picture on both sides raises ValueError and changes nothing."""
-    twice = sorted(rows.keys() & others.keys())
-    if twice:
-        raise ValueError(f"pictures counted twice: {len(twice)}, first id {twice[0]!r}")
-    rows |= others
-
-
-class PanopticQuality:
+class PanopticQuality(_Pictures):
     """PQ, SQ and RQ of a set of pictures (Kirillov et al. 2019), by the rules of panopticapi's evaluation.py.
 
-    A predicted and a true segment of the same class match if their IoU exceeds 0.5, which at most one can. Per class:
+    A predicted and a true segment of one class match if their IoU exceeds 0.5; each has at most one match. Per class:
 
         SQ = mean IoU of the matches    RQ = TP / (TP + FP / 2 + FN / 2)    PQ = SQ * RQ
 
@@ -289,176 +299,148 @@ class PanopticQuality:
     FP; of several crowds of a class panopticapi looks at the last alone, and so does this.
     """
 
-    def __init__(self):
-        self.rows = {}  # picture id: {label: [list of the IoU of each match, FP, FN]}
-        self.things = {}  # label: whether it is a thing
-
     def update(self, pred, gt):
         """Add one picture. pred: list of {"mask" (H, W), "label"}, without overlaps; gt: a data.Panoptic.
 
-        A label that no picture has is a thing or stuff as gt.classes or the prediction's own "is_thing" say. If neither
-        does, it counts in "All" alone. A true segment without a scored pixel is not counted.
-        ValueError for overlaps, an empty predicted mask, a label that is not in gt.classes, a picture seen before.
-        Returns the row that was added: {label: [list of the IoU of each match, FP, FN]}.
+        A true segment without a scored pixel is not counted. Whether a label that is nowhere true is a thing, gt.classes
+        says or "is_thing" of the prediction; if neither does, it counts in "All" alone.
+        ValueError for overlaps, a predicted mask that is empty or of another size, a label that is not in gt.classes.
+        Returns the row that was added: {label: (list of the IoU of each match, FP, FN, is it a thing? or None)}.
         """
-        masks, classes = _predicted_masks(pred, gt), gt.classes or {}
-        for k, segment in enumerate(pred):
-            if classes and segment["label"] not in classes or not masks[k].any():
-                reason = "has no pixels" if not masks[k].any() else f"is none of the {len(classes)} classes"
-                raise ValueError(f"picture {gt.id}: predicted segment {k}, {segment['label']!r}, {reason}")
+        masks, labels, classes = self._stack(pred, gt), [segment["label"] for segment in pred], gt.classes or {}
+        for k, label in enumerate(labels):
+            if not masks[k].any() or classes and label not in classes:
+                reason = f"is none of the {len(classes)} classes" if masks[k].any() else "has no pixels"
+                raise ValueError(f"picture {gt.id}: predicted segment {k}, {label!r}, {reason}")
         found, truth = _segment_map(masks, "predicted masks"), _segment_map(gt.masks, f"the masks of picture {gt.id}")
         if gt.ignore is not None:
             truth[gt.ignore] = 0
         # Pixels of each true (row) and predicted (column) segment; row 0: void, column 0: nothing predicted.
         shape = len(gt.masks) + 1, len(pred) + 1
         pixels = np.bincount((truth * np.int32(shape[1]) + found).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-        row = self._score(pixels, gt.labels, gt.is_crowd, [segment["label"] for segment in pred])
-        _add_pictures(self.rows, {gt.id: row})
-        self.things |= {segment["label"]: segment["is_thing"] for segment in pred if "is_thing" in segment}
-        self.things |= dict(zip(gt.labels, gt.is_thing)) | classes
+        things = {segment["label"]: segment.get("is_thing") for segment in pred} | dict(zip(gt.labels, gt.is_thing))
+        row = {label: (*counts, (things | classes)[label])
+               for label, counts in self._count(pixels, gt.labels, np.array(gt.is_crowd, bool), labels).items()}
+        self._add(gt.id, row)
         return row
 
     @staticmethod
-    def _score(pixels, labels, is_crowd, pred_labels):
-        """Pixels (1 + n, 1 + P) that n true segments and void share with P predictions -> a row, as `rows` holds it."""
-        row = {label: [[], 0, 0] for label in (*labels, *pred_labels)}
-        true_areas, areas = pixels.sum(1), pixels.sum(0)
-        matched, hidden = set(), pixels[0].copy()  # hidden: pixels of each prediction that lie on void or a crowd
-        crowds = {label: k for k, label in enumerate(labels, 1) if is_crowd[k - 1]}
-        for k, label in enumerate(labels, 1):
-            if is_crowd[k - 1] or not true_areas[k]:
-                continue
-            for j in np.flatnonzero(pixels[k, 1:]) + 1:
-                iou = pixels[k, j] / (true_areas[k] + areas[j] - pixels[k, j] - pixels[0, j])
-                if pred_labels[j - 1] == label and iou > 0.5:
-                    row[label][0].append(float(iou))
-                    matched.add(j)
-                    break
-            else:
-                row[label][2] += 1
-        for j, label in enumerate(pred_labels, 1):
-            hidden[j] += pixels[crowds[label], j] if label in crowds else 0
-            row[label][1] += j not in matched and not hidden[j] / areas[j] > 0.5
-        return {label: counts for label, counts in row.items() if counts != [[], 0, 0]}
-
-    def merge(self, other):
-        """Add another rank's pictures. A picture on both sides raises ValueError and changes nothing."""
-        _add_pictures(self.rows, other.rows)
-        self.things |= other.things
+    def _count(pixels, labels, is_crowd, pred_labels):
+        """Pixels (1 + n, 1 + P) that void and n true segments share with P predictions -> {label: [IoUs, FP, FN]}."""
+        areas, true_areas, shared = pixels.sum(0)[1:], pixels.sum(1)[1:], pixels[1:, 1:]
+        union = np.maximum(true_areas[:, None] + areas - shared - pixels[0, 1:], 1)
+        same = np.array(labels, object)[:, None] == np.array(pred_labels, object)
+        match = same & ~is_crowd[:, None] & (shared / union > 0.5)
+        hidden = pixels[0, 1:].copy()  # of each prediction: its pixels on void or the crowd of its class
+        for j, label in enumerate(pred_labels):
+            hidden[j] += shared[np.flatnonzero(same[:, j] & is_crowd)[-1:], j].sum()
+        false, missed = ~match.any(0) & (hidden / areas <= 0.5), ~match.any(1) & ~is_crowd & (true_areas > 0)
+        counts = {}
+        for k, j in np.argwhere(match):
+            counts.setdefault(labels[k], [[], 0, 0])[0].append(float(shared[k, j] / union[k, j]))
+        for of, names, place in ((false, pred_labels, 1), (missed, labels, 2)):
+            for k in np.flatnonzero(of):
+                counts.setdefault(names[k], [[], 0, 0])[place] += 1
+        return counts
 
     def compute(self) -> dict:
         """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}}: means over the n classes with TP + FP + FN > 0, in
         [0, 1], None where n is 0. SQ is 0 for a class without a match, as panopticapi has it.
         """
-        totals = {}  # label: [list of IoU, FP, FN]
+        by_label, quality = {}, {"All": [], "Things": [], "Stuff": []}
         for row in self.rows.values():
             for label, counts in row.items():
-                total = totals.setdefault(label, [[], 0, 0])
-                for k in range(3):
-                    total[k] += counts[k]
-        quality = {}  # label: (PQ, SQ, RQ)
-        for label, (ious, false, missed) in totals.items():
-            sq, rq = _mean(ious) or 0.0, len(ious) / (len(ious) + false / 2 + missed / 2)
-            quality[label] = sq * rq, sq, rq
-        chosen = {"All": list(quality), "Things": [label for label in quality if self.things.get(label) is True],
-                  "Stuff": [label for label in quality if self.things.get(label) is False]}
-        return {name: {key: _mean([quality[label][k] for label in labels]) for k, key in enumerate(("pq", "sq", "rq"))}
-                | {"n": len(labels)} for name, labels in chosen.items()}
+                by_label.setdefault(label, []).append(counts)
+        for rows in by_label.values():
+            ious, false, missed, things = zip(*rows)
+            ious = sum(ious, [])
+            sq, rq = _mean(ious) or 0.0, len(ious) / (len(ious) + sum(false) / 2 + sum(missed) / 2)
+            for group in ("All", *(["Things"] if True in things else ["Stuff"] if False in things else [])):
+                quality[group].append((sq * rq, sq, rq))
+        return {group: {name: _mean([values[k] for values in found]) for k, name in enumerate(("pq", "sq", "rq"))}
+                | {"n": len(found)} for group, found in quality.items()}
 
 
-class AveragePrecision:
-    """COCO's average precision of masks, as pycocotools' COCOeval computes it with its default settings.
+class AveragePrecision(_Pictures):
+    """COCO's average precision of masks, as pycocotools' COCOeval computes it by default.
 
     Per picture and class the 100 predictions of the highest scores each take, in the order of their scores, the free
-    true object of the highest IoU, if that reaches a threshold of 0.50, 0.55 ... 0.95. Precision, made to fall with
-    recall, is read at the 101 recalls 0, 0.01 ... 1; AP is its mean over recalls, thresholds and classes. Crowds and, for
-    small, medium and large, true objects of other areas are neither found nor missed: a prediction that takes one of
-    those, or takes none and has another area itself, is left out. A crowd can be taken many times, and its IoU is the
-    share of the prediction that lies on it. Stuff and gt.ignore play no part.
+    true object of the highest IoU, if it reaches a threshold of 0.50, 0.55 ... 0.95. Precision, made to fall with
+    recall, is read at the 101 recalls 0, 0.01 ... 1. AP is its mean over recalls, thresholds and classes; APs, APm and
+    APl are those of small, medium and large objects. Crowds and objects of other areas are neither found nor missed: a
+    prediction that takes one of those is left out, and so is one of another area that takes none. Many may take one
+    crowd, and their IoU is their share that lies on it. Stuff and gt.ignore play no part.
     """
 
     AREAS = {"AP": (0, 1e10), "APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # A of them, in pixels
     THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T of them
     MOST = 100  # predictions per picture and class
 
-    def __init__(self):
-        self.rows = {}  # picture id: {label: (scores (D,), verdicts int8 (D, A, T), number of true objects (A,))}
-
     def update(self, pred, gt):
-        """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic, masks may overlap.
+        """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic; masks may overlap.
 
         ValueError for a mask of another size, a score that is not finite, a picture seen before.
         """
-        masks, scores = _predicted_masks(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
+        masks, scores = self._stack(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(f"picture {gt.id}: the scores must be finite, got {scores.tolist()}")
-        # eight pixels per byte: a mask at COCO's size is 38 kB, and the bits that two have in common are quickly counted
-        bits, true_bits = (np.packbits(m.reshape(len(m), -1), axis=1) for m in (masks, gt.masks))
-        pixels, true_pixels = (np.bitwise_count(b).sum(1, dtype=np.int64) for b in (bits, true_bits))
+        bits, true_bits = (np.packbits(m, axis=2) for m in (masks, gt.masks))  # (n, H, W / 8): ANDs of 8 pixels each
+        pixels, true_pixels = (np.bitwise_count(b).sum((1, 2), np.int64) for b in (bits, true_bits))
         areas = true_pixels if gt.areas is None else np.array(gt.areas)
-        is_crowd, labels = np.array(gt.is_crowd, bool), [segment["label"] for segment in pred]
-        things = [label if thing else None for label, thing in zip(gt.labels, gt.is_thing)]
-        row = {}
+        labels, is_crowd = np.array([segment["label"] for segment in pred], object), np.array(gt.is_crowd, bool)
+        things = np.array([label if thing else None for label, thing in zip(gt.labels, gt.is_thing)], object)
+        row = {}  # label: (scores (D,), verdicts int8 (D, A, T), number of true objects (A,))
         for label in {*labels, *things} - {None}:
-            d = np.array([k for k, other in enumerate(labels) if other == label], int)
+            d, g = np.flatnonzero(labels == label), np.flatnonzero(things == label)
             d = d[np.argsort(-scores[d], kind="stable")[: self.MOST]]
-            g = np.array([k for k, other in enumerate(things) if other == label], int)
-            common = np.array([[np.bitwise_count(bits[i] & true_bits[j]).sum(dtype=np.int64) for j in g] for i in d])
-            common = common.reshape(len(d), len(g))
-            union = pixels[d, None] + np.where(is_crowd[g], 0, true_pixels[g] - common)
-            iou = np.divide(common, union, out=np.zeros(union.shape), where=union > 0)
-            skip_true, skip = (np.array([(a < low) | (a > high) for low, high in self.AREAS.values()])
-                               for a in (areas[g], pixels[d]))
-            skip_true |= is_crowd[g]
-            row[label] = scores[d], self._match(iou, is_crowd[g], skip_true, skip), (~skip_true).sum(1)
-        _add_pictures(self.rows, {gt.id: row})
+            shared = [np.bitwise_count(bits[i] & true_bits[j]).sum(dtype=np.int64) for i in d for j in g]
+            shared = np.array(shared, np.int64).reshape(len(d), len(g))
+            union = pixels[d, None] + np.where(is_crowd[g], 0, true_pixels[g] - shared)
+            other, other_true = (np.array([(a < low) | (a > high) for low, high in self.AREAS.values()])
+                                 for a in (pixels[d], areas[g]))  # of another area: (A, D), (A, G)
+            other_true |= is_crowd[g]
+            row[label] = (scores[d], self._match(shared / np.maximum(union, 1), is_crowd[g], other, other_true),
+                          (~other_true).sum(1))
+        self._add(gt.id, row)
 
-    def _match(self, iou, is_crowd, skip_true, skip):
-        """IoU (D, G) of predictions in the order of their scores and true objects, is_crowd (G,), which are not scored
-        in each range of areas, skip_true (A, G) and skip (A, D) -> verdicts int8 (D, A, T): 1 found, 0 false, -1 left out.
-        """
-        verdicts = np.repeat(-skip.T.astype(np.int8)[:, :, None], len(self.THRESHOLDS), axis=2)
+    def _match(self, ious, is_crowd, other, other_true):
+        """IoU (D, G) of predictions in the order of their scores, is_crowd (G,) of the true objects, and which of both
+        are not scored, (A, D) and (A, G) -> verdicts int8 (D, A, T): 1 found, 0 false, -1 left out."""
+        verdicts = np.repeat(-other.T.astype(np.int8)[:, :, None], len(self.THRESHOLDS), axis=2)
         least = np.minimum(self.THRESHOLDS, 1 - 1e-10)[:, None]
-        free = np.ones((len(skip), len(least), iou.shape[1]), bool)  # (A, T, G)
-        for d in np.flatnonzero(iou.max(1, initial=0) >= least[0]):
-            # One that is scored comes before all that are not, and the last of equals is taken.
-            value = np.where(free & (iou[d] >= least), iou[d] + 2.0 * ~skip_true[:, None], -1)
-            best = iou.shape[1] - 1 - value[..., ::-1].argmax(2)
+        free = np.ones((len(other), len(least), ious.shape[1]), bool)  # (A, T, G)
+        for d in np.flatnonzero(ious.max(1, initial=0) >= least[0]):
+            # An object that is scored comes before all that are not, and of equal ones the last is taken.
+            value = np.where(free & (ious[d] >= least), ious[d] + 2.0 * ~other_true[:, None], -1)
+            best = ious.shape[1] - 1 - value[..., ::-1].argmax(2)
             a, t = np.nonzero(value.max(2) >= 0)
             g = best[a, t]
-            verdicts[d, a, t] = np.where(skip_true[a, g], -1, 1)
+            verdicts[d, a, t] = np.where(other_true[a, g], -1, 1)
             free[a, t, g] = is_crowd[g]
         return verdicts
 
-    def merge(self, other):
-        """Add another rank's pictures. A picture on both sides raises ValueError and changes nothing."""
-        _add_pictures(self.rows, other.rows)
-
     def compute(self) -> dict:
-        """{"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; None where no class has a true object of such areas."""
+        """{"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; None where no class has a true object of that area."""
         by_label = {}
-        for id in sorted(self.rows, key=lambda id: (len(id), id)):  # COCO's order, which decides between equal scores
+        for id in sorted(self.rows, key=lambda id: (len(id), id)):  # COCO's order: it decides between equal scores
             for label, row in self.rows[id].items():
                 by_label.setdefault(label, []).append(row)
-        aps = [self._average(*map(np.concatenate, list(zip(*rows))[:2]), sum(row[2] for row in rows))
-               for _, rows in sorted(by_label.items())]
-        aps = np.array(aps).reshape(-1, len(self.AREAS), len(self.THRESHOLDS))
-        chosen = {"AP": aps[:, 0], "AP50": aps[:, 0, 0], "AP75": aps[:, 0, 5]}
-        chosen |= {name: aps[:, k] for k, name in enumerate(self.AREAS) if k}
+        aps = np.array([self._average(*rows) for rows in by_label.values()]).reshape(-1, 4, 10)
+        chosen = {"AP": aps[:, 0], "AP50": aps[:, 0, 0], "AP75": aps[:, 0, 5],
+                  "APs": aps[:, 1], "APm": aps[:, 2], "APl": aps[:, 3]}
         return {name: _mean(values[~np.isnan(values)].tolist()) for name, values in chosen.items()}
 
-    def _average(self, scores, verdicts, objects):
-        """Scores (D,), verdicts (D, A, T) and numbers of true objects (A,) of a class in all pictures -> AP (A, T), nan
-        where there is no object."""
-        verdicts = verdicts[np.argsort(-scores, kind="stable")]
-        found, false = ((verdicts == verdict).cumsum(0) for verdict in (1, 0))
-        averages = np.full(verdicts.shape[1:], math.nan)
+    def _average(self, *rows):
+        """The rows of a class in all pictures -> its AP (A, T), nan where it has no true object."""
+        scores, verdicts, objects = zip(*rows)
+        order, objects = np.argsort(-np.concatenate(scores), kind="stable"), sum(objects)
+        found, false = ((np.concatenate(verdicts)[order] == verdict).cumsum(0) for verdict in (1, 0))
+        averages = np.full(found.shape[1:], math.nan)
         for a, t in np.ndindex(averages.shape):
             if objects[a]:
                 precision = found[:, a, t] / (found[:, a, t] + false[:, a, t] + np.spacing(1))
-                precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0: a recall not reached
-                places = np.searchsorted(found[:, a, t] / objects[a], np.linspace(0, 1, 101))
-                averages[a, t] = precision[places].mean()
+                precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0 where recall never gets
+                averages[a, t] = precision[np.searchsorted(found[:, a, t] / objects[a], np.linspace(0, 1, 101))].mean()
         return averages
 
 

@@ -56,7 +56,7 @@ def test_panoptic_quality_of_the_fixture(fixture):
         assert numbers[group] == pytest.approx(wanted, abs=1e-9)
     counts = {}
     for row in metrics.rows.values():
-        for label, (ious, fp, fn) in row.items():
+        for label, (ious, fp, fn, _) in row.items():
             total = counts.setdefault(label, {"iou": 0, "tp": 0, "fp": 0, "fn": 0})
             for key, value in zip(total, (sum(ious), len(ious), fp, fn)):
                 total[key] += value
