@@ -620,9 +620,9 @@ def _words(phrase):
 
 
 class Segments:
-    """Pictures with all their segments. name: of SEGMENTS, which has a function of (split, name, root) that returns rows
-    and {class: is it a thing?}. A row is a picture's id, its path, and a function and its arguments, the first of them a
-    file, that returns masks, labels, is_crowd, ignore and areas of its Panoptic.
+    """Pictures with all their segments. name: of SEGMENTS, whose functions of (split, name, root) return rows and
+    {class: is it a thing?}. A row is a picture's id, its path, and a function and its arguments, the first of them a
+    file, that returns masks, labels, is_crowd, ignore and areas of a Panoptic.
     """
 
     def __init__(self, split, name, root):
@@ -653,7 +653,7 @@ def _files(folder, end, wanted=None):
 
 
 def _cut(numbers, segments):
-    """A map (H, W) and the segments on it, [(number, label, is it a crowd?)] -> masks, labels, is_crowd, ignore, None."""
+    """A map (H, W) and its segments [(number, label, is it a crowd?)] -> masks, labels, is_crowd, ignore, None."""
     masks = numbers == np.array([number for number, *_ in segments], numbers.dtype).reshape(-1, 1, 1)
     void = ~masks.any(0)
     return masks, [s[1] for s in segments], [s[2] for s in segments], void if void.any() else None, None
@@ -1079,8 +1079,8 @@ def main(argv=None):
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     if args.command == "preview" and args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
-    reads = {"root": DATASETS.get(args.name) not in (Scenes, SceneInstances), "split": not args.name.startswith("jsonl:"),
-             "split_by": args.name in Refer.SPLITTERS, "count": not getattr(args, "all", False)}
+    reads = {"root": DATASETS.get(args.name) not in (Scenes, SceneInstances), "split_by": args.name in Refer.SPLITTERS,
+             "split": not args.name.startswith("jsonl:"), "count": not getattr(args, "all", False)}
     args.parser.check_read(args, " ".join(argv or sys.argv[1:]), [f for f in vars(args) if reads.get(f, True)])
     return parser.run(args.job, args)
 

@@ -36,6 +36,7 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -302,8 +303,8 @@ class PanopticQuality(_Pictures):
     def update(self, pred, gt):
         """Add one picture. pred: list of {"mask" (H, W), "label"}, without overlaps; gt: a data.Panoptic.
 
-        A true segment without a scored pixel is not counted. Whether a label that is nowhere true is a thing, gt.classes
-        says or "is_thing" of the prediction; if neither does, it counts in "All" alone.
+        A true segment without a scored pixel is not counted. Whether a class that is nowhere true is a thing is said by
+        gt.classes or "is_thing" of the prediction; if by neither, it counts in "All" alone.
         ValueError for overlaps, a predicted mask that is empty or of another size, a label that is not in gt.classes.
         Returns the row that was added: {label: (list of the IoU of each match, FP, FN, is it a thing? or None)}.
         """
@@ -332,7 +333,7 @@ class PanopticQuality(_Pictures):
         same = np.array(labels, object)[:, None] == np.array(pred_labels, object)
         match = same & ~is_crowd[:, None] & (shared / union > 0.5)
         hidden = pixels[0, 1:].copy()  # of each prediction: its pixels on void or the crowd of its class
-        for j, label in enumerate(pred_labels):
+        for j in range(len(pred_labels)):
             hidden[j] += shared[np.flatnonzero(same[:, j] & is_crowd)[-1:], j].sum()
         false, missed = ~match.any(0) & (hidden / areas <= 0.5), ~match.any(1) & ~is_crowd & (true_areas > 0)
         counts = {}
@@ -351,9 +352,8 @@ class PanopticQuality(_Pictures):
         for row in self.rows.values():
             for label, counts in row.items():
                 by_label.setdefault(label, []).append(counts)
-        for rows in by_label.values():
-            ious, false, missed, things = zip(*rows)
-            ious = sum(ious, [])
+        for ious, false, missed, things in (zip(*rows) for rows in by_label.values()):
+            ious = list(chain(*ious))
             sq, rq = _mean(ious) or 0.0, len(ious) / (len(ious) + sum(false) / 2 + sum(missed) / 2)
             for group in ("All", *(["Things"] if True in things else ["Stuff"] if False in things else [])):
                 quality[group].append((sq * rq, sq, rq))
