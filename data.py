@@ -647,7 +647,7 @@ def _files(folder, end, wanted=None):
     found = {path.name.removesuffix(end): path for path in sorted(folder.rglob(f"*{end}"))}
     odd = sorted(found.keys() ^ set(found if wanted is None else wanted)) or ["*"] * (not found)
     if odd:
-        what = "belongs to no picture" if odd[0] in found else "is missing"
+        what = "has no annotations" if odd[0] in found else "is missing"
         raise ValueError(f"{folder}: {odd[0]}{end} {what} ({len(odd)} files do not fit)")
     return found
 
@@ -677,8 +677,8 @@ def _panoptic(split, name, root):
         for annotation in content["annotations"]:
             segments = [(s["id"], names[s["category_id"]], bool(s["iscrowd"])) for s in annotation["segments_info"]]
             found[Path(annotation["file_name"]).stem] = annotation["image_id"], segments
-        if len(found) < len(content["annotations"]):
-            raise ValueError("two of its annotations are of one picture")
+        if len(found) < len(content["annotations"]) or len(classes) < len(content["categories"]):
+            raise ValueError("two annotations are of one picture, or two categories have one name")
     maps, pictures = _files(maps, ".png", found), _files(pictures, ".jpg", found)
     return [(str(id), pictures[stem], _read_panoptic, maps[stem], segments)
             for stem, (id, segments) in found.items()], classes

@@ -79,15 +79,17 @@ def instances(picture, grid, size=None, least=1):
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"expected a picture uint8 (H, W, 3), got {picture.dtype} {picture.shape}")
     numbers, where = np.unique(picture @ np.array([1, 256, 65536]), return_inverse=True)  # each color is judged once
-    found = np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], 1).astype(np.float64)
-    colors = palette(grid).astype(np.float64)
-    distance = (found**2).sum(1)[:, None] - 2 * found @ colors.T + (colors**2).sum(1)  # squared: (found, 1 + a * a)
+    found = np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], 1).astype(np.float32)
+    colors = palette(grid).astype(np.float32)
+    # |found - color|^2 less |found|^2, which is the same for all colors; whole numbers, which float32 holds exactly
+    distance = (-2 * found) @ colors.T  # (found, 1 + a * a)
+    distance += (colors**2).sum(1)
     where = where.reshape(picture.shape[:2])
     areas = np.bincount(distance.argmin(1)[where].ravel(), minlength=len(colors))
     there = np.flatnonzero((areas >= max(least, 1)) | (np.arange(len(colors)) == 0))  # background may always be there
     if size in (None, picture.shape[:2]):
         owner = distance[:, there].argmin(1)[where]
     else:
-        planes = torch.from_numpy(distance[:, there].astype(np.float32)[where]).permute(2, 0, 1)[None]
+        planes = torch.from_numpy(distance[:, there][where]).permute(2, 0, 1)[None]
         owner = F.interpolate(planes, size, mode="bilinear", align_corners=False)[0].argmin(0).numpy()
     return np.stack([owner == k for k in range(1, len(there))]) if len(there) > 1 else np.zeros((0, *owner.shape), bool)

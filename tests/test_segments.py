@@ -176,9 +176,9 @@ def assert_one_line(message, name, root, split="val"):
     (lambda c: (c / "panoptic_val2017" / "000000000139.png").unlink(), r"139\.png is missing \(1 files"),
     (lambda c: (c / "val2017" / "000000000139.jpg").unlink(), r"139\.jpg is missing"),
     (lambda c: shutil.copy(c / "panoptic_val2017" / "000000000139.png", c / "panoptic_val2017" / "000000000001.png"),
-     r"000000000001\.png belongs to no picture"),
+     r"000000000001\.png has no annotations"),
     (lambda c: shutil.copy(c / "val2017" / "000000000139.jpg", c / "val2017" / "000000000001.jpg"),
-     r"000000000001\.jpg belongs to no picture"),
+     r"000000000001\.jpg has no annotations"),
     (lambda c: (c / "annotations" / "panoptic_val2017.json").write_text("{"), "broken panoptic annotations"),
     (lambda c: (c / "annotations" / "panoptic_val2017.json").unlink(), "holds none of annotations/panoptic_"),
     (lambda c: shutil.rmtree(c / "panoptic_val2017"), "holds none of panoptic_val2017, annotations/"),
@@ -193,7 +193,9 @@ def assert_one_line(message, name, root, split="val"):
                       lambda j: j["annotations"][0]["segments_info"].append(j["annotations"][0]["segments_info"][0])),
      "139.png: it holds the segments"),
     (lambda c: edited(c / "annotations" / "panoptic_val2017.json",
-                      lambda j: j["annotations"].append(j["annotations"][0])), "of one picture"),
+                      lambda j: j["annotations"].append(j["annotations"][0])), "two annotations are of one picture"),
+    (lambda c: edited(c / "annotations" / "panoptic_val2017.json",
+                      lambda j: j["categories"][3].update(name="person")), "two categories have one name"),
     (lambda c: Image.new("RGB", (9, 9)).save(c / "val2017" / "000000000139.jpg"), r"size \(96, 72\), .* has \(9, 9\)"),
     (lambda c: Image.new("L", (96, 72)).save(c / "panoptic_val2017" / "000000000139.png"), "mode L, .* mode RGB"),
     (lambda c: (c / "panoptic_val2017" / "000000000139.png").write_bytes(b"?"), "139.png: broken label map"),
@@ -225,14 +227,14 @@ def test_broken_coco_instances(coco, damage, message):
 def test_a_broken_ade20k_panoptic(ade20k):
     base = ade20k / "ADEChallengeData2016"
     (base / "images" / "validation" / "ADE_val_00000002.jpg").write_bytes(b"")
-    assert_one_line("ADE_val_00000002.jpg belongs to no picture", "ade20k-panoptic", ade20k)
+    assert_one_line("ADE_val_00000002.jpg has no annotations", "ade20k-panoptic", ade20k)
     shutil.rmtree(base / "ade20k_panoptic_train")
     assert_one_line("holds none of ade20k_panoptic_train", "ade20k-panoptic", ade20k, "train")
     assert_one_line("holds none of ADEChallengeData2016/ade20k_panoptic_val.json", "ade20k-panoptic", base / "images")
 
 
 @pytest.mark.parametrize("damage,message", [
-    (lambda f: f.unlink(), r"ulm_000003_000019_leftImg8bit\.png belongs to no picture"),
+    (lambda f: f.unlink(), r"ulm_000003_000019_leftImg8bit\.png has no annotations"),
     (lambda f: shutil.rmtree(f.parents[2] / "val"), "holds none of gtFine/val"),
     (lambda f: [x.unlink() for x in f.parents[1].rglob("*Ids.png")], r"val: \*_gtFine_instanceIds\.png is missing"),
     (lambda f: shutil.copy(f, f.with_name("ulm_000004_000019_gtFine_instanceIds.png")), "ulm_000004_.* is missing"),
