@@ -430,7 +430,8 @@ class AveragePrecision(_Pictures):
                   "APs": aps[:, 1], "APm": aps[:, 2], "APl": aps[:, 3]}
         return {name: _mean(values[~np.isnan(values)].tolist()) for name, values in chosen.items()}
 
-    def _average(self, *rows):
+    @staticmethod
+    def _average(*rows):
         """The rows of a class in all pictures -> its AP (A, T), nan where it has no true object."""
         scores, verdicts, objects = zip(*rows)
         order, objects = np.argsort(-np.concatenate(scores), kind="stable"), sum(objects)

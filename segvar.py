@@ -44,7 +44,7 @@ def color_map(masks, grid):
     and the other takes the nearest free cell. The order is by area, then by the first pixel, so that the map does not
     depend on the order of the masks. Paper: what happens to clashes is not stated; we use the above.
     Of overlapping masks the smaller is painted over the larger. Empty masks take no cell. Of more than a * a instances
-    the smallest stay black. A crowd is no instance: pass `panoptic.masks[panoptic.instances()]`.
+    the smallest stay black. A crowd is many instances in one mask: leave it out.
     """
     masks = np.asarray(masks)
     if masks.ndim != 3 or masks.dtype != bool or not masks.shape[1] * masks.shape[2] or grid < 1:
@@ -73,7 +73,8 @@ def instances(picture, grid, size=None, least=1):
 
     Every pixel goes to the nearest color of the palette. A cell with fewer than `least` pixels is noise: they go to the
     nearest of the other colors. size: the (H, W) of the masks if the picture has another. Then the distances to the
-    colors are resized, not the picture: a mixture of two colors is a third one, an instance that is not there.
+    colors are resized, not the picture: a mixture of two colors is a third one, an instance that is not there. (Their
+    squares would not do: the color whose mixed squares are least is again the mixture of the two.)
     """
     picture = np.asarray(picture)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
@@ -81,15 +82,16 @@ def instances(picture, grid, size=None, least=1):
     numbers, where = np.unique(picture @ np.array([1, 256, 65536]), return_inverse=True)  # each color is judged once
     found = np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], 1).astype(np.float32)
     colors = palette(grid).astype(np.float32)
-    # |found - color|^2 less |found|^2, which is the same for all colors; whole numbers, which float32 holds exactly
-    distance = (-2 * found) @ colors.T  # (found, 1 + a * a)
-    distance += (colors**2).sum(1)
+    squares = (-2 * found) @ colors.T  # of the distances (found, 1 + a * a): whole numbers, which float32 holds exactly
+    squares += (colors**2).sum(1)
+    squares += (found**2).sum(1)[:, None]
     where = where.reshape(picture.shape[:2])
-    areas = np.bincount(distance.argmin(1)[where].ravel(), minlength=len(colors))
+    areas = np.bincount(squares.argmin(1)[where].ravel(), minlength=len(colors))
     there = np.flatnonzero((areas >= max(least, 1)) | (np.arange(len(colors)) == 0))  # background may always be there
     if size in (None, picture.shape[:2]):
-        owner = distance[:, there].argmin(1)[where]
+        owner = squares[:, there].argmin(1)[where]
     else:
-        planes = torch.from_numpy(distance[:, there][where]).permute(2, 0, 1)[None]
+        planes = torch.from_numpy(np.sqrt(squares[:, there])[where]).permute(2, 0, 1)[None]  # (1, colors, h, w)
         owner = F.interpolate(planes, size, mode="bilinear", align_corners=False)[0].argmin(0).numpy()
-    return np.stack([owner == k for k in range(1, len(there))]) if len(there) > 1 else np.zeros((0, *owner.shape), bool)
+    cells = np.unique(owner)
+    return owner == cells[cells > 0].reshape(-1, 1, 1)

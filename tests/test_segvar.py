@@ -129,6 +129,19 @@ def test_a_resized_map_gets_no_new_instances():
     assert np.array_equal(instances(picture, 8, size=(16, 16)), instances(picture, 8))
 
 
+def test_between_two_instances_no_third_one_appears():
+    colors = palette(8).astype(int)
+    a, b, c = next((a, b, c) for a in range(1, 65) for b in range(a + 1, 65) for c in range(1, 65)
+                   if abs(colors[a] + colors[b] - 2 * colors[c]).max() <= 2 and c not in (a, b))  # c lies between
+    owner = np.full((16, 16), a)
+    owner[:, 8:], owner[12:, :4] = b, c
+    masks = instances(palette(8)[owner], 8, size=(96, 96))
+    third = masks[sorted((a, b, c)).index(c)]
+    assert len(masks) == 3 and third[80:, :16].all() and not third[:, 30:].any()
+    small = instances(palette(8)[owner.repeat(4, 0).repeat(4, 1)], 8, size=(16, 16))
+    assert len(small) == 3 and small.sum(0).all()
+
+
 @pytest.mark.parametrize("masks,grid", [(np.zeros((4, 4), bool), 8), (np.zeros((1, 4, 4), np.uint8), 8),
                                         (np.zeros((1, 0, 4), bool), 8), (np.zeros((1, 4, 4), bool), 0)])
 def test_what_is_no_set_of_masks(masks, grid):
