@@ -1,4 +1,4 @@
-"""Examples (picture, phrase, mask) and the batches made of them.
+"""Examples (picture, phrase, mask) and the batches made of them; pictures with all their segments (Panoptic).
 
 `scenes` is the embedded data set, drawn by scenes.py: it needs no download.
 
@@ -49,6 +49,21 @@ class Example:
     task: str  # "semantic" | "referring" | "reasoning"
     label: str | None = None  # the class name, for mIoU
     ignore: np.ndarray | None = None  # bool (H, W): pixels that are not scored
+
+
+@dataclass
+class Panoptic:
+    """One picture and all of its n segments. DESIGN: the front door of the data sets for PQ and AP."""
+
+    image: Image.Image  # RGB, any size
+    id: str  # unique in its split: the data set's own picture id
+    masks: np.ndarray  # bool (n, H, W) at the picture's own size; those of coco-instances may overlap
+    labels: list  # n class names
+    is_thing: list  # n bools: things are counted, stuff is not
+    is_crowd: list  # n bools: one mask over many things of a class that nobody told apart
+    ignore: np.ndarray | None = None  # bool (H, W): pixels that are not scored
+    areas: list | None = None  # COCO's areas, by which AP parts small from large objects; None: the masks' pixels
+    classes: dict | None = None  # all classes of the data set, in its order: {name: is it a thing?}
 
 
 # The paper's example is the first; the paper says there are ten and does not print the others.
@@ -319,6 +334,8 @@ class Scenes:
 
     def scene(self, index):
         """Picture `index`: (PIL image, owner int8 (H, W), list of Shape, list of P picked phrases)."""
+        if not 0 <= index < self.SPLITS[self.split]:
+            raise IndexError(f"picture {index} of {self.SPLITS[self.split]}")
         if self._recent[0] != index:
             rng = np.random.default_rng([list(self.SPLITS).index(self.split), index, self.world.seed])
             picked = []
@@ -339,11 +356,29 @@ class Scenes:
         return pick_phrases(objects, *owner.shape, self.phrases, rng, self.world, must, absent)
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
         image, owner, _, picked = self.scene(i // self.phrases)
         phrase, task, label, indices = picked[i % self.phrases]
         return Example(image, phrase, np.isin(owner, indices), f"{self.split}-{i:07d}", task, label)
+
+
+class SceneInstances(Scenes):
+    """The pictures of `scenes` with all their objects: the shapes are classes of things, the background is stuff."""
+
+    SPLITS = {split: count for split, count in Scenes.SPLITS.items() if split != "absent"}
+    CLASSES = {**dict.fromkeys(WORLDS["scenes"].shapes, True), "background": False}
+
+    def __init__(self, split, name, root=None):
+        super().__init__(split, "scenes")
+
+    def _phrases(self, *scene):
+        return [None]  # nothing is asked here
+
+    def __getitem__(self, i):
+        image, owner, objects, _ = self.scene(i)
+        masks = owner == np.reshape([*range(len(objects)), -1], (-1, 1, 1))  # -1 owns the background
+        labels = [*(shape.kind for shape in objects), "background"]
+        is_thing, no_crowds = [self.CLASSES[label] for label in labels], [False] * len(labels)
+        return Panoptic(image, f"{self.split}-{i:07d}", masks, labels, is_thing, no_crowds, classes=self.CLASSES)
 
 
 # ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
@@ -363,8 +398,8 @@ def _find(root, *candidates):
 # --- label maps: one example for each picture and class
 
 
-def read_label_map(path):
-    """A PNG or TIFF of class numbers or a .mat of PASCAL Context -> integer array (H, W): raw indices, never colors."""
+def read_label_map(path, modes=("L", "P", "I;16", "I")):
+    """A PNG or TIFF or a .mat of PASCAL Context -> integer array (H, W), (H, W, 3) if RGB: raw values, never colors."""
     with _reading(path, "label map"):
         if path.suffix == ".mat":
             from scipy.io import loadmat  # takes a third of a second
@@ -372,8 +407,8 @@ def read_label_map(path):
             return loadmat(regular(path), variable_names=["LabelMap"])["LabelMap"].astype(np.int64)
         with Image.open(regular(path)) as image:
             mode, labels = image.mode, np.asarray(image)
-    if mode not in ("L", "P", "I;16", "I"):
-        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of class numbers")
+    if mode not in modes:
+        raise ValueError(f"{path}: a picture of mode {mode}, expected a map of numbers, mode {' or '.join(modes)}")
     return labels
 
 
@@ -581,6 +616,129 @@ def _words(phrase):
     return phrase.strip()
 
 
+# --- all segments: one Panoptic for each picture
+
+
+class Segments:
+    """Pictures with all their segments. name: of SEGMENTS, whose functions of (split, name, root) return rows and
+    {class: is it a thing?}. A row is a picture's id, its path, and a function and its arguments, the first of them a
+    file, that returns masks, labels, is_crowd, ignore and areas of a Panoptic.
+    """
+
+    def __init__(self, split, name, root):
+        self.rows, self.classes = SEGMENTS[name](split, name, root)
+        self.counts = {"pictures": len(self.rows)}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        id, picture, read, file, *more = self.rows[i]
+        image = open_picture(picture)
+        masks, labels, is_crowd, ignore, areas = read(file, *more)
+        if masks.shape[1:] != image.size[::-1]:
+            raise ValueError(f"{file}: segments of size {masks.shape[:0:-1]}, {picture} has {image.size}")
+        is_thing = [self.classes[label] for label in labels]
+        return Panoptic(image, id, masks, labels, is_thing, is_crowd, ignore, areas, self.classes)
+
+
+def _files(folder, end, wanted=None):
+    """{stem: path} of the files below a folder that end in `end`, sorted; ValueError unless they are those `wanted`."""
+    found = {path.name.removesuffix(end): path for path in sorted(folder.rglob(f"*{end}"))}
+    odd = sorted(found.keys() ^ set(found if wanted is None else wanted)) or ["*"] * (not found)
+    if odd:
+        what = "has no annotations" if odd[0] in found else "is missing"
+        raise ValueError(f"{folder}: {odd[0]}{end} {what} ({len(odd)} files do not fit)")
+    return found
+
+
+def _cut(numbers, segments):
+    """A map (H, W) and its segments [(number, label, is it a crowd?)] -> masks, labels, is_crowd, ignore, None."""
+    masks = numbers == np.array([number for number, *_ in segments], numbers.dtype).reshape(-1, 1, 1)
+    void = ~masks.any(0)
+    return masks, [s[1] for s in segments], [s[2] for s in segments], void if void.any() else None, None
+
+
+def _panoptic(split, name, root):
+    """COCO's panoptic format: a JSON of the segments of each picture, and a PNG of their ids."""
+    if name == "coco-panoptic":
+        base, stem = _find(root, "coco/annotations", "annotations").parent, f"panoptic_{split}2017"
+        file, maps = _find(base, f"annotations/{stem}.json"), _find(base, stem, f"annotations/{stem}")
+        pictures = _find(base, f"{split}2017", f"images/{split}2017")
+    else:
+        stem = f"ade20k_panoptic_{split}"
+        file = _find(root, f"ADEChallengeData2016/{stem}.json", f"{stem}.json")
+        maps, folder = _find(file.parent, stem), {"train": "training", "val": "validation"}[split]
+        pictures = _find(file.parent, f"images/{folder}")
+    with _reading(file, "panoptic annotations"):
+        content, found = parse_json(regular(file).read_bytes()), {}  # stem: (image_id, its segments)
+        names = {category["id"]: category["name"].strip() for category in content["categories"]}
+        classes = {names[category["id"]]: bool(category["isthing"]) for category in content["categories"]}
+        for annotation in content["annotations"]:
+            segments = [(s["id"], names[s["category_id"]], bool(s["iscrowd"])) for s in annotation["segments_info"]]
+            found[Path(annotation["file_name"]).stem] = annotation["image_id"], segments
+        if len(found) < len(content["annotations"]) or len(classes) < len(content["categories"]):
+            raise ValueError("two annotations are of one picture, or two categories have one name")
+    maps, pictures = _files(maps, ".png", found), _files(pictures, ".jpg", found)
+    return [(str(id), pictures[stem], _read_panoptic, maps[stem], segments)
+            for stem, (id, segments) in found.items()], classes
+
+
+def _read_panoptic(file, segments):
+    numbers = read_label_map(file, ("RGB",)) @ np.array([1, 256, 65536], np.int32)  # (H, W); 0 is void
+    there, listed = sorted({*np.unique(numbers).tolist()} - {0}), sorted(number for number, *_ in segments)
+    if there != listed:
+        raise ValueError(f"{file}: it holds the segments {short(there)}, the JSON lists {short(listed)}")
+    return _cut(numbers, segments)
+
+
+def _coco_instances(split, name, root):
+    """COCO's 80 classes of things: polygons, which may overlap, and run-length masks of crowds."""
+    base, folder = _find(root, "coco/annotations", "annotations").parent, f"{split}2017"
+    file, pictures = _find(base, f"annotations/instances_{folder}.json"), _find(base, folder, f"images/{folder}")
+    with _reading(file, "instances"):
+        content = parse_json(regular(file).read_bytes())
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        found = {image["id"]: (image, []) for image in content["images"]}
+        for annotation in content["annotations"]:
+            found[annotation["image_id"]][1].append((names[annotation["category_id"]], annotation))
+        stems = [Path(image["file_name"]).stem for image, _ in found.values()]
+    pictures = _files(pictures, ".jpg", stems)
+    return [(str(id), pictures[stem], _read_instances, file, *row)
+            for stem, (id, row) in zip(stems, found.items())], dict.fromkeys(names.values(), True)
+
+
+def _read_instances(file, image, annotations):
+    with _reading(f"{file}: image {image['id']}"):
+        size = image["height"], image["width"]
+        masks = np.array([polygons_to_mask(a["segmentation"], *size) for _, a in annotations], bool).reshape(-1, *size)
+        return (masks, [label for label, _ in annotations], [bool(a["iscrowd"]) for _, a in annotations], None,
+                [float(a["area"]) for _, a in annotations])
+
+
+def _cityscapes(split, name, root):
+    """Maps of labelId, or of labelId * 1000 + k for one thing; 19 classes are evaluated, the rest is void."""
+    base = _find(root, "cityscapes/gtFine", "gtFine").parent
+    maps = _files(_find(base, f"gtFine/{split}"), "_gtFine_instanceIds.png")
+    pictures = _files(_find(base, f"leftImg8bit/{split}"), "_leftImg8bit.png", maps)
+    names = dict(zip(map(int, _lines("cityscapes_ids")), _lines("cityscapes")))  # of the evaluated labelIds
+    return ([(stem, pictures[stem], _read_cityscapes, file, names) for stem, file in maps.items()],
+            {name: label >= 24 for label, name in names.items()})  # from "person" on they are things
+
+
+def _read_cityscapes(file, names):
+    numbers = read_label_map(file)
+    labels = {number: number // 1000 if number >= 1000 else number for number in values_in(numbers)}
+    if not set(labels.values()) <= set(range(34)):
+        raise ValueError(f"{file}: value {max(labels)} is no labelId of 0 to 33, nor 1000 times one + k")
+    # A thing without k is a crowd, as cityscapesScripts' createPanopticImgs.py has it.
+    return _cut(numbers, [(n, names[label], 24 <= n < 1000) for n, label in labels.items() if label in names])
+
+
+SEGMENTS = {"coco-panoptic": _panoptic, "ade20k-panoptic": _panoptic, "coco-instances": _coco_instances,
+            "cityscapes": _cityscapes}
+
+
 # --- one JSON object per line
 
 
@@ -665,11 +823,12 @@ def _hash(text):
 # --- by name
 
 DATASETS = {**dict.fromkeys(WORLDS, Scenes), **dict.fromkeys(LAYOUTS, LabelMaps),
-            **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines}
+            **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines,
+            "scenes-instances": SceneInstances, **dict.fromkeys(SEGMENTS, Segments)}
 
 
 def load_dataset(name, split, root=None, **options):
-    """Open a data set: a sequence of Example.
+    """Open a data set: a sequence of Example or, for the last two lines of names, of Panoptic.
 
     name, with its splits and options:
         scenes scenes-rich                   train val test novel; phrases=
@@ -677,6 +836,8 @@ def load_dataset(name, split, root=None, **options):
         refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them; split_by=
         sa-ovrs                              any split of which ROOT holds SPLIT.jsonl
         jsonl:PATH                           your own data, see JSONLines; the split is not used
+        scenes-instances                     train val test novel
+        coco-panoptic coco-instances ade20k-panoptic cityscapes             train val
     root: the folder in which the official archives were unpacked; the drawn worlds need none.
     FileNotFoundError, or ValueError with one line for an unknown name, split or option, or a tree of another kind.
     """
@@ -686,9 +847,9 @@ def load_dataset(name, split, root=None, **options):
     for option in options:
         if option not in signature(DATASETS[kind]).parameters:
             raise BadUsage(f"{name} has no option {option!r}")
-    if root is None and kind == name and name not in WORLDS:
+    if root is None and kind == name and not issubclass(DATASETS[name], Scenes):
         raise BadUsage(f"{name} needs --root, the folder in which its archives were unpacked")
-    splits = Scenes.SPLITS if name in WORLDS else ("train", "val") if name in LAYOUTS else [split]
+    splits = getattr(DATASETS[kind], "SPLITS", ("train", "val") if name in (*LAYOUTS, *SEGMENTS) else [split])
     if split not in splits:
         raise BadUsage(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     return DATASETS[kind](split, name, root and Path(root), **options)
@@ -855,6 +1016,12 @@ def contact_sheet(cells, path, columns=4, tile=112, headings=()):
     write_picture(sheet, path)
 
 
+def paint_segments(panoptic):
+    """A Panoptic -> PIL picture with each segment in a color of its own, the rest black."""
+    colors = np.random.default_rng(1).integers(60, 256, (len(panoptic.masks), 1, 1, 3), np.uint8)
+    return Image.fromarray((colors * panoptic.masks[..., None]).max(0, initial=0))
+
+
 def write_picture(image, path):
     """Save a PIL picture as PNG."""
     with whole(path) as temporary:
@@ -873,7 +1040,7 @@ def check(args):
     # {data set: {split: [pictures], or for the referring sets [refs, pictures, sentences]}}; null: unknown
     published = json.loads((ASSETS / "published_counts.json").read_text())
     published = published.get(f"{args.name} {args.split_by or Refer.SPLITTERS.get(args.name, '')}".strip(), {})
-    splits = [args.split] if args.split else published or (Scenes.SPLITS if args.name in WORLDS else ["train"])
+    splits = [args.split] if args.split else published or getattr(DATASETS.get(args.name), "SPLITS", ["train"])
     opened = broken = 0
     for split in splits:
         dataset = load_dataset(args.name, split, args.root, **options)
@@ -894,12 +1061,14 @@ def check(args):
 
 
 def preview(args):
-    """Write a contact sheet of a data set: picture, phrase, mask."""
+    """Write a contact sheet of a data set: picture, phrase, mask; or picture, classes, segments."""
     dataset = load_dataset(args.name, args.split, args.root)
     if args.first >= len(dataset):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
-    contact_sheet([(e.phrase, [e.image, e.mask]) for e in chosen], args.out, headings=("picture", "mask"))
+    cells = [(", ".join(e.labels), [e.image, paint_segments(e)]) if isinstance(e, Panoptic) else
+             (e.phrase, [e.image, e.mask]) for e in chosen]
+    contact_sheet(cells, args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1
     print(printable(f"wrote {args.out}: examples {args.first} to {last} of {args.name}:{args.split}"))
 
@@ -927,8 +1096,8 @@ def main(argv=None):
         parser.error(f"--count {args.count} must be at least 1, and --first not negative")
     if args.command == "preview" and args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: the contact sheet is a PNG, so its name ends in .png")
-    reads = {"root": args.name not in WORLDS, "split": not args.name.startswith("jsonl:"),
-             "split_by": args.name in Refer.SPLITTERS, "count": not getattr(args, "all", False)}
+    reads = {"root": DATASETS.get(args.name) not in (Scenes, SceneInstances), "split_by": args.name in Refer.SPLITTERS,
+             "split": not args.name.startswith("jsonl:"), "count": not getattr(args, "all", False)}
     args.parser.check_read(args, " ".join(argv or sys.argv[1:]), [f for f in vars(args) if reads.get(f, True)])
     return parser.run(args.job, args)
 
