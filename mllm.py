@@ -406,12 +406,13 @@ class ChatCache(KVCache):
     def go_back(self, ids, pixels):
         """Keep what is common with a new prompt, a list of ids and its pictures; the prompt's last token is read again.
         Nothing beyond max_positions, where rotations depend on how the tokens came."""
-        same = 0
-        if max(len(ids), self.position) <= self.config.max_positions and (
-                self.pixels is pixels or None not in (self.pixels, pixels) and torch.equal(self.pixels, pixels)):
+        same, other = 0, pixels is not self.pixels
+        if pixels is not None and self.pixels is not None:
+            other = not torch.equal(pixels, self.pixels)
+        if not other and max(len(ids), self.position) <= self.config.max_positions:
             while same < min(len(ids) - 1, len(self.ids)) and ids[same] == self.ids[same]:
                 same += 1
-        self.position, self.ids, self.pixels = same, list(ids), pixels
+        self.position, self.ids, self.pixels = same, ids[:same], pixels
 
 
 class ARGenSeg(nn.Module):
@@ -488,9 +489,10 @@ class ARGenSeg(nn.Module):
             cache.go_back(text_ids[0].tolist(), pixels)
         else:
             cache = self.new_cache(B)
-            cache.ids, cache.pixels = text_ids[0].tolist(), pixels
+            cache.pixels = pixels
             blocks = left_padded(text_ids, c.pad_id, text_ids.shape[1]) if B > 1 else None
         hidden = self.read(self.prefix(text_ids[:, cache.position:], pixels), cache, blocks)
+        cache.ids = text_ids[0].tolist()
         finished, found, masks = torch.zeros(B, dtype=torch.bool, device=text_ids.device), [], []
         while True:
             token = self.lm_head(hidden[:, -1]).float().argmax(-1)  # (B,)
@@ -561,7 +563,8 @@ ARGENSEG_NAMES = {
 
 def argenseg_names(weights, config, path):
     """Official tensors under our names, taken out of `weights`; unknown names stay, to be reported. A fused qkv becomes
-    three tensors. InternLM2's holds for each key/value head in turn its query heads, its key and its value."""
+    three views. InternLM2's holds for each key/value head in turn its query heads, its key and its value: its rows are
+    put in order in place."""
     ours, llama = {}, config.llama
     rows = (llama.heads + 2 * llama.kv_heads) * llama.head_dim
     for official in list(weights):
@@ -574,8 +577,9 @@ def argenseg_names(weights, config, path):
             if w.shape != (rows, llama.width):
                 raise ValueError(f"{path}: wrong shape: {official} {tuple(w.shape)}, expected {(rows, llama.width)}")
             groups = w.unflatten(0, (llama.kv_heads, -1, llama.head_dim))  # (nkv,nh/nkv+2,hd,D)
-            for part, x in zip("qkv", (groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1])):
-                ours[name.replace(".attention.wqkv.", f".self_attn.{part}_proj.")] = x.flatten(0, 1)  # (heads*hd,D)
+            w.copy_(torch.cat([groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)]))
+            parts = w.split([heads * llama.head_dim for heads in (llama.heads, llama.kv_heads, llama.kv_heads)])
+            ours |= {name.replace(".attention.wqkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", parts)}
         else:
             ours[name] = w
     return ours
@@ -589,7 +593,9 @@ def read_mask_tokenizer(directory, path, scales):
         with reading(directory, "VAR's mask tokenizer among its tensors"):
             weights = var_names({name: w for name, w in weights.items() if name not in UNUSED})
             config = vqgan_config(weights, norm_groups=32, scales=scales)
-            return build_from(lambda: MultiScaleVQ(config), weights, directory, torch.float32)
+            vq = build_from(lambda: MultiScaleVQ(config), weights, directory, torch.float32)
+        vq.source = {"name": directory.absolute().name, "sha256": fingerprint(weights)}
+        return vq
     places = [Path(path)] if path else [*sorted(directory.glob("vae_*.pth")), WEIGHTS / "var-vq"]
     found = next((place for place in places if place.exists()), None)
     if found is None:

@@ -189,13 +189,7 @@ def read_file(file, wanted=lambda name: True, dtype=None):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 names = [name for name in opened.keys() if wanted(name)]  # noqa: SIM118
-                header = opened.metadata() or {}
-                weights = {} if dtype else {name: opened.get_tensor(name) for name in names}
-            for name in names if dtype else ():  # opened anew: what was read stays in memory until the file is closed
-                with safe_open(file, framework="pt") as opened:
-                    weights[name] = opened.get_tensor(name)
-                    check_floats(name, weights[name])
-                    weights[name] = weights[name].to(dtype, copy=True)
+                header, weights = opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
         else:
             # LlamaGen's trainer saves its flags as a Namespace, which holds values but no code
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -203,9 +197,11 @@ def read_file(file, wanted=lambda name: True, dtype=None):
             dicts = (content[name] for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict))
             weights = {name: w for name, w in next(dicts, content).items() if wanted(name)}
         for name, w in weights.items():
-            check_floats(name, w)
-        if dtype and file.suffix != ".safetensors":
-            weights = {name: w.to(dtype, copy=True) for name, w in weights.items()}
+            kind = getattr(w, "dtype", type(w).__name__)
+            if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
+                raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
+        if dtype:
+            weights = copies(file, weights, dtype)
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -215,11 +211,19 @@ def read_file(file, wanted=lambda name: True, dtype=None):
     return header, weights
 
 
-def check_floats(name, w):
-    """ValueError unless w is a tensor of floating-point numbers."""
-    kind = getattr(w, "dtype", type(w).__name__)
-    if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
-        raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
+def copies(file, weights, dtype):
+    """Take windows into a file out of the dict `weights` -> a dict with copies of them in `dtype`.
+
+    The largest come first, while there is little beside them. What was read of a .safetensors stays in memory until it
+    is closed and no tensor is left of it, so it is opened anew for each one."""
+    names, copied = sorted(weights, key=lambda name: -weights[name].numel()), {}
+    if file.suffix != ".safetensors":
+        return {name: weights.pop(name).to(dtype, copy=True) for name in names}
+    weights.clear()
+    for name in names:
+        with safe_open(file, framework="pt") as opened:
+            copied[name] = opened.get_tensor(name).to(dtype, copy=True)
+    return copied
 
 
 def build_from(make, weights, path, dtype):
