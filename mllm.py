@@ -541,7 +541,10 @@ class ARGenSeg(nn.Module):
         directory = Path(directory)
         config = argenseg_config(directory)
         vq = read_mask_tokenizer(directory, mask_tokenizer, config.scales)
-        config.codebook_size, config.code_width = vq.config.codebook_size, vq.config.codebook_dim
+        if vq.config.codebook_size != config.codebook_size:
+            raise ValueError(f"{directory}: {config.codebook_size} mask tokens in the vocabulary, "
+                             f"{vq.config.codebook_size} in the mask tokenizer")
+        config.code_width = vq.config.codebook_dim
         weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
         model = build_from(lambda: cls(config), argenseg_names(weights, config, directory), directory, dtype)
         model.directory, model.mask_tokenizer = directory, vq
@@ -576,8 +579,8 @@ def argenseg_names(weights, config, path):
         elif ".attention.wqkv." in name:
             if w.shape != (rows, llama.width):
                 raise ValueError(f"{path}: wrong shape: {official} {tuple(w.shape)}, expected {(rows, llama.width)}")
-            groups = w.unflatten(0, (llama.kv_heads, -1, llama.head_dim))  # (nkv,nh/nkv+2,hd,D)
-            w.copy_(torch.cat([groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)]))
+            places = torch.arange(rows).view(llama.kv_heads, -1, llama.head_dim)  # (nkv,nh/nkv+2,hd)
+            w.copy_(w[torch.cat([part.flatten() for part in (places[:, :-2], places[:, -2], places[:, -1])])])
             parts = w.split([heads * llama.head_dim for heads in (llama.heads, llama.kv_heads, llama.kv_heads)])
             ours |= {name.replace(".attention.wqkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", parts)}
         else:
@@ -608,7 +611,7 @@ def read_mask_tokenizer(directory, path, scales):
 
 
 def argenseg_config(directory):
-    """ARGenSegConfig of an official directory but for the codebook: config.json, the ids of special tokens in
+    """ARGenSegConfig of an official directory but for code_width: config.json, the ids of special tokens in
     tokenizer_config.json, and the number of places in pos_1LC, which tells the scales. ValueError in one line."""
     hf, path = read_config(directory), directory / "config.json"
     with reading(path, "the config of an ARGenSeg"):
@@ -629,6 +632,9 @@ def argenseg_config(directory):
         if not scales or sum(s * s for s in scales) != places:
             raise ValueError(f"pos_1LC has {places} places, scales {scales or 'that are known'} have "
                              f"{sum(s * s for s in scales) or sorted(SCHEDULES)}")
+        codes, words = [id for name, id in names.items() if name.startswith("<visual token ")], language["vocab_size"]
+        if not codes or sorted(codes) != list(range(words - len(codes), words)):
+            raise ValueError(f"the {len(codes)} mask tokens are not the last of {words} tokens")
         shuffle = round(1 / hf.get("downsample_ratio", 0.5))
         if size // vision["patch_size"] % shuffle:
             raise ValueError(f"{size // vision['patch_size']} patches along a side, in squares of {shuffle}")
@@ -638,7 +644,8 @@ def argenseg_config(directory):
                 vision_layers=vision["num_hidden_layers"], vision_heads=vision["num_attention_heads"],
                 vision_mlp=vision["intermediate_size"], norm_eps=vision.get("layer_norm_eps", 1e-6), gelu="none"),
             llama=llama_config({**language, "model_type": "llama", "rope_scaling": None}, path),
-            vocab_size=language["vocab_size"], shuffle=shuffle, thumbnail=hf.get("use_thumbnail", True), scales=scales,
+            vocab_size=words, codebook_size=len(codes), scales=scales, shuffle=shuffle,
+            thumbnail=hf.get("use_thumbnail", True),
             max_positions=language.get("max_position_embeddings", 2048),
             rope_factor=float(rope["factor"]) if rope else None, image_id=names["<IMG_CONTEXT>"],
             start_id=names["<ge_start>"], end_id=names["<ge_end>"], stop_id=names["<|im_end|>"], pad_id=names["</s>"])
@@ -790,14 +797,8 @@ class BPETokenizer:
         the words the name of an added token is text like any other. UnicodeEncodeError, a ValueError, on half of a
         surrogate pair: UTF-8 has no bytes for it.
         """
-        joined, ids = [], []  # of strings, and the ids of added tokens that were found
-        for i, part in enumerate(parts):
-            part.encode()
-            for piece in cut([part], self.letters if i % 2 else self.names):
-                if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-                    piece = joined.pop() + piece  # two parts meet here
-                joined.append(piece)
-        for piece in cut(joined, self.splits):
+        ids = []
+        for piece in cut(join(parts, self.names, self.letters), self.splits):
             ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
         return ids
 
@@ -818,6 +819,19 @@ def cut(pieces, steps):
         parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
         pieces = [added.get(part, part) for part in parts]
     return [piece for piece in pieces if piece != ""]
+
+
+def join(parts, steps, steps_of_words):
+    """Text, words of a user, text and so on -> strings and ids of added tokens, of which `cut` finds those of `steps`
+    in the text and those of steps_of_words in the words. Strings that meet become one."""
+    joined = []
+    for i, part in enumerate(parts):
+        part.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
+        for piece in cut([part], steps_of_words if i % 2 else steps):
+            if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+                piece = joined.pop() + piece
+            joined.append(piece)
+    return joined
 
 
 class JanusPrompt:
@@ -921,22 +935,19 @@ class ARGenSegPrompt:
         the like, for the ids of some special tokens: that piece is spelt here."""
         ids = []
         for id in self.model.encode(text):
-            piece = self.model.id_to_piece(id)
-            special = id in self.silent and id != self.model.unk_id()
-            ids += self.model.encode(piece[:1]) + self.model.encode(piece[1:]) if special else [id]
+            if id in self.silent and id != self.model.unk_id():
+                piece = self.model.id_to_piece(id)
+                ids += self.model.encode(piece[:1]) + self.model.encode(piece[1:])
+            else:
+                ids.append(id)
         return ids
 
     def encode(self, *parts):
         """Text, words of somebody, text and so on -> list of ids. In text names of special tokens are tokens."""
-        joined = [""]  # strings, and the ids of special tokens
-        for i, part in enumerate(parts):
-            part.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
-            for piece in [part] if i % 2 else cut([part], [self.names]):
-                if isinstance(piece, str) and isinstance(joined[-1], str):
-                    joined[-1] += piece  # two parts meet here
-                else:
-                    joined.append(piece)
-        return [id for piece in joined for id in ([piece] if isinstance(piece, int) else self.words(piece))]
+        ids = []
+        for piece in join(parts, [self.names], []):
+            ids += [piece] if isinstance(piece, int) else self.words(piece)
+        return ids
 
     def too_long(self, text):
         """The number of tokens that `text` needs if it is above `length`, else 0."""
@@ -948,13 +959,16 @@ class ARGenSegPrompt:
         int64 (1,L). The picture comes first, as if the first words began with the official "<image>\\n". As
         officially, earlier masks are not in the prompt."""
         first, *rest = messages
-        picture = f"<img>{'<IMG_CONTEXT>' * (tiles * self.image_tokens)}</img>\n" if tiles else ""
+        picture = "<img><IMG_CONTEXT></img>\n" if tiles else ""
         parts = [f"<s><|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n{picture}",
                  first.removeprefix("<image>\n") if tiles else first]
         for i, words in enumerate(rest):
             who, said = ("user", words) if i % 2 else ("assistant", clean_up(words.replace(MASK, "")))
             parts += [f"<|im_end|>\n<|im_start|>{who}\n", said]
-        return torch.tensor([self.encode(*parts, "<|im_end|>\n<|im_start|>assistant\n")])
+        ids, image = [], self.special["<IMG_CONTEXT>"]
+        for id in self.encode(*parts, "<|im_end|>\n<|im_start|>assistant\n"):
+            ids += [id] * (tiles * self.image_tokens if id == image else 1)
+        return torch.tensor([ids])
 
     def __call__(self, phrases, tiles=1):
         """list of B phrases, each to be segmented in a picture -> int64 (B,L), padded at the left to the longest."""

@@ -231,7 +231,7 @@ class Segmenter:
         """
         messages = [messages] if isinstance(messages, str) else list(messages)
         if not (self.padded or self.answers):
-            raise ValueError("this checkpoint writes masks only: --chat needs a Janus or ARGenSeg checkpoint")
+            raise ValueError("this checkpoint writes masks only: --chat needs an ARGenSeg or Janus checkpoint")
         if len(messages) % 2 == 0 or self.padded and (image is None or len(messages) > 1):
             raise ValueError(f"{len(messages)} messages{'' if image else ' without a picture'}: want the user's words, "
                              "an answer, the user's words and so on; Janus takes one question about a picture")
