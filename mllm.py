@@ -404,12 +404,9 @@ class ChatCache(KVCache):
         self.rope = rope_tables(torch.arange(self.length, device=self.blocks.device), d, theta)
 
     def go_back(self, ids, pixels):
-        """Keep what is common with a new prompt, a list of ids and its pictures; the prompt's last token is read again.
-        Nothing beyond max_positions, where rotations depend on how the tokens came."""
-        same, other = 0, pixels is not self.pixels
-        if pixels is not None and self.pixels is not None:
-            other = not torch.equal(pixels, self.pixels)
-        if not other and max(len(ids), self.position) <= self.config.max_positions:
+        """Keep what is common with a new prompt, a list of ids, and its picture; the prompt's last token is read again."""
+        """Keep what is common with a new prompt, a list of ids, and its picture; its last token is read again."""
+        if not there or len(there) == 2 and torch.equal(*there):
             while same < min(len(ids) - 1, len(self.ids)) and ids[same] == self.ids[same]:
                 same += 1
         self.position, self.ids, self.pixels = same, ids[:same], pixels
@@ -484,13 +481,11 @@ class ARGenSeg(nn.Module):
         Two prompts (2,L), padded at the left, and a `guidance` above 0: the masks of the first are steered away from
         what the second, about nothing, would give (classifier-free guidance, Ho and Salimans 2022).
         """
-        c, B, blocks = self.config, len(text_ids), None
-        if B == 1 and cache is not None and len(cache.blocks) == 1:
-            cache.go_back(text_ids[0].tolist(), pixels)
-        else:
-            cache = self.new_cache(B)
-            cache.pixels = pixels
-            blocks = left_padded(text_ids, c.pad_id, text_ids.shape[1]) if B > 1 else None
+        c, (B, L) = self.config, text_ids.shape
+        if cache is None or B + len(cache.blocks) > 2 or max(L, cache.position) > c.max_positions:
+            cache = self.new_cache(B)  # beyond max_positions the rotations depend on how the tokens came
+        cache.go_back(text_ids[0].tolist(), pixels)
+        blocks = left_padded(text_ids, c.pad_id, L) if B > 1 else None
         hidden = self.read(self.prefix(text_ids[:, cache.position:], pixels), cache, blocks)
         cache.ids = text_ids[0].tolist()
         finished, found, masks = torch.zeros(B, dtype=torch.bool, device=text_ids.device), [], []
@@ -625,7 +620,7 @@ def argenseg_config(directory):
         check_config(path, language, {"model_type": "internlm2", "hidden_act": "silu", "bias": False,
                                       "tie_word_embeddings": False})
         rope = language.get("rope_scaling") or {}
-        check_config(path, rope, {"type": "dynamic"})
+        check_config(path, rope, {"type": "dynamic", "rope_type": "dynamic"})
         names, tokens = added_tokens(directory), read_weights(directory, lambda name: name == "pos_1LC")
         places = tokens["pos_1LC"].shape[1] if "pos_1LC" in tokens else "no"
         scales = tuple(hf.get("patch_nums") or SCHEDULES.get(places, ()))
@@ -669,9 +664,8 @@ def tile_grid(size, side, most, least=1):
 
 
 def tiles(image, side, most=1, least=1, thumbnail=True):
-    """PIL picture -> uint8 (n,S,S,3): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, and cut row
-    by row; where there are several, the thumbnail follows, the whole picture in one tile."""
-    image = image.convert("RGB")
+    """PIL picture, RGB -> uint8 (n,S,S,3): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, and cut
+    row by row; where there are several, the thumbnail follows, the whole picture in one tile."""
     i, j = tile_grid(image.size, side, most, least)
     grid = image.resize((side * i, side * j), Image.Resampling.BICUBIC)
     cut = [grid.crop((x, y, x + side, y + side)) for y in range(0, side * j, side) for x in range(0, side * i, side)]

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import (
     JSONLines, contact_sheet, load_dataset, open_picture, pad_picture, padded_box, resize_picture, rle_decode,
-    rle_encode, to_pixels, write_picture,
+    rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
 from mllm import (
@@ -208,7 +208,7 @@ class Segmenter:
         side = self.model.config.siglip.image_size
         if self.answers:
             thumbnail = self.model.config.thumbnail
-            cut = [tiles(image, side, self.tiles, thumbnail=thumbnail) for image in images]
+            cut = [tiles(to_rgb(image), side, self.tiles, thumbnail=thumbnail) for image in images]
             return imagenet_pixels(np.concatenate(cut)).to(self.device)
         squares = [(pad_picture if self.padded else resize_picture)(image, side) for image in images]
         return to_pixels(np.stack(squares)).to(self.device)
@@ -216,10 +216,9 @@ class Segmenter:
     def prepare(self, image, prompts):
         """PIL picture, n prompts -> text_ids (n,L), pixels (1,3,S,S) for model.generate; ValueError as `check`."""
         self.check(prompts)
-        pixels, tiles = self.pixels([image]), {}
-        if self.answers:
-            tiles["tiles"] = len(pixels)
-        return self.text_tokenizer([self.read(p)[0] for p in prompts], **tiles).to(self.device), pixels
+        pixels = self.pixels([image])
+        count = [len(pixels)] if self.answers else []
+        return self.text_tokenizer([self.read(p)[0] for p in prompts], *count).to(self.device), pixels
 
     @torch.inference_mode()
     def chat(self, image, messages, length=None):

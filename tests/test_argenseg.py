@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mllm import (
-    MASK, ARGenSeg, ARGenSegPrompt, clean_up, decoded_picture, imagenet_pixels, picture_mask, shuffle_pixels,
-    tile_grid, tiles,
+    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, clean_up, decoded_picture, imagenet_pixels, picture_mask,
+    shuffle_pixels, tile_grid, tiles,
 )
 from sample import Segmenter
 from tokenizer import MultiScaleVQ
@@ -150,6 +150,24 @@ def test_logits_are_the_official_ones_also_beyond_the_trained_positions(model, l
     close(torch.cat(steps), llm["long_cached_logits"], 1.5e-3)
     # the official model keeps the larger base after a long input; here a new cache starts with the plain one
     close(logits(model.token_embedding(llm["tf_ids"]), model.new_cache(1)), llm["tf_logits"][0], 2e-4)
+
+
+def test_what_a_long_prompt_left_does_not_touch_the_next_one(model, llm):
+    long, ids = llm["long_ids"].masked_fill(llm["long_ids"] == model.config.image_id, 5), llm["text_prompt_ids"]
+    cache = model.answer(long, None, 1)[2]
+    found, _, cache = model.answer(ids, None, 12, cache=cache)
+    assert torch.equal(found, llm["text_generated_ids"]) and cache.position < 512
+
+
+def test_the_shape_of_the_official_model():
+    with torch.device("meta"):
+        model = ARGenSeg(ARGenSegConfig())
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    language = sum(counts[name] for name in ("llama", "token_embedding", "lm_head"))
+    assert (counts["vision"], language, counts["mlp1"]) == (304_012_288, 7_771_369_472, 33_570_816)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 8_220_862_339 - 108_948_355  # without VAR's tokenizer
+    assert (model.config.image_tokens, model.config.mask_tokens) == (256, 680)
 
 
 @pytest.mark.parametrize("name", ["text", "turn1", "turn2", "tiles"])
