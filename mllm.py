@@ -404,8 +404,8 @@ class ChatCache(KVCache):
         self.rope = rope_tables(torch.arange(self.length, device=self.blocks.device), d, theta)
 
     def go_back(self, ids, pixels):
-        """Keep what is common with a new prompt, a list of ids, and its picture; the prompt's last token is read again."""
         """Keep what is common with a new prompt, a list of ids, and its picture; its last token is read again."""
+        same, there = 0, [x for x in (pixels, self.pixels) if x is not None]
         if not there or len(there) == 2 and torch.equal(*there):
             while same < min(len(ids) - 1, len(self.ids)) and ids[same] == self.ids[same]:
                 same += 1

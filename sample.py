@@ -320,7 +320,7 @@ def segment(args):
             images, inside, start = [image for _, image in batch], {}, time.perf_counter()
             masks = segmenter.many(images, [prompts] * len(batch), inside, **decoding(args))
             ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(prompts))
-            there = None if segmenter.answers else segmenter.there(inside)
+            there = None if "answers" in inside else segmenter.there(inside)
             for row, (i, image) in enumerate(batch):
                 for k, mask in enumerate(masks[row]):
                     said = {name: inside[name][row * len(prompts) + k] for name in ("prompts", "unknown")}
