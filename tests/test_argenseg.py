@@ -472,7 +472,7 @@ def test_an_answer_without_a_mask_found_nothing(sample, tmp_path, monkeypatch):
 def test_flags_that_are_of_other_checkpoints_are_refused(sample, tiny_checkpoint, tmp_path):
     picture = ["--image", FIXTURE / "picture_0.png", "--out", tmp_path / "o"]
     for checkpoint, flags, flag in (
-        (CHECKPOINT, ["--prompt", "x", "--decode", "beam"], "decode 'beam'"), (CHECKPOINT, ["--bench"], "MLLM"),
+        (CHECKPOINT, ["--prompt", "x", "--decode", "beam"], "decode 'beam'"), (CHECKPOINT, ["--bench"], "--bench measures a LlamaSeg"),
         (CHECKPOINT, ["--prompt", "x", "--draft", "none"], "draft 'none'"),
         (CHECKPOINT, ["--prompt", "x", "--confidence", "c.png"], "--confidence"),
         (CHECKPOINT, ["--prompt", "x", "--any-weights"], "--any-weights"),
