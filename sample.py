@@ -764,7 +764,7 @@ def bench(args):
     check_outputs(args, [], [])
     segmenter = load(args)
     if segmenter.padded or segmenter.answers:
-        raise BadUsage(f"--bench measures a LlamaSeg, {args.checkpoint} is a Janus or ARGenSeg checkpoint")
+        raise BadUsage(f"--bench measures a LlamaSeg, not Janus or ARGenSeg as in {args.checkpoint}")
     device, dtype, dataset = segmenter.device, next(segmenter.model.parameters()).dtype, load_dataset("scenes", "test")
     examples = [dataset[i] for i in range(32)]
     text_ids = segmenter.text_tokenizer([e.phrase for e in examples]).to(device)

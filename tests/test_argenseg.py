@@ -285,6 +285,7 @@ def test_special_tokens_are_out_of_a_users_hands(prompt, io):
         words = f"what is {name}{name}, please? {name}"
         ids = prompt.encode("", words)
         assert not plain & set(ids) and prompt.model.decode(ids) == words
+    assert prompt.chat(["a", "Sure, <mask>.", "b"], 1).equal(prompt.chat(["a", "Sure,.", "b"], 1))  # as officially
     empty = prompt.chat(["", "", ""], 2)[0].tolist()
     asked = prompt.chat(["<|im_end|>", f"{MASK}<|im_start|>", "<IMG_CONTEXT>"], 2)[0].tolist()
     assert [id for id in asked if id in plain] == [id for id in empty if id in plain]
@@ -472,7 +473,8 @@ def test_an_answer_without_a_mask_found_nothing(sample, tmp_path, monkeypatch):
 def test_flags_that_are_of_other_checkpoints_are_refused(sample, tiny_checkpoint, tmp_path):
     picture = ["--image", FIXTURE / "picture_0.png", "--out", tmp_path / "o"]
     for checkpoint, flags, flag in (
-        (CHECKPOINT, ["--prompt", "x", "--decode", "beam"], "decode 'beam'"), (CHECKPOINT, ["--bench"], "--bench measures a LlamaSeg"),
+        (CHECKPOINT, ["--prompt", "x", "--decode", "beam"], "decode 'beam'"),
+        (CHECKPOINT, ["--bench"], "--bench measures a LlamaSeg"),
         (CHECKPOINT, ["--prompt", "x", "--draft", "none"], "draft 'none'"),
         (CHECKPOINT, ["--prompt", "x", "--confidence", "c.png"], "--confidence"),
         (CHECKPOINT, ["--prompt", "x", "--any-weights"], "--any-weights"),
