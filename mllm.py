@@ -541,7 +541,9 @@ class ARGenSeg(nn.Module):
                              f"{vq.config.codebook_size} in the mask tokenizer")
         config.code_width = vq.config.codebook_dim
         weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
-        model = build_from(lambda: cls(config), argenseg_names(weights, config, directory), directory, dtype)
+        with reading(directory, "the tensors of an ARGenSeg"):
+            weights = argenseg_names(weights, config)
+            model = build_from(lambda: cls(config), weights, directory, dtype)
         model.directory, model.mask_tokenizer = directory, vq
         return model.requires_grad_(False)
 
@@ -559,7 +561,7 @@ ARGENSEG_NAMES = {
 }
 
 
-def argenseg_names(weights, config, path):
+def argenseg_names(weights, config):
     """Official tensors under our names, taken out of `weights`; unknown names stay, to be reported. A fused qkv becomes
     three views. InternLM2's holds for each key/value head in turn its query heads, its key and its value: its rows are
     put in order in place."""
@@ -573,7 +575,7 @@ def argenseg_names(weights, config, path):
             ours |= {name.replace(".attn.qkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", w.chunk(3))}
         elif ".attention.wqkv." in name:
             if w.shape != (rows, llama.width):
-                raise ValueError(f"{path}: wrong shape: {official} {tuple(w.shape)}, expected {(rows, llama.width)}")
+                raise ValueError(f"wrong shape: {official} {tuple(w.shape)}, expected {(rows, llama.width)}")
             places = torch.arange(rows).view(llama.kv_heads, -1, llama.head_dim)  # (nkv,nh/nkv+2,hd)
             w.copy_(w[torch.cat([part.flatten() for part in (places[:, :-2], places[:, -2], places[:, -1])])])
             parts = w.split([heads * llama.head_dim for heads in (llama.heads, llama.kv_heads, llama.kv_heads)])
@@ -614,7 +616,7 @@ def argenseg_config(directory):
         check_config(path, hf, {"template": "internvl2_5", "ps_version": "v2", "select_layer": -1, "pad2square": False})
         vision, language = hf["vision_config"], hf["llm_config"]
         size = vision.get("image_size", 448)
-        check_config(path, hf, {"force_image_size": size})
+        check_config(path, {"force_image_size": hf.get("force_image_size") or size}, {"force_image_size": size})
         check_config(path, vision, {"hidden_act": "gelu", "norm_type": "layer_norm", "qkv_bias": True,
                                     "qk_normalization": False, "num_channels": 3})
         check_config(path, language, {"model_type": "internlm2", "hidden_act": "silu", "bias": False,

@@ -393,6 +393,7 @@ def test_a_config_of_another_kind_is_refused(tmp_path):
         ("llm_config.model_type", "qwen2"), ("llm_config.rope_scaling", {"type": "linear", "factor": 2.0}),
         ("force_image_size", 448), ("patch_nums", [1, 2, 3]), ("llm_config.hidden_size", "64"), ("patch_nums", None),
         ("downsample_ratio", 0.3), ("llm_config.vocab_size", 712),
+        ("llm_config.num_key_value_heads", 3), ("vision_config.hidden_size", 33), ("patch_nums", "1234"),
     )):
         folder = copy_checkpoint(tmp_path / str(i), config={name: value})
         with pytest.raises(ValueError) as error:
