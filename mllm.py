@@ -1,22 +1,32 @@
-"""Pretrained MLLMs that write masks: Janus-Pro with LoRA, its chat and its text tokenizer.
+"""Pretrained MLLMs that write masks: Janus-Pro with LoRA, and ARGenSeg; their chats and text tokenizers.
 
 Shapes as in model.py: B batch, L text tokens, N image tokens, M mask tokens, T tokens of a sequence, D width,
-S side of the picture, K codebook size, r rank of LoRA.
+S side of the picture, K codebook size, r rank of LoRA; n tiles of a picture.
 """
 
+import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from model import UNSEEN, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_fields, llama_config
+from model import (
+    UNSEEN, KVCache, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPBlock, SigLIPConfig, check_fields, llama_config,
+    rope_tables,
+)
+from tokenizer import UNUSED, VAR_SCALES, MultiScaleVQ, var_names, vqgan_config
 from weights import (
     WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights, reading,
+    sha256_of, weight_files,
 )
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -99,6 +109,13 @@ def projector(inside, outside, layers):
     return nn.Sequential(nn.Linear(inside, outside), *more)
 
 
+def left_padded(text_ids, pad_id, length):
+    """Block ids (B,length), see Llama.forward: the position, and UNSEEN for the padding at the left of text_ids."""
+    positions = torch.arange(length, device=text_ids.device).expand(len(text_ids), -1)
+    padding = (text_ids == pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
+    return positions.masked_fill(positions < padding, UNSEEN)
+
+
 class JanusSeg(MaskWriter):
     """Janus-Pro (Chen et al. 2025) as a segmenter, the paper's second model: it reads phrase and picture as in a chat
     and writes the mask with the parts that it has for generating pictures. Only LoRA on its LLaMA is trained; paper:
@@ -133,9 +150,7 @@ class JanusSeg(MaskWriter):
 
     def blocks(self, text_ids, length):
         """Block ids (B,length), see Llama.forward: the position, and UNSEEN for the padding at the left."""
-        positions = torch.arange(length, device=text_ids.device).expand(len(text_ids), -1)
-        padding = (text_ids == self.config.pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
-        return positions.masked_fill(positions < padding, UNSEEN)
+        return left_padded(text_ids, self.config.pad_id, length)
 
     def prefix(self, text_ids, pixels):
         """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture."""
@@ -279,6 +294,405 @@ def janus_config(directory):
     return config
 
 
+# ---- ARGenSeg -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ARGenSegConfig:
+    """Shape of an ARGenSeg; the defaults are ARGenSeg-8B's."""
+
+    siglip: SigLIPConfig = field(default_factory=lambda: SigLIPConfig(  # InternViT differs in layer scale and <CLS>
+        image_size=448, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp=4096,
+        gelu="none"))
+    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(
+        width=4096, layers=32, heads=32, kv_heads=8, mlp=14336, rope_theta=1e6, norm_eps=1e-5))
+    vocab_size: int = 96653  # words, then special tokens, then the codebook_size mask tokens
+    shuffle: int = 2  # a square of shuffle x shuffle patches makes one image token
+    thumbnail: bool = True  # a picture in several tiles also comes whole, as the last one
+    max_positions: int = 32768  # beyond them the rotary base grows, see ChatCache
+    rope_factor: float | None = 2.0  # None: it does not grow
+    codebook_size: int = 4096
+    code_width: int = 32  # C, of the rows of the codebook
+    scales: tuple = VAR_SCALES
+    image_id: int = 92546  # <IMG_CONTEXT>
+    start_id: int = 92554  # <ge_start>
+    end_id: int = 92555  # <ge_end>
+    stop_id: int = 92542  # <|im_end|>
+    pad_id: int = 2
+
+    def __post_init__(self):
+        check_fields(self)
+        self.scales = tuple(self.scales)
+
+    @property
+    def image_tokens(self):
+        return (self.siglip.image_size // self.siglip.patch_size // self.shuffle) ** 2  # N, of a tile
+
+    @property
+    def mask_tokens(self):
+        return sum(s * s for s in self.scales)  # M
+
+
+class InternViTBlock(SigLIPBlock):
+    """SigLIP's block with layer scale: a learned factor for each channel of both branches (Touvron et al. 2021)."""
+
+    def __init__(self, width, *shape):
+        super().__init__(width, *shape)
+        self.ls1, self.ls2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        x = x + self.ls1 * self.self_attn(self.layer_norm1(x))
+        return x + self.ls2 * self.mlp(self.layer_norm2(x))
+
+
+class InternViT(nn.Module):
+    """The vision tower of InternVL (Chen et al. 2024): a ViT with a class token and without a final norm."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        width, P = config.vision_width, config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embedding = nn.Conv2d(3, width, P, stride=P)  # holds the weights, see forward
+        self.position_embedding = nn.Parameter(torch.zeros(1, 1 + config.image_tokens, width))
+        self.layers = nn.ModuleList(
+            InternViTBlock(width, config.vision_heads, config.vision_mlp, config.norm_eps, config.gelu)
+            for _ in range(config.vision_layers))
+
+    def forward(self, pixels):
+        """pixels (n,3,S,S), normalized -> (n,1+patches,D): <CLS>, then the patches in raster order."""
+        conv = self.patch_embedding  # a product over patches, which is faster than a convolution of this stride
+        patches = F.unfold(pixels.to(conv.weight.dtype), conv.stride, stride=conv.stride).transpose(1, 2)  # (n,.,3*P*P)
+        x = F.linear(patches, conv.weight.flatten(1), conv.bias)
+        x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1) + self.position_embedding
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def shuffle_pixels(x, r):
+    """(n,h*h,D) -> (n,h/r*h/r,r*r*D): the channels of each square of r x r patches side by side, in raster order."""
+    h = round(x.shape[1] ** 0.5)
+    squares = x.unflatten(1, (h // r, r, h // r, r)).transpose(2, 3)  # (n,h/r,h/r,r,r,D)
+    return squares.flatten(3).flatten(1, 2)
+
+
+class ChatCache(KVCache):
+    """A KVCache that grows, and that knows what it holds, so that the next turn of a conversation can go on from it.
+
+    ids: of its tokens in row 0, -1 for those of a mask; pixels: of the picture. Beyond max_positions the rotary base
+    depends on the length (InternLM2's dynamic NTK scaling). Keys that are there keep their rotation, as officially.
+    """
+
+    def __init__(self, config: ARGenSegConfig, batch, device, dtype):
+        super().__init__(config.llama, batch, 0, device, dtype)
+        self.config, self.ids, self.pixels = config, [], None
+
+    def make_room(self, count):
+        """Prepare for a pass of `count` tokens."""
+        c, end = self.config, self.position + count
+        scaled = c.rope_factor is not None and end > c.max_positions
+        if end > self.length:
+            more, self.length = end + 512 - self.length, end + 512
+            self.keys, self.values = ([F.pad(x, (0, 0, 0, more)) for x in part] for part in (self.keys, self.values))
+            places = torch.arange(self.length, device=self.blocks.device)
+            self.blocks = torch.cat([self.blocks, places[-more:].expand(len(self.blocks), -1)], dim=1)
+        elif not scaled:
+            return
+        theta, d = c.llama.rope_theta, c.llama.head_dim
+        if scaled:
+            theta *= (c.rope_factor * end / c.max_positions - c.rope_factor + 1) ** (d / (d - 2))
+        self.rope = rope_tables(torch.arange(self.length, device=self.blocks.device), d, theta)
+
+    def go_back(self, ids, pixels):
+        """Keep what is common with a new prompt, a list of ids, and its picture; its last token is read again."""
+        same, there = 0, [x for x in (pixels, self.pixels) if x is not None]
+        if not there or len(there) == 2 and torch.equal(*there):
+            while same < min(len(ids) - 1, len(self.ids)) and ids[same] == self.ids[same]:
+                same += 1
+        self.position, self.ids, self.pixels = same, ids[:same], pixels
+
+
+class ARGenSeg(nn.Module):
+    """ARGenSeg (Wang et al. 2025): InternVL2.5 that answers in words and masks. One head chooses words and mask tokens.
+
+    The answer is written word by word until <ge_start>; then a mask, one scale per pass; then words again. Inside a
+    scale attention is causal too. The mask tokens stay in the context of all that follows. mask_tokenizer: VAR's, in
+    float32, frozen.
+    """
+
+    def __init__(self, config: ARGenSegConfig):
+        super().__init__()
+        D, vision = config.llama.width, config.siglip.vision_width * config.shuffle**2
+        self.config, self.directory, self.mask_tokenizer = config, None, None
+        self.vision = InternViT(config.siglip)
+        self.mlp1 = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, D), nn.GELU(), nn.Linear(D, D))
+        self.token_embedding = nn.Embedding(config.vocab_size, D)
+        self.llama = Llama(config.llama)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.word_embed = nn.Linear(config.code_width, D)  # official names: of what coarser scales decode to,
+        self.lvl_embed = nn.Embedding(len(config.scales), D)  # of the scale,
+        self.pos_1LC = nn.Parameter(torch.zeros(1, config.mask_tokens, D))  # and of the place among all mask tokens
+
+    def encode_image(self, pixels):
+        """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector; ValueError."""
+        S = self.config.siglip.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, S, S):
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}, want (n, 3, {S}, {S})")
+        return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:], self.config.shuffle)).flatten(0, 1)
+
+    def prefix(self, text_ids, pixels):
+        """text_ids (B,L) with n*N image_id in each row or none at all, tiles (n,3,S,S) or None -> (B,L,D)."""
+        words, places = self.token_embedding(text_ids), text_ids == self.config.image_id  # (B,L,D), (B,L)
+        if not places.any():
+            return words
+        image = self.encode_image(pixels).repeat(len(text_ids), 1)  # (B*n*N,D)
+        if int(places.sum()) != len(image):
+            raise ValueError(f"{int(places.sum())} places for {len(image)} image tokens in the prompt")
+        return words.masked_scatter(places[:, :, None], image.to(words.dtype))
+
+    def mask_inputs(self, tokens):
+        """All tokens of the first scales (B,m) -> what is read for the scales up to the next one, (B,m',D), as in
+        LlamaSeg. <ge_start> stands for the first scale, so that place 0 of both tables is never used."""
+        maps = self.mask_tokenizer.teacher_inputs(tokens).to(self.word_embed.weight.dtype)  # (B,m',C)
+        scale_idx = torch.tensor([i for i, s in enumerate(self.config.scales) for _ in range(s * s)])
+        scale_idx = scale_idx[1:1 + maps.shape[1]].to(tokens.device)
+        return self.word_embed(maps) + self.lvl_embed(scale_idx) + self.pos_1LC[:, 1:1 + maps.shape[1]]
+
+    def mask_head(self, hidden):
+        """hidden (...,D) -> logits of the mask tokens (...,K): the last rows of the head."""
+        return F.linear(hidden, self.lm_head.weight[-self.config.codebook_size:])
+
+    def new_cache(self, batch):
+        """An empty ChatCache. On a CPU it is in float32, see MaskWriter.new_cache."""
+        like = self.token_embedding.weight
+        return ChatCache(self.config, batch, like.device, torch.float32 if like.device.type == "cpu" else like.dtype)
+
+    def read(self, embeddings, cache, blocks=None):
+        """Llama.forward of embeddings (B,T,D) after what the cache holds, in which there is always room."""
+        cache.make_room(embeddings.shape[1])
+        return self.llama(embeddings, cache, blocks)
+
+    @torch.no_grad()
+    def answer(self, text_ids, pixels, length=1024, guidance=0.0, cache=None):
+        """A prompt (1,L), the tiles of its picture (n,3,S,S) or None -> the likeliest answer: ids (1,T) of at most
+        `length` tokens, up to config.stop_id, with one config.end_id for each mask; a list of mask tokens (1,M), one
+        for each of them; and a cache. Given with the next prompt of the conversation, only what is new is read.
+
+        Two prompts (2,L), padded at the left, and a `guidance` above 0: the masks of the first are steered away from
+        what the second, about nothing, would give (classifier-free guidance, Ho and Salimans 2022).
+        """
+        c, (B, L) = self.config, text_ids.shape
+        if cache is None or B + len(cache.blocks) > 2 or max(L, cache.position) > c.max_positions:
+            cache = self.new_cache(B)  # beyond max_positions the rotations depend on how the tokens came
+        cache.go_back(text_ids[0].tolist(), pixels)
+        blocks = left_padded(text_ids, c.pad_id, L) if B > 1 else None
+        hidden = self.read(self.prefix(text_ids[:, cache.position:], pixels), cache, blocks)
+        cache.ids = text_ids[0].tolist()
+        finished, found, masks = torch.zeros(B, dtype=torch.bool, device=text_ids.device), [], []
+        while True:
+            token = self.lm_head(hidden[:, -1]).float().argmax(-1)  # (B,)
+            if token[0] == c.start_id:  # the first prompt alone decides; the second enters with its own likeliest word
+                masks.append(self.write_mask(token, cache, guidance))
+                cache.ids += [-1] * c.mask_tokens
+                token = torch.full_like(token, c.end_id)
+            token = torch.where(finished, c.pad_id, token)  # the second one may end before the first
+            finished = finished | (token == c.stop_id)
+            found.append(token)
+            if finished[0] or len(found) == length:
+                return torch.stack(found, dim=1), masks, cache
+            hidden = self.read(self.token_embedding(token[:, None]), cache)
+            cache.ids.append(int(token[0]))
+
+    def write_mask(self, token, cache, guidance):
+        """The likeliest mask tokens (1,M) after the words in the cache, one scale per pass. token (B,): <ge_start>."""
+        c, inputs, tokens = self.config, self.token_embedding(token[:, None]), token.new_empty(1, 0)
+        for scale_idx, s in enumerate(c.scales):
+            if scale_idx:
+                inputs = self.mask_inputs(tokens)[:, -s * s:].expand(len(token), -1, -1)  # (B,s*s,D)
+            logits = self.mask_head(self.read(inputs, cache)).float()  # (B,s*s,K)
+            if len(token) > 1:
+                strength = guidance * scale_idx / 9  # officially 9 for any number of scales
+                logits = (1 + strength) * logits[:1] - strength * logits[1:]
+            tokens = torch.cat([tokens, logits.argmax(-1)[:1]], dim=1)
+        return tokens
+
+    def fuse(self):
+        """Lay out the weights for decoding."""
+        self.llama.fuse()
+
+    @cached_property
+    def frozen(self):
+        """{"mllm": {"name", "sha256"}} of the directory; hashed when it is asked for, which reads all files again."""
+        files = "".join(sha256_of(file) for file in weight_files(self.directory))
+        name, sha256 = self.directory.absolute().name, hashlib.sha256(files.encode()).hexdigest()
+        return {"mllm": {"name": name, "sha256": sha256}}
+
+    @classmethod
+    def from_pretrained(cls, directory, mask_tokenizer=None, dtype=torch.float32):
+        """Load an official directory, strictly, in `dtype`; frozen, in eval mode. It never takes more memory than the
+        weights in `dtype` and one tensor. mask_tokenizer: VAR's file, to take it instead of the one in the checkpoint,
+        or where there is none: then also the directory itself and WEIGHTS/var-vq are looked in. The mask tokenizer is
+        in float32. FileNotFoundError, or ValueError in one line."""
+        directory = Path(directory)
+        config = argenseg_config(directory)
+        vq = read_mask_tokenizer(directory, mask_tokenizer, config.scales)
+        if vq.config.codebook_size != config.codebook_size:
+            raise ValueError(f"{directory}: {config.codebook_size} mask tokens in the vocabulary, "
+                             f"{vq.config.codebook_size} in the mask tokenizer")
+        config.code_width = vq.config.codebook_dim
+        weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
+        with reading(directory, "the tensors of an ARGenSeg"):
+            weights = argenseg_names(weights, config)
+            model = build_from(lambda: cls(config), weights, directory, dtype)
+        model.directory, model.mask_tokenizer = directory, vq
+        return model.requires_grad_(False)
+
+
+IMAGE_TOKENIZER = "image_tokenizer."  # what the names of the mask tokenizer's tensors begin with
+SCHEDULES = {sum(s * s for s in scales): scales for scales in (VAR_SCALES, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))}
+# parts of the official names: ours
+ARGENSEG_NAMES = {
+    "language_model.model.tok_embeddings.": "token_embedding.", "language_model.model.": "llama.",
+    "language_model.output.": "lm_head.", "vision_model.embeddings.": "vision.", "vision_model.encoder.": "vision.",
+    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.proj.": ".self_attn.out_proj.",
+    ".attention.wo.": ".self_attn.o_proj.", ".attention_norm.": ".input_layernorm.",
+    ".ffn_norm.": ".post_attention_layernorm.", ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w3.": ".mlp.up_proj.", ".feed_forward.w2.": ".mlp.down_proj.",
+}
+
+
+def argenseg_names(weights, config):
+    """Official tensors under our names, taken out of `weights`; unknown names stay, to be reported. A fused qkv becomes
+    three views. InternLM2's holds for each key/value head in turn its query heads, its key and its value: its rows are
+    put in order in place."""
+    ours, llama = {}, config.llama
+    rows = (llama.heads + 2 * llama.kv_heads) * llama.head_dim
+    for official in list(weights):
+        name, w = official, weights.pop(official)
+        for part, own in ARGENSEG_NAMES.items():
+            name = name.replace(part, own)
+        if ".attn.qkv." in name:
+            ours |= {name.replace(".attn.qkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", w.chunk(3))}
+        elif ".attention.wqkv." in name:
+            if w.shape != (rows, llama.width):
+                raise ValueError(f"wrong shape: {official} {tuple(w.shape)}, expected {(rows, llama.width)}")
+            places = torch.arange(rows).view(llama.kv_heads, -1, llama.head_dim)  # (nkv,nh/nkv+2,hd)
+            w.copy_(w[torch.cat([part.flatten() for part in (places[:, :-2], places[:, -2], places[:, -1])])])
+            parts = w.split([heads * llama.head_dim for heads in (llama.heads, llama.kv_heads, llama.kv_heads)])
+            ours |= {name.replace(".attention.wqkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", parts)}
+        else:
+            ours[name] = w
+    return ours
+
+
+def read_mask_tokenizer(directory, path, scales):
+    """The MultiScaleVQ of a checkpoint, or of the file `path`, see ARGenSeg.from_pretrained; ValueError."""
+    weights = read_weights(directory, lambda name: name.startswith(IMAGE_TOKENIZER)) if path is None else {}
+    if weights:
+        weights = {name.removeprefix(IMAGE_TOKENIZER): w for name, w in weights.items()}
+        with reading(directory, "VAR's mask tokenizer among its tensors"):
+            weights = var_names({name: w for name, w in weights.items() if name not in UNUSED})
+            config = vqgan_config(weights, norm_groups=32, scales=scales)
+            vq = build_from(lambda: MultiScaleVQ(config), weights, directory, torch.float32)
+        vq.source = {"name": directory.absolute().name, "sha256": fingerprint(weights)}
+        return vq
+    places = [Path(path)] if path else [*sorted(directory.glob("vae_*.pth")), WEIGHTS / "var-vq"]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        where = f"{path} does not exist" if path else "the checkpoint has none, nor has its folder"
+        raise FileNotFoundError(f"{directory}: no mask tokenizer, {where}: python weights.py download var-vq")
+    vq = MultiScaleVQ.from_pretrained(found, scales)
+    if vq.scales != scales:
+        raise ValueError(f"{found}: a mask tokenizer of scales {vq.scales} beside a model of {scales}")
+    return vq
+
+
+def argenseg_config(directory):
+    """ARGenSegConfig of an official directory but for code_width: config.json, the ids of special tokens in
+    tokenizer_config.json, and the number of places in pos_1LC, which tells the scales. ValueError in one line."""
+    hf, path = read_config(directory), directory / "config.json"
+    with reading(path, "the config of an ARGenSeg"):
+        check_config(path, {"model_type": None, **hf}, {"model_type": "internvl_chat"})
+        check_config(path, hf, {"template": "internvl2_5", "ps_version": "v2", "select_layer": -1, "pad2square": False})
+        vision, language = hf["vision_config"], hf["llm_config"]
+        size = vision.get("image_size", 448)
+        check_config(path, {"force_image_size": hf.get("force_image_size") or size}, {"force_image_size": size})
+        check_config(path, vision, {"hidden_act": "gelu", "norm_type": "layer_norm", "qkv_bias": True,
+                                    "qk_normalization": False, "num_channels": 3})
+        check_config(path, language, {"model_type": "internlm2", "hidden_act": "silu", "bias": False,
+                                      "tie_word_embeddings": False})
+        rope = language.get("rope_scaling") or {}
+        check_config(path, rope, {"type": "dynamic", "rope_type": "dynamic"})
+        names, tokens = added_tokens(directory), read_weights(directory, lambda name: name == "pos_1LC")
+        places = tokens["pos_1LC"].shape[1] if "pos_1LC" in tokens else "no"
+        scales = tuple(hf.get("patch_nums") or SCHEDULES.get(places, ()))
+        if not scales or sum(s * s for s in scales) != places:
+            raise ValueError(f"pos_1LC has {places} places, scales {scales or 'that are known'} have "
+                             f"{sum(s * s for s in scales) or sorted(SCHEDULES)}")
+        codes, words = [id for name, id in names.items() if name.startswith("<visual token ")], language["vocab_size"]
+        if not codes or sorted(codes) != list(range(words - len(codes), words)):
+            raise ValueError(f"the {len(codes)} mask tokens are not the last of {words} tokens")
+        shuffle = round(1 / hf.get("downsample_ratio", 0.5))
+        if size // vision["patch_size"] % shuffle:
+            raise ValueError(f"{size // vision['patch_size']} patches along a side, in squares of {shuffle}")
+        return ARGenSegConfig(
+            siglip=SigLIPConfig(
+                image_size=size, patch_size=vision["patch_size"], vision_width=vision["hidden_size"],
+                vision_layers=vision["num_hidden_layers"], vision_heads=vision["num_attention_heads"],
+                vision_mlp=vision["intermediate_size"], norm_eps=vision.get("layer_norm_eps", 1e-6), gelu="none"),
+            llama=llama_config({**language, "model_type": "llama", "rope_scaling": None}, path),
+            vocab_size=words, codebook_size=len(codes), scales=scales, shuffle=shuffle,
+            thumbnail=hf.get("use_thumbnail", True),
+            max_positions=language.get("max_position_embeddings", 2048),
+            rope_factor=float(rope["factor"]) if rope else None, image_id=names["<IMG_CONTEXT>"],
+            start_id=names["<ge_start>"], end_id=names["<ge_end>"], stop_id=names["<|im_end|>"], pad_id=names["</s>"])
+
+
+# pictures in, masks out, as the official evaluation does both
+
+
+def tile_grid(size, side, most, least=1):
+    """(columns, rows) of the grid of tiles of side x side pixels that a picture of `size` (W,H) is cut into: of those
+    with `least` to `most` tiles the one whose shape is nearest to the picture's."""
+    (W, H), best, nearest = size, (1, 1), math.inf
+    # Where two are as near as each other the order decides. Officially it is that of a set of these pairs, made so:
+    pairs = {(i, j) for n in range(least, most + 1) for i in range(1, n + 1) for j in range(1, n + 1)
+             if least <= i * j <= most}
+    for i, j in sorted(pairs, key=math.prod):
+        away = abs(W / H - i / j)
+        if away < nearest or away == nearest and W * H > 0.5 * side * side * i * j:
+            best, nearest = (i, j), away
+    return best
+
+
+def tiles(image, side, most=1, least=1, thumbnail=True):
+    """PIL picture, RGB -> uint8 (n,S,S,3): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, and cut
+    row by row; where there are several, the thumbnail follows, the whole picture in one tile."""
+    i, j = tile_grid(image.size, side, most, least)
+    grid = image.resize((side * i, side * j), Image.Resampling.BICUBIC)
+    cut = [grid.crop((x, y, x + side, y + side)) for y in range(0, side * j, side) for x in range(0, side * i, side)]
+    if thumbnail and i * j > 1:
+        cut.append(image.resize((side, side), Image.Resampling.BICUBIC))
+    return np.stack([np.asarray(tile) for tile in cut])
+
+
+def imagenet_pixels(pictures):
+    """uint8 (n,S,S,3) -> float32 (n,3,S,S), normalized with the mean and deviation of ImageNet."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((torch.from_numpy(pictures).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def decoded_picture(decoded):
+    """Decoded mask (3,H,W) in [-1,1] -> PIL picture, RGB."""
+    levels = (decoded.float().clamp(-1, 1) + 1) / 2 * 255
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def picture_mask(picture, size):
+    """The PIL picture of a mask -> bool (H,W) at `size` (W,H): resized, in grey, at least half bright."""
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR).convert("L")) >= 128
+
+
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 # A vocabulary writes a byte as its Latin-1 character if that is printable, else as a character from U+0100 on (GPT-2).
@@ -379,14 +793,8 @@ class BPETokenizer:
         the words the name of an added token is text like any other. UnicodeEncodeError, a ValueError, on half of a
         surrogate pair: UTF-8 has no bytes for it.
         """
-        joined, ids = [], []  # of strings, and the ids of added tokens that were found
-        for i, part in enumerate(parts):
-            part.encode()
-            for piece in cut([part], self.letters if i % 2 else self.names):
-                if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-                    piece = joined.pop() + piece  # two parts meet here
-                joined.append(piece)
-        for piece in cut(joined, self.splits):
+        ids = []
+        for piece in cut(join(parts, self.names, self.letters), self.splits):
             ids += [piece] if isinstance(piece, int) else [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
         return ids
 
@@ -407,6 +815,19 @@ def cut(pieces, steps):
         parts = (part for piece in pieces for part in ([piece] if isinstance(piece, int) else pattern.split(piece)))
         pieces = [added.get(part, part) for part in parts]
     return [piece for piece in pieces if piece != ""]
+
+
+def join(parts, steps, steps_of_words):
+    """Text, words of a user, text and so on -> strings and ids of added tokens, of which `cut` finds those of `steps`
+    in the text and those of steps_of_words in the words. Strings that meet become one."""
+    joined = []
+    for i, part in enumerate(parts):
+        part.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
+        for piece in cut([part], steps_of_words if i % 2 else steps):
+            if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+                piece = joined.pop() + piece
+            joined.append(piece)
+    return joined
 
 
 class JanusPrompt:
@@ -456,3 +877,115 @@ class JanusPrompt:
         """A question about a picture -> int64 (1, L)."""
         system = f"{self.system}\n\n<|User|>: <image_placeholder>\n"
         return torch.tensor([self.ids(system, question.strip(), "\n\n<|Assistant|>:")])
+
+
+def added_tokens(directory):
+    """{name: id} of the added tokens in the tokenizer_config.json of a directory; FileNotFoundError, ValueError."""
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with reading(path, "the added tokens of a text tokenizer"):
+        added = json.loads(path.read_bytes())["added_tokens_decoder"]
+        return {token["content"]: int(id) for id, token in added.items()}
+
+
+# what Hugging Face replaces in decoded text, in this order
+CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+            (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+MASK = "<mask>"
+
+
+def clean_up(text):
+    """Decoded text as Hugging Face's tokenizer for InternLM2 gives it, without white space at its ends."""
+    for spaced, plain in CLEAN_UP:
+        text = text.replace(spaced, plain)
+    return text.strip()
+
+
+class ARGenSegPrompt:
+    """What ARGenSeg is asked: a conversation in InternVL2.5's template, as ids with room for a picture.
+
+    The name of a special token in somebody's words is text like any other. directory: an official one; image_tokens: N,
+    places that a tile takes.
+    """
+
+    system = ("你是书生·万象，英文名是InternVL，"
+              "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。")
+    nothing = "Please generate a picture about nothing."  # for guidance
+    length = 4096  # text tokens of a message, at most; our limit: the model was trained with 8192 in all
+
+    def __init__(self, directory, image_tokens):
+        self.image_tokens, self.special = image_tokens, added_tokens(Path(directory))
+        path = Path(directory) / "tokenizer.model"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self.model = sentencepiece.SentencePieceProcessor()
+        with reading(path, "a SentencePiece model"):
+            self.model.LoadFromSerializedProto(path.read_bytes())
+        with reading(directory, "a text tokenizer with ARGenSeg's special tokens"):
+            self.bos, self.pad, self.mask = (self.special[name] for name in ("<s>", "</s>", "<ge_end>"))
+        self.names, self.silent = finder(self.special), set(self.special.values())
+
+    def words(self, text):
+        """Ids of text in which nothing is special. SentencePiece's model has a piece of its own, [UNUSED_TOKEN_141] or
+        the like, for the ids of some special tokens: that piece is spelt here."""
+        ids = []
+        for id in self.model.encode(text):
+            if id in self.silent and id != self.model.unk_id():
+                piece = self.model.id_to_piece(id)
+                ids += self.model.encode(piece[:1]) + self.model.encode(piece[1:])
+            else:
+                ids.append(id)
+        return ids
+
+    def encode(self, *parts):
+        """Text, words of somebody, text and so on -> list of ids. In text names of special tokens are tokens."""
+        ids = []
+        for piece in join(parts, [self.names], []):
+            ids += [piece] if isinstance(piece, int) else self.words(piece)
+        return ids
+
+    def too_long(self, text):
+        """The number of tokens that `text` needs if it is above `length`, else 0."""
+        needed = len(self.encode("", text))
+        return needed if needed > self.length else 0
+
+    def chat(self, messages, tiles):
+        """Words of the user, the answer, words of the user and so on, about a picture in so many tiles (0: none) ->
+        int64 (1,L). The picture comes first, as if the first words began with the official "<image>\\n". As
+        officially, earlier masks are not in the prompt."""
+        first, *rest = messages
+        picture = "<img><IMG_CONTEXT></img>\n" if tiles else ""
+        parts = [f"<s><|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n{picture}",
+                 first.removeprefix("<image>\n") if tiles else first]
+        for i, words in enumerate(rest):
+            who, said = ("user", words) if i % 2 else ("assistant", clean_up(words.replace(MASK, "")))
+            parts += [f"<|im_end|>\n<|im_start|>{who}\n", said]
+        ids, image = [], self.special["<IMG_CONTEXT>"]
+        for id in self.encode(*parts, "<|im_end|>\n<|im_start|>assistant\n"):
+            ids += [id] * (tiles * self.image_tokens if id == image else 1)
+        return torch.tensor([ids])
+
+    def __call__(self, phrases, tiles=1):
+        """list of B phrases, each to be segmented in a picture -> int64 (B,L), padded at the left to the longest."""
+        return self.pad_left([self.chat([self.instruction(phrase)], tiles) for phrase in phrases])
+
+    def pad_left(self, rows):
+        """Prompts, a list of (1,L) -> (B,L)."""
+        longest = max(row.shape[1] for row in rows)
+        return torch.cat([F.pad(row, (longest - row.shape[1], 0), value=self.pad) for row in rows])
+
+    def instruction(self, phrase):
+        """The official demonstration's words around a phrase."""
+        return (f"Given the following instructions: {phrase.strip()}; "
+                "please perform referring segmentation on this image.")
+
+    def decode(self, ids):
+        """Ids of an answer -> its text: "<mask>" where a mask stands, and no other special token."""
+        parts = [[]]
+        for id in ids:
+            if id == self.mask:
+                parts.append([])
+            elif id not in self.silent:
+                parts[-1].append(id)
+        return clean_up(MASK.join(self.model.decode(part) if part else "" for part in parts))

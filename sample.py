@@ -4,7 +4,8 @@
     python sample.py --image x.jpg --prompt "the red circle"     # your own; --prompt can be repeated
     python sample.py --image folder --prompt "everything blue" --json masks.json
     python sample.py --image x.jpg --prompt "the red circle" --confidence sure.png --attention looks.png
-    python sample.py --checkpoint janus-pro-1b --image x.jpg --chat "What is on the table?"   # words, of Janus alone
+    python sample.py --checkpoint janus-pro-1b --image x.jpg --chat "What is on the table?"   # words
+    python sample.py --checkpoint argenseg-8b --image x.jpg --chat "Segment the cat, please."  # words and masks
     python sample.py --bench                                     # where the time goes, plain and drafted
     python sample.py --dataset scenes --split test               # score a checkpoint on a data set
     torchrun --nproc_per_node=8 sample.py --dataset refcoco --split testA --root data --checkpoint out
@@ -39,13 +40,15 @@ from tqdm import tqdm
 
 from data import (
     JSONLines, contact_sheet, load_dataset, open_picture, pad_picture, padded_box, resize_picture, rle_decode,
-    rle_encode, to_pixels, write_picture,
+    rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import JanusPrompt, JanusSeg
+from mllm import (
+    MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, decoded_picture, imagenet_pixels, picture_mask, tiles,
+)
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
-from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_header, sha256_of
+from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
 
 KINDS = ("mask", "overlay")  # the two pictures of each mask
 EXAMPLE = ASSETS / "example.png"
@@ -63,12 +66,17 @@ SCORE_BATCH = 32  # examples decoded together: the same ones after a stop or on 
 
 
 class Segmenter:
-    """Model, mask tokenizer and text tokenizer on one device: all inference goes through here, also train.py's."""
+    """Model, mask tokenizer and text tokenizer on one device: all inference goes through here, also train.py's.
+
+    tiles, guidance: of ARGenSeg, the most tiles of a picture, and the strength of its classifier-free guidance.
+    """
 
     def __init__(self, model, mask_tokenizer, text_tokenizer):
         self.model, self.mask_tokenizer, self.text_tokenizer = model, mask_tokenizer, text_tokenizer
         self.padded = isinstance(model, JanusSeg)  # Janus keeps a picture's aspect ratio
-        if model.config.scales:
+        self.answers = isinstance(model, ARGenSeg)  # in words, with masks between them
+        self.tiles, self.guidance, self.turns = 1, 0.0, None  # turns: what ARGenSeg remembers of a conversation
+        if model.config.scales and not self.answers:
             model.quantizer = mask_tokenizer.quantize
 
     @property
@@ -78,7 +86,8 @@ class Segmenter:
     @classmethod
     def load(cls, checkpoint=None, device="auto", dtype="float32", encoder=None, mask_tokenizer=None,
              any_weights=False):
-        """Open a checkpoint: the embedded one, a folder that train.py wrote, or the model.safetensors in it.
+        """Open a checkpoint: the embedded one, a folder that train.py wrote, the model.safetensors in it, or an
+        official directory of Janus or ARGenSeg.
 
         dtype: of the model's weights, "float32", "bfloat16" or "auto", see compute_dtype; the mask tokenizer stays in
         float32. encoder, mask_tokenizer: where the frozen parts lie that the checkpoint names; default: beside it, else
@@ -87,6 +96,13 @@ class Segmenter:
         """
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
+        if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
+            if encoder or any_weights:
+                raise BadUsage(f"--encoder and --any-weights have no use with {file}, which holds all its parts")
+            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype)
+            text_tokenizer = ARGenSegPrompt(file, model.config.image_tokens)
+            model.to(device).fuse()
+            return cls(model, model.mask_tokenizer, text_tokenizer)
         janus = file.is_dir() or read_header(file).get("format") == "janusseg"
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
@@ -126,6 +142,8 @@ class Segmenter:
         inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M), and
         with "prompts" and "unknown" of `read` for each of them. A phrase with an unknown word has an empty mask.
         """
+        if self.answers:
+            return self.many_answers(images, prompts, inside, decoding)
         n, pixels = len(prompts[0]), self.pixels(images)  # (b,3,S,S)
         prompts, unknown = zip(*(self.read(prompt) for asked in prompts for prompt in asked))
         text_ids = self.text_tokenizer(list(prompts)).to(self.device)  # (b*n,L)
@@ -137,6 +155,20 @@ class Segmenter:
         masks = decode_masks(self.mask_tokenizer, tokens, [size[::-1] for size in sizes], boxes)
         masks = [np.zeros_like(mask) if words else mask for mask, words in zip(masks, unknown)]
         return [masks[i:i + n] for i in range(0, len(masks), n)]
+
+    def many_answers(self, images, prompts, inside, decoding):
+        """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
+        none. inside: "answers" are its words."""
+        for name, value in decoding.items():
+            if value != {**USUAL, "decode": "greedy"}.get(name):
+                raise BadUsage(f"{name} {value!r} has no use with an ARGenSeg checkpoint, which decodes greedily")
+        asked = [(image, prompt) for image, row in zip(images, prompts) for prompt in row]
+        found = [self.chat(image, self.text_tokenizer.instruction(prompt)) for image, prompt in asked]
+        if inside is not None:
+            inside.update(prompts=[prompt for _, prompt in asked], unknown=[[]] * len(asked),
+                          answers=[words for words, _ in found])
+        first = iter([(masks or [np.zeros(image.size[::-1], bool)])[0] for (image, _), (_, masks) in zip(asked, found)])
+        return [[next(first) for _ in row] for row in prompts]
 
     def read(self, prompt):
         """A prompt -> the prompt as the model reads it, and the words in it that the model does not know.
@@ -170,27 +202,57 @@ class Segmenter:
         return [0.0 if words else p for words, p in zip(inside["unknown"], found.tolist())]
 
     def pixels(self, images):
-        """b PIL pictures of any size -> what the model sees of them, (b,3,S,S)."""
+        """b PIL pictures of any size -> what the model sees of them, (b,3,S,S), or all their tiles for ARGenSeg."""
         side = self.model.config.siglip.image_size
+        if self.answers:
+            thumbnail = self.model.config.thumbnail
+            cut = [tiles(to_rgb(image), side, self.tiles, thumbnail=thumbnail) for image in images]
+            return imagenet_pixels(np.concatenate(cut)).to(self.device)
         squares = [(pad_picture if self.padded else resize_picture)(image, side) for image in images]
         return to_pixels(np.stack(squares)).to(self.device)
 
     def prepare(self, image, prompts):
         """PIL picture, n prompts -> text_ids (n,L), pixels (1,3,S,S) for model.generate; ValueError as `check`."""
         self.check(prompts)
-        return self.text_tokenizer([self.read(p)[0] for p in prompts]).to(self.device), self.pixels([image])
+        pixels = self.pixels([image])
+        count = [len(pixels)] if self.answers else []
+        return self.text_tokenizer([self.read(p)[0] for p in prompts], *count).to(self.device), pixels
 
     @torch.inference_mode()
-    def chat(self, image, question, length=128):
-        """A question about a picture -> the answer in words, of a Janus checkpoint; ValueError for another."""
-        if not self.padded:
-            raise ValueError("this checkpoint writes masks only: --chat needs a Janus checkpoint")
-        self.check([question])
-        ids, bpe = self.text_tokenizer.chat(question).to(self.device), self.text_tokenizer.bpe
-        answer = self.model.answer(ids, self.pixels([image]), length, {self.text_tokenizer.special["eos"]})
+    def chat(self, image, messages, length=None):
+        """A conversation about a picture -> (words of the answer, masks), of an MLLM; ValueError for another model.
+
+        image: PIL, for ARGenSeg also None; messages: the user's words, or a list user, answer, user, ... for ARGenSeg.
+        The words have "<mask>" where a mask stands; masks: a list of bool (H,W) at the picture's own size, none of
+        Janus. length: tokens of the answer, at most; a longer one is cut, and standard error tells.
+        """
+        messages = [messages] if isinstance(messages, str) else list(messages)
+        if not (self.padded or self.answers):
+            raise ValueError("this checkpoint writes masks only: --chat needs an ARGenSeg or Janus checkpoint")
+        if len(messages) % 2 == 0 or self.padded and (image is None or len(messages) > 1):
+            raise ValueError(f"{len(messages)} messages{'' if image else ' without a picture'}: want the user's words, "
+                             "an answer, the user's words and so on; Janus takes one question about a picture")
+        self.check(messages[::2])
+        if self.answers:
+            return self.talk(image, messages, length or 1024)
+        ids, bpe = self.text_tokenizer.chat(messages[0]).to(self.device), self.text_tokenizer.bpe
+        answer = self.model.answer(ids, self.pixels([image]), length or 128, {self.text_tokenizer.special["eos"]})
         silent = set(bpe.special_tokens.values())
         # The model's table of embeddings has rows beyond the vocabulary, which are no text.
-        return bpe.decode([id for id in answer if id < bpe.vocab_size and id not in silent]).strip()
+        return bpe.decode([id for id in answer if id < bpe.vocab_size and id not in silent]).strip(), []
+
+    def talk(self, image, messages, length):
+        """`chat` of ARGenSeg. What a prompt has in common with the last one is not read again."""
+        prompt, pixels = self.text_tokenizer, None if image is None else self.pixels([image])
+        count = 0 if image is None else len(pixels)
+        ids = prompt.chat(messages, count)
+        if self.guidance:
+            ids = prompt.pad_left([ids, prompt.chat([prompt.nothing], count)])
+        found, codes, self.turns = self.model.answer(ids.to(self.device), pixels, length, self.guidance, self.turns)
+        if found[0, -1] != self.model.config.stop_id:
+            print(f"the answer is cut: it did not end within {length} tokens", file=sys.stderr)
+        pictures = [decoded_picture(self.mask_tokenizer.decode(tokens)[0]) for tokens in codes]
+        return prompt.decode(found[0].tolist()), [picture_mask(p, image.size if image else p.size) for p in pictures]
 
 
 def words_of(prompt):
@@ -256,12 +318,14 @@ def segment(args):
             images, inside, start = [image for _, image in batch], {}, time.perf_counter()
             masks = segmenter.many(images, [prompts] * len(batch), inside, **decoding(args))
             ms = 1000 * (time.perf_counter() - start) / (len(batch) * len(prompts))
-            there = segmenter.there(inside)
+            there = None if "answers" in inside else segmenter.there(inside)
             for row, (i, image) in enumerate(batch):
                 for k, mask in enumerate(masks[row]):
                     said = {name: inside[name][row * len(prompts) + k] for name in ("prompts", "unknown")}
                     described = {"image": str(pictures[i]), "prompt": prompts[k], "read_as": said["prompts"],
-                                 "unknown": said["unknown"], "there": round(there[row * len(prompts) + k], 4)}
+                                 "unknown": said["unknown"]}
+                    described |= ({"there": round(there[row * len(prompts) + k], 4)} if there else
+                                  {"answer": inside["answers"][row * len(prompts) + k]})
                     stem = stems[i * len(prompts) + k]
                     title = f"{names[i]}: {prompts[k]}"
                     records.append(described | keep(args, title, stem, image, mask, described, ms))
@@ -304,7 +368,11 @@ def keep(args, title, stem, image, mask, described, ms):
         where += f" (unknown word: {', '.join(described['unknown'])})"
     if described["read_as"] != described["prompt"]:
         where += f" (read as {described['read_as']!r})"
-    line = f"{title}: {where}, {100 * described['there']:.0f} % sure that it is there, {ms:.0f} ms -> {overlay_file}"
+    if "there" in described:
+        where += f", {100 * described['there']:.0f} % sure that it is there"
+    elif MASK not in described["answer"]:
+        where += f" (the answer: {described['answer']})"
+    line = f"{title}: {where}, {ms:.0f} ms -> {overlay_file}"
     tqdm.write(printable(line), file=lines_to(args))
     return {"area": area, "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(mask_file),
             "overlay": str(overlay_file)}
@@ -312,7 +380,7 @@ def keep(args, title, stem, image, mask, described, ms):
 
 def explain(args, segmenter, image, inside):
     """Write what --confidence and --attention ask for, of the one picture and prompt; inside: what `many` filled."""
-    seen = [inside[name] for name in ("text_ids", "pixels", "tokens")]
+    seen = [inside.get(name) for name in ("text_ids", "pixels", "tokens")]
     if args.confidence:
         side = segmenter.model.config.siglip.image_size
         box = [n / side for n in padded_box(*image.size, side)] if segmenter.padded else (0, 0, 1, 1)
@@ -324,21 +392,46 @@ def explain(args, segmenter, image, inside):
 
 
 def chat(args):
-    """An answer in words for each picture; returns the exit code, 1 if pictures could not be read."""
+    """An answer for each picture and question, in words, and its masks as `segment` writes them; returns the exit code,
+    1 if pictures could not be read. Several questions are one conversation."""
     pictures, segmenter, broken = find_pictures(args.image), load(args), []
-    segmenter.check([args.chat])
+    segmenter.check(args.chat)
     names = picture_names(pictures)
+    stems = mask_stems(names, args.chat)
     for batch in batches(pictures, 1, broken):
         for i, image in batch:
-            answer = "\n".join(map(printable, segmenter.chat(image, args.chat).splitlines()))
-            print(f"{printable(names[i])}: {answer}", flush=True)
+            messages = []
+            for k, question in enumerate(args.chat):
+                words, masks = segmenter.chat(image, [*messages, question])
+                messages += [question, words]
+                answer = "\n".join(map(printable, words.splitlines()))
+                print(f"{printable(names[i])}: {answer}", flush=True)
+                write_masks(args, image, masks, stems[i * len(args.chat) + k], pictures)
     return 1 if broken else 0
+
+
+def write_masks(args, image, masks, stem, pictures):
+    """Write the masks of an answer and their overlays, and print a line for each; `pictures` are not overwritten."""
+    files = [[args.out / f"{stem}-{n}-{kind}.png" for kind in KINDS] for n in range(len(masks))]
+    if masks:
+        args.out.mkdir(parents=True, exist_ok=True)
+        check_outputs(args, [os.fspath(file) for pair in files for file in pair], pictures)
+    for mask, (mask_file, overlay_file) in zip(masks, files):
+        write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
+        write_picture(overlay(image, mask), overlay_file)
+        print(printable(f"{MASK} {int(mask.sum())} px -> {overlay_file}"), flush=True)
 
 
 def load(args):
     """The Segmenter that the flags ask for."""
-    return Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder), locate(args.mask_tokenizer),
-                          args.any_weights)
+    segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder),
+                               locate(args.mask_tokenizer), args.any_weights)
+    of_argenseg = {"--tiles": args.tiles, "--cfg": args.cfg}
+    of_others = {"--confidence": args.confidence, "--attention": args.attention}
+    if given := [flag for flag, value in (of_others if segmenter.answers else of_argenseg).items() if value]:
+        raise BadUsage(f"{given[0]} has no use with {'an ARGenSeg' if segmenter.answers else 'this'} checkpoint")
+    segmenter.tiles, segmenter.guidance = args.tiles or 1, args.cfg or 0.0
+    return segmenter
 
 
 def decoding(args):
@@ -526,15 +619,17 @@ def run_header(args, options, count, lines, segmenter):
     file, dtype = checkpoint_file(args.checkpoint), next(segmenter.model.parameters()).dtype
     same = {"draft", "compiled"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on them
     classes = "every class" if args.classes == "all" else "the classes present in each picture"
+    asked = "the official instruction around a phrase" if segmenter.answers else "the bare phrases"
     return {
         "dataset": printable(args.dataset), "split": args.split, **options, "root": args.root and printable(args.root),
         "data": sha256_of(lines[0]) if lines else None,
         "encoder": printable(args.encoder) if args.encoder and args.any_weights else None,
         **{name: value for name, value in decoding(args).items() if name not in same},
+        **{name: getattr(args, name) for name in sorted(ANSWERS) if getattr(args, name)},
         "count": count, "dtype": str(dtype).removeprefix("torch."),
         "model": segmenter.model.frozen["mllm"]["sha256"] if file.is_dir() else sha256_of(file),
         "mask_tokenizer": segmenter.mask_tokenizer.source["sha256"],
-        "protocol": f"prompts: the bare phrases, of semantic sets those of {classes}; {args.decode} decoding; "
+        "protocol": f"prompts: {asked}, of semantic sets those of {classes}; {args.decode} decoding; "
                     "masks at the pictures' own sizes, ignored pixels left out; mIoU per class over the prompted "
                     "classes; AHD in pixels at 256 x 256, over pairs with IoU > t",
     }
@@ -545,8 +640,8 @@ def run_name(args, run, size):
 
     size: examples that the split has. A checkpoint other than the embedded one is named by the start of its SHA-256.
     """
-    usual = {**USUAL, "split_by": None, "classes": None, "decode": "greedy", "count": size, "dtype": "float32",
-             "model": sha256_of(checkpoint_file())}
+    usual = {**USUAL, **dict.fromkeys(ANSWERS), "split_by": None, "classes": None, "decode": "greedy", "count": size,
+             "dtype": "float32", "model": sha256_of(checkpoint_file())}
     more = [value[:8] if isinstance(value, str) else f"{name}{value}"
             for name, value in run.items() if usual.get(name, value) != value]
     name = re.sub(r"[^A-Za-z0-9+-]+", "-", args.dataset)
@@ -666,8 +761,8 @@ def bench(args):
     """Measure the checkpoint on drawn test scenes, plain and drafted; a table and JSON."""
     check_outputs(args, [], [])
     segmenter = load(args)
-    if segmenter.padded:
-        raise BadUsage(f"--bench measures a LlamaSeg, {args.checkpoint} is a Janus checkpoint")
+    if segmenter.padded or segmenter.answers:
+        raise BadUsage(f"--bench measures a LlamaSeg, not Janus or ARGenSeg as in {args.checkpoint}")
     device, dtype, dataset = segmenter.device, next(segmenter.model.parameters()).dtype, load_dataset("scenes", "test")
     examples = [dataset[i] for i in range(32)]
     text_ids = segmenter.text_tokenizer([e.phrase for e in examples]).to(device)
@@ -705,10 +800,11 @@ def bench_row(segmenter, text_ids, pixels, batch, draft, rounds=8):
 
 
 MODEL = {"checkpoint", "encoder", "mask_tokenizer", "any_weights", "device", "dtype"}
-MASKS = MODEL | {"decode", *USUAL, "out", "json"}
+ANSWERS = {"tiles", "cfg"}
+MASKS = MODEL | ANSWERS | {"decode", *USUAL, "out", "json"}
 JOBS = {  # by the flag that asks for it: the function, and the flags that it reads
     "bench": (bench, MODEL | {"bench", "json"}),
-    "chat": (chat, MODEL | {"chat", "image"}),
+    "chat": (chat, MODEL | ANSWERS | {"chat", "image", "out"}),
     "dataset": (score, MASKS | {"dataset", "split", "root", "split_by", "classes", "skip_broken", "allow_skipped",
                                 "count"}),
     "pictures": (segment, MASKS | {"image", "prompt", "confidence", "attention"}),
@@ -721,7 +817,8 @@ def make_parser():
     add = parser.add_argument_group("what to segment").add_argument
     add("--image", nargs="+", action="extend", metavar="PATH", help="files, folders, or - for standard input")
     add("--prompt", action="append", metavar="TEXT", help="what to look for; repeat for more masks of the picture")
-    add("--chat", metavar="QUESTION", help="ask a Janus checkpoint about the picture, in words")
+    add("--chat", action="append", metavar="WORDS", help="talk to a Janus or ARGenSeg checkpoint about the picture; "
+        "repeat for more turns with ARGenSeg, whose answers can have masks")
     add("--out", type=Path, default=Path("out_masks"), help="folder for the PNGs (default: %(default)s)")
     add("--json", metavar="FILE", help="also write JSON with COCO run-length masks, FILE.json; - for standard output")
     add("--confidence", metavar="FILE", help="PNG of how sure each place of the mask is; for one picture and prompt")
@@ -738,12 +835,16 @@ def make_parser():
     add("--allow-skipped", action="store_true", help="report numbers without the skipped examples")
     add("--count", type=int, help="first examples only (default: all of the split)")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", metavar="PATH", help="folder of train.py, its model.safetensors, or a Janus directory")
+    add("--checkpoint", metavar="PATH", help="folder of train.py, its model.safetensors, or a Janus or "
+        "ARGenSeg directory")
     add("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or Janus that the checkpoint names (default: where "
         "`weights.py download` put it)")
     add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN that the checkpoint names (default: beside "
         "the checkpoint, else where `weights.py download` put it)")
     add("--any-weights", action="store_true", help="take frozen parts other than those of the training")
+    add("--tiles", type=int, metavar="N", help="ARGenSeg sees the picture in up to N tiles and as a whole (default: 1)")
+    add("--cfg", type=float, nargs="?", const=4.0, metavar="STRENGTH", help="ARGenSeg's masks with classifier-free "
+        "guidance (default: without; 4 if no number follows)")
     add("--decode", choices=DECODES, default="greedy", help="default: greedy, the paper's")
     add("--beams", type=int, metavar="N", help="sequences that beam keeps (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="tokens that top-k draws from (default: %(default)s)")
@@ -780,7 +881,7 @@ def check_flags(parser, args):
         if file and Path(file).suffix.lower() != ending:
             parser.error(f"{flag} {file}: the name must end in {ending}")
     check_ranges(parser, args, ("count beams top_k", 1, 2**32 - 1), ("seed", 0, 2**32 - 1), ("top_p", 1e-9, 1),
-                 ("temperature", 0.001, 1000))
+                 ("temperature", 0.001, 1000), ("tiles", 1, 64), ("cfg", 0, 100))
     return job
 
 

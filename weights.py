@@ -141,14 +141,15 @@ def check_config(path, values, expected):
             raise ValueError(f"{path}: {name} is {values[name]!r}, expected {value!r}")
 
 
-def read_weights(path, wanted=lambda name: True):
-    """{name: tensor} of a file or of a folder, as stored; only names for which wanted(name) are read.
+def read_weights(path, wanted=lambda name: True, dtype=None):
+    """{name: tensor} of a file or of a folder, as stored; only names for which wanted(name) are read. dtype: copy them,
+    one tensor at a time, so that no file stays in memory beside them.
 
     FileNotFoundError, or ValueError with one line for a file that is damaged or of another kind.
     """
     weights = {}
     for file in weight_files(path, wanted):
-        found = read_file(file, wanted)[1]
+        found = read_file(file, wanted, dtype)[1]
         if found.keys() & weights.keys():
             raise ValueError(f"{file}: another file of {path} holds {min(found.keys() & weights.keys())} too")
         weights |= found
@@ -174,7 +175,7 @@ def weight_files(path, wanted=lambda name: True):
     raise FileNotFoundError(f"{path}: has neither model.safetensors nor another file of weights{download_hint(path)}")
 
 
-def read_file(file, wanted=lambda name: True):
+def read_file(file, wanted=lambda name: True, dtype=None):
     """(header, {name: tensor}) of a .safetensors or of a file of torch.save, whose header is {}; ValueError.
 
     Nothing but tensors of floating-point numbers is unpickled. Where torch.save wrote several dicts, `ema`, then
@@ -199,6 +200,8 @@ def read_file(file, wanted=lambda name: True):
             kind = getattr(w, "dtype", type(w).__name__)
             if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
                 raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
+        if dtype:
+            weights = copies(file, weights, dtype)
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -206,6 +209,21 @@ def read_file(file, wanted=lambda name: True):
         line = f"{str(error) or type(error).__name__:.300}".splitlines()[0]
         raise ValueError(f"{file}: damaged or not a {file.suffix} file of tensors ({line}); get it again") from None
     return header, weights
+
+
+def copies(file, weights, dtype):
+    """Take windows into a file out of the dict `weights` -> a dict with copies of them in `dtype`.
+
+    The largest come first, while there is little beside them. What was read of a .safetensors stays in memory until it
+    is closed and no tensor is left of it, so it is opened anew for each one."""
+    names, copied = sorted(weights, key=lambda name: -weights[name].numel()), {}
+    if file.suffix != ".safetensors":
+        return {name: weights.pop(name).to(dtype, copy=True) for name in names}
+    weights.clear()
+    for name in names:
+        with safe_open(file, framework="pt") as opened:
+            copied[name] = opened.get_tensor(name).to(dtype, copy=True)
+    return copied
 
 
 def build_from(make, weights, path, dtype):
@@ -253,13 +271,16 @@ def fingerprint(weights):
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
           "special_tokens_map.json")
 
-# our name: (repository of the Hugging Face hub, or bucket of Google Cloud Storage as gs://..., files)
+# our name: (repository of the Hugging Face hub, or bucket of Google Cloud Storage as gs://..., files; an index brings
+# the files that it names)
 DOWNLOADS = {
     "vq_ds16_c2i": ("FoundationVision/LlamaGen", ["vq_ds16_c2i.pt"]),
     "vq_ds16_t2i": ("peizesun/llamagen_t2i", ["vq_ds16_t2i.pt"]),
     **{f"siglip2-{size}-patch16-{side}": (f"google/siglip2-{size}-patch16-{side}", [*_FILES, "model.safetensors"])
        for size in ("base", "large", "so400m") for side in (256, 384)},
     "janus-pro-1b": ("deepseek-ai/Janus-Pro-1B", [*_FILES, "processor_config.json", "pytorch_model.bin"]),
+    "argenseg-8b": ("inclusionAI/ARGenSeg-8B", ["config.json", "tokenizer_config.json", "tokenizer.model",
+                                                "model.safetensors.index.json"]),
     "var-vq": ("FoundationVision/var", ["vae_ch160v4096z32.pth"]),
     "gemma-tokenizer": ("gs://big_vision", ["gemma_tokenizer.model"]),
     "paligemma-tokenizer": ("gs://big_vision", ["paligemma_tokenizer.model"]),
@@ -278,10 +299,25 @@ def download(name, root=WEIGHTS):
         base = f"{host.rstrip('/')}/{place}/resolve/main"
     (root / name).mkdir(parents=True, exist_ok=True)
     with only_one(root / name / ".lock"):  # two writers of one file would leave a mix of both
-        for file in files:
+        files = list(files)
+        for file in files:  # an index adds to them
             path = root / name / file
             already = " (already there, only checked)" if path.exists() else ""
             print(f"{path}{already}: sha256 {fetch(f'{base}/{file}', path, token)}")
+            if file.endswith(".index.json"):
+                size, shards = read_index(path)
+                print(f"{name}: {size / 1e9:.1f} GB of weights in {len(shards)} files")
+                files += shards
+
+
+def read_index(path):
+    """(bytes in all, names of files) of a model.safetensors.index.json; ValueError."""
+    with reading(path, "an index of .safetensors files"):
+        index = parse_json(path.read_bytes())
+        shards = sorted(set(index["weight_map"].values()))
+        if strange := [file for file in shards if Path(file).name != file or not file.endswith(".safetensors")]:
+            raise ValueError(f"it names {strange[0]!r:.100}")
+        return float(index["metadata"]["total_size"]), shards
 
 
 def fetch(url, path, token=None, wait=1.0):

@@ -709,7 +709,7 @@ def test_flags_that_a_job_does_not_read_are_refused(sample, picture):
     image = f"--image {picture} --prompt x"
     for flags, flag in (
         ("--bench --prompt x", "--prompt"), ("--bench --dataset scenes", "--dataset"), ("--bench --seed 1", "--seed"),
-        ("--chat x --json a", "--json"), ("--chat x --prompt y", "--prompt"), ("--chat x --out o", "--out"),
+        ("--chat x --json a", "--json"), ("--chat x --prompt y", "--prompt"),
         ("--chat x --dataset scenes", "--dataset"), ("--chat x --decode beam", "--decode"),
         (f"{image} --count 3", "--count"), (f"{image} --split val", "--split"), (f"{image} --root .", "--root"),
         (f"{image} --skip-broken", "--skip-broken"), ("--dataset scenes --image x.png", "--image"),
@@ -760,7 +760,7 @@ def test_chat_answers_for_each_picture_that_opens(sample, picture, tmp_path, mon
 
     class Answers:
         check = staticmethod(lambda prompts: None)
-        chat = staticmethod(lambda image, question: f"{question} {image.size}\n\x1b[2J")
+        chat = staticmethod(lambda image, messages: (f"{messages[-1]} {image.size}\n\x1b[2J", []))
 
     monkeypatch.setattr(S, "load", lambda *args: Answers)
     done = sample("sample.py", "--chat", "What?", "--image", picture, "--image", tmp_path / "none.png", picture)

@@ -1,6 +1,7 @@
 """Downloads from a server of our own."""
 
 import hashlib
+import json
 import socket
 import subprocess
 import sys
@@ -200,6 +201,27 @@ def test_the_command_uses_mirror_and_token(server, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stopped:
         weights.main(["download", "siglip3"])
     assert stopped.value.code == 2
+
+
+def test_an_index_brings_its_files_and_says_how_much_comes(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder = tmp_path / "argenseg-8b"
+    folder.mkdir()
+    index = {"metadata": {"total_size": 16.44e9}, "weight_map": {"a": "two.safetensors", "b": "one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights.main(["download", "argenseg-8b", "--root", str(tmp_path)]) == 0
+    assert "argenseg-8b: 16.4 GB of weights in 2 files" in capsys.readouterr().out
+    assert [path.rpartition("/")[2] for path, _ in server.requests] == [
+        "config.json", "tokenizer_config.json", "tokenizer.model", "one.safetensors", "two.safetensors"]
+    for name in ("../x.safetensors", "x.sh"):
+        index["weight_map"]["c"] = name
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index))
+        path.with_name(f"{path.name}.sha256").unlink()
+        assert weights.main(["download", "argenseg-8b", "--root", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and repr(name) in error and len(server.requests) == 5
 
 
 def test_two_downloads_never_write_into_one_file(server, tmp_path, monkeypatch, capsys):

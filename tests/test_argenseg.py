@@ -1,0 +1,496 @@
+"""ARGenSeg against the official outputs, its conversations, its files, and the commands that reach it."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mllm import (
+    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, clean_up, decoded_picture, imagenet_pixels, picture_mask,
+    shuffle_pixels, tile_grid, tiles,
+)
+from sample import Segmenter
+from tokenizer import MultiScaleVQ
+
+FIXTURE = REPO / "tests" / "fixtures" / "argenseg"
+CHECKPOINT = FIXTURE / "checkpoint"
+SEGMENT = "Given the following instructions: the dog; please perform referring segmentation on this image."
+
+
+@pytest.fixture(scope="module")
+def io():
+    return json.loads((FIXTURE / "io.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def vision():
+    return load_file(FIXTURE / "vision.safetensors")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return load_file(FIXTURE / "llm.safetensors")
+
+
+@pytest.fixture(scope="module")
+def seg():
+    return load_file(FIXTURE / "seg.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ARGenSeg.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return ARGenSegPrompt(CHECKPOINT, model.config.image_tokens)
+
+
+@pytest.fixture
+def segmenter():
+    return Segmenter.load(CHECKPOINT, "cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.open(FIXTURE / f"picture_{i}.png") for i in (0, 1)]
+
+
+@pytest.fixture
+def watch(model, monkeypatch):
+    """What the model computes while it answers: "words", logits of the ordinary passes; "codes", logits of each scale;
+    "inputs" and "hidden" of all passes."""
+    seen = {"words": [], "codes": [], "inputs": [], "hidden": []}
+    mask_head, llama = model.mask_head, model.llama.forward
+
+    def watched_head(hidden):
+        seen["codes"].append(mask_head(hidden))
+        return seen["codes"][-1]
+
+    def watched_llama(embeddings, *more):
+        seen["inputs"].append(embeddings)
+        seen["hidden"].append(llama(embeddings, *more))
+        return seen["hidden"][-1]
+
+    monkeypatch.setattr(model, "mask_head", watched_head)
+    monkeypatch.setattr(model.llama, "forward", watched_llama)
+    hook = model.lm_head.register_forward_hook(lambda layer, args, logits: seen["words"].append(logits))
+    yield seen
+    hook.remove()
+
+
+def close(a, b, tolerance):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def copy_checkpoint(folder, change=None, config=None):
+    """The fixture's checkpoint as one file, after change(tensors) and with fields of its config replaced."""
+    folder.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(CHECKPOINT / name, folder / name)
+    fields = json.loads((CHECKPOINT / "config.json").read_text())
+    for name, value in (config or {}).items():
+        part, _, name = name.rpartition(".")
+        (fields[part] if part else fields)[name] = value
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = {name: w for file in CHECKPOINT.glob("*.safetensors") for name, w in load_file(file).items()}
+    if change:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+# --- pictures
+
+
+def test_pictures_and_tiles_are_the_official_ones(pictures, vision, io):
+    alone = np.concatenate([tiles(picture, 56) for picture in pictures])
+    close(imagenet_pixels(alone), vision["pixel_values"], 1e-6)
+    several = tiles(pictures[1], 56, io["tiling"]["max_num"])
+    assert np.array_equal(several, vision["tiles_uint8"].numpy())
+    assert np.array_equal(tiles(pictures[1], 56, 4, thumbnail=False), several[:4])
+    assert tile_grid((115, 113), 56, 4) == tuple(io["tiling"]["grid_wh"])
+    for least, most, width, height, columns, rows in io["tiling_choices"]:
+        assert tile_grid((width, height), 448, most, least) == (columns, rows)
+
+
+@torch.no_grad()
+def test_vision_features_are_the_official_ones(model, pictures, vision):
+    features = model.vision(vision["pixel_values"])
+    close(features, vision["vit_last_hidden"], 2e-5)
+    close(shuffle_pixels(features[:, 1:], 2), vision["pixel_shuffled"], 2e-5)
+    close(model.encode_image(vision["pixel_values"]), vision["image_embeds"].flatten(0, 1), 2e-5)
+    several = imagenet_pixels(vision["tiles_uint8"].numpy())
+    close(model.encode_image(several), vision["tiles_image_embeds"].flatten(0, 1), 2e-5)
+    with pytest.raises(ValueError, match="want .n, 3, 56, 56."):
+        model.encode_image(several[:, :, :28])
+
+
+# --- the language model
+
+
+@torch.no_grad()
+def test_logits_are_the_official_ones_also_beyond_the_trained_positions(model, llm):
+    def logits(embeddings, cache):
+        return model.lm_head(model.read(embeddings, cache))[0]
+
+    close(model.lm_head(model.llama(model.token_embedding(llm["tf_ids"]))), llm["tf_logits"], 2e-4)
+    embeddings = model.token_embedding(llm["long_ids"])
+    close(logits(embeddings, model.new_cache(1))[-4:], llm["long_logits_last4"], 1.5e-3)
+    cache = model.new_cache(1)
+    logits(embeddings[:, :508], cache)
+    steps = [logits(embeddings[:, i:i + 1], cache) for i in range(508, 516)]
+    close(torch.cat(steps), llm["long_cached_logits"], 1.5e-3)
+    # the official model keeps the larger base after a long input; here a new cache starts with the plain one
+    close(logits(model.token_embedding(llm["tf_ids"]), model.new_cache(1)), llm["tf_logits"][0], 2e-4)
+
+
+def test_what_a_long_prompt_left_does_not_touch_the_next_one(model, llm):
+    long, ids = llm["long_ids"].masked_fill(llm["long_ids"] == model.config.image_id, 5), llm["text_prompt_ids"]
+    cache = model.answer(long, None, 1)[2]
+    found, _, cache = model.answer(ids, None, 12, cache=cache)
+    assert torch.equal(found, llm["text_generated_ids"]) and cache.position < 512
+
+
+def test_the_shape_of_the_official_model():
+    with torch.device("meta"):
+        model = ARGenSeg(ARGenSegConfig())
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    language = sum(counts[name] for name in ("llama", "token_embedding", "lm_head"))
+    assert (counts["vision"], language, counts["mlp1"]) == (304_012_288, 7_771_369_472, 33_570_816)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 8_220_862_339 - 108_948_355  # without VAR's tokenizer
+    assert (model.config.image_tokens, model.config.mask_tokens) == (256, 680)
+
+
+@pytest.mark.parametrize("name", ["text", "turn1", "turn2", "tiles"])
+def test_chats_are_the_official_ones(model, prompt, watch, vision, llm, io, name):
+    chat = io["chat"][name]
+    messages = [*(io["chat"]["turn1"][part] for part in ("question", "response") if name == "turn2"), chat["question"]]
+    pixels = vision["pixel_values"][:1] if "turn" in name else None
+    if name == "tiles":
+        pixels = imagenet_pixels(vision["tiles_uint8"].numpy())
+    ids = prompt.chat(messages, 0 if pixels is None else len(pixels))
+    assert torch.equal(ids, llm[f"{name}_prompt_ids"])
+    want = llm[f"{name}_generated_ids"]
+    found, masks, _ = model.answer(ids, pixels, want.shape[1])
+    assert torch.equal(found, want) and not masks
+    assert prompt.decode(found[0].tolist()) == chat["response"]
+    close(torch.cat(watch["words"]), llm[f"{name}_step_logits"], 5e-4)
+
+
+# --- masks between words
+
+
+def check_masks(model, watch, seg, name, start, codes, picture):
+    """The mask `name` in seg, which begins at pass `start` of those that were watched."""
+    inputs, scales = watch["inputs"][start:start + 4], len(model.config.scales)
+    for scale_idx in range(scales):
+        close(inputs[scale_idx], seg[f"{name}_scale{scale_idx}_inputs"], 2e-5)
+        close(watch["codes"][scale_idx], seg[f"{name}_scale{scale_idx}_logits"], 3e-4)
+    maps = model.mask_tokenizer.teacher_inputs(codes)
+    want = [seg[f"{name}_next_map{i}"].flatten(2).mT for i in range(scales - 1)]
+    close(maps, torch.cat(want, dim=1), 1e-5)
+    check_picture(model, seg, name, codes, picture)
+
+
+def check_picture(model, seg, name, codes, picture):
+    assert torch.equal(codes[0], seg[f"{name}_ids"])
+    close(torch.cat(list(model.mask_tokenizer.quantize.sums(codes))), seg[f"{name}_f_hat"], 1e-5)
+    decoded = decoded_picture(model.mask_tokenizer.decode(codes)[0])
+    off = np.abs(np.asarray(decoded).astype(int) - seg[f"{name}_uint8"].numpy())
+    assert off.max() <= 1 and (off > 0).mean() <= 0.001
+    mask = picture_mask(decoded, picture.size)
+    assert (mask != seg[f"{name}_mask"].numpy().astype(bool)).mean() <= 0.002
+
+
+@torch.no_grad()
+def test_two_masks_in_an_answer_are_the_official_ones(model, prompt, watch, vision, seg, io, pictures):
+    pixels = vision["pixel_values"][:1]
+    ids = prompt([" the dog"])
+    assert torch.equal(ids, seg["seg_prompt_ids"])
+    assert torch.equal(ids, prompt.chat([io["seg"]["seg"]["question"]], 1))  # the official form, with <image>
+    close(model.prefix(ids, pixels), seg["seg_prompt_embeds"], 2e-5)
+    found, masks, cache = model.answer(ids, pixels)
+    assert torch.equal(found, seg["seg_generated_ids"]) and len(masks) == 2
+    close(torch.cat(watch["words"]), seg["seg_step_logits"], 5e-4)
+    lengths = torch.tensor([x.shape[1] for x in watch["inputs"]]).cumsum(0)
+    assert lengths[5:9].tolist() == seg["seg0_attention_len"].tolist()
+    assert lengths[11 + 1:][:4].tolist() == seg["seg1_attention_len"].tolist()
+    check_masks(model, watch, seg, "seg0", 5, masks[0], pictures[0])
+    close(model.mask_tokenizer.decode(masks[0])[0], seg["seg0_decoded"], 2e-5)
+    check_picture(model, seg, "seg1", masks[1], pictures[0])
+    words = prompt.decode(found[0].tolist())
+    assert words.count(MASK) == 2 and clean_up(words.replace(MASK, "")) == io["seg"]["seg"]["response"]
+    # with a cache as without
+    hidden = model.llama(torch.cat(watch["inputs"], dim=1))
+    close(torch.cat(watch["hidden"][:-1], dim=1), hidden, 2e-5)
+    assert cache.position == len(cache.ids) == hidden.shape[1]
+
+
+@torch.no_grad()
+def test_guided_masks_are_the_official_ones(model, prompt, watch, vision, seg, io, pictures):
+    ids = prompt.pad_left([prompt.chat([SEGMENT], 1), prompt.chat([prompt.nothing], 1)])
+    assert torch.equal(ids, seg["cfg_prompt_ids"])
+    found, masks, cache = model.answer(ids, vision["pixel_values"][:1], 9, guidance=4.0)
+    assert torch.equal(found, seg["cfg_generated_ids"]) and len(masks) == 1
+    close(torch.stack(watch["words"]), seg["cfg_step_logits"], 5e-4)
+    check_masks(model, watch, seg, "cfg", 5, masks[0], pictures[0])
+    for scale_idx, logits in enumerate(watch["codes"]):
+        strength = 4 * scale_idx / 9
+        guided = (1 + strength) * logits[:1] - strength * logits[1:]
+        close(guided, seg[f"cfg_scale{scale_idx}_guided"], 8e-4)
+    assert prompt.decode(found[0].tolist()).replace(MASK, "") == io["seg"]["cfg"]["response"][0]
+    # not guided, the rows do not depend on each other
+    alone, codes, _ = model.answer(ids[:1], vision["pixel_values"][:1], 9)
+    both, same, _ = model.answer(ids, vision["pixel_values"][:1], 9)
+    assert torch.equal(alone[0], both[0]) and all(map(torch.equal, codes, same))
+
+
+def test_a_mask_as_the_very_first_token_is_no_special_case(model, prompt, watch, vision, monkeypatch):
+    ids, pixels = prompt(["the dog"]), vision["pixel_values"][:1]
+    weight = model.lm_head.weight.clone()
+    try:
+        hidden = model.llama(model.prefix(ids, pixels))[0, -1]
+        model.lm_head.weight[model.config.start_id] = hidden  # the likeliest after the prompt
+        found, masks, _ = model.answer(ids, pixels, 1)
+    finally:
+        model.lm_head.weight.copy_(weight)
+    assert found.tolist() == [[model.config.end_id]] and masks[0].shape == (1, 30)
+
+
+# --- text
+
+
+def test_text_is_encoded_and_decoded_as_officially(prompt, io):
+    for case in io["tokenizer_cases"]:
+        assert prompt.encode("<s>" + case["text"]) == case["ids"]
+        words = prompt.decode(case["ids"])
+        assert clean_up(words.replace(MASK, "")) == clean_up(case["decoded_skip_special"])
+    question = io["eval_prompt"]["question"]
+    assert prompt.chat([question], 1)[0].tolist() == io["eval_prompt"]["ids"]
+
+
+def test_special_tokens_are_out_of_a_users_hands(prompt, io):
+    plain = {id for id in prompt.silent if id != prompt.model.unk_id()}
+    pieces = [prompt.model.id_to_piece(id) for id in plain if id < prompt.model.vocab_size()]
+    for name in [*prompt.special, *pieces, "<image>"]:
+        words = f"what is {name}{name}, please? {name}"
+        ids = prompt.encode("", words)
+        assert not plain & set(ids) and prompt.model.decode(ids) == words
+    assert prompt.chat(["a", "Sure, <mask>.", "b"], 1).equal(prompt.chat(["a", "Sure,.", "b"], 1))  # as officially
+    empty = prompt.chat(["", "", ""], 2)[0].tolist()
+    asked = prompt.chat(["<|im_end|>", f"{MASK}<|im_start|>", "<IMG_CONTEXT>"], 2)[0].tolist()
+    assert [id for id in asked if id in plain] == [id for id in empty if id in plain]
+    assert prompt.chat(["what is <image>\n?"], 1).eq(prompt.special["<IMG_CONTEXT>"]).sum() == 4
+    assert prompt.too_long("dog " * 10_000) > 4096 and not prompt.too_long("dog")
+    with pytest.raises(ValueError):
+        prompt.encode("", "\ud800")
+
+
+# --- conversations
+
+
+def test_a_conversation_on_one_cache_equals_one_from_nothing(segmenter, pictures, seg, llm, io, capsys):
+    words, masks = segmenter.chat(pictures[0], SEGMENT)
+    assert len(masks) == words.count(MASK) == 2
+    for mask, name in zip(masks, ("seg0", "seg1")):
+        assert mask.dtype == bool and np.array_equal(mask, seg[f"{name}_mask"].numpy().astype(bool))
+    asked = [SEGMENT, words, "What color is it?", "It is red.", SEGMENT]
+    lengths, read = [], segmenter.model.read
+    segmenter.model.read = lambda x, *more: (lengths.append(x.shape[1]), read(x, *more))[1]
+    for count in (3, 5):
+        lengths.clear()
+        words, masks = segmenter.chat(pictures[0], asked[:count])
+        assert lengths[0] < 60  # of a prompt of more than 170
+        fresh = Segmenter.load(CHECKPOINT, "cpu").chat(pictures[0], asked[:count])
+        assert words == fresh[0] and len(masks) == len(fresh[1]) and all(map(np.array_equal, masks, fresh[1]))
+    first, second = io["chat"]["turn1"], io["chat"]["turn2"]
+    assert segmenter.chat(pictures[0], first["question"]) == (first["response"], [])
+    asked = [first["question"], first["response"], second["question"]]
+    assert segmenter.chat(pictures[0], asked)[0] == second["response"]
+    # another picture, and none
+    assert segmenter.chat(pictures[1], SEGMENT)[0] == Segmenter.load(CHECKPOINT, "cpu").chat(pictures[1], SEGMENT)[0]
+    capsys.readouterr()
+    text = io["chat"]["text"]
+    assert segmenter.chat(None, text["question"]) == (text["response"], []) and not capsys.readouterr().err
+    assert text["response"].startswith(segmenter.chat(None, text["question"], length=7)[0])
+    assert capsys.readouterr().err == "the answer is cut: it did not end within 7 tokens\n"
+
+
+def test_tiles_and_guidance_of_the_front_door(segmenter, pictures, seg, io):
+    segmenter.guidance = 4.0
+    words, masks = segmenter.chat(pictures[0], SEGMENT, length=9)
+    assert words.replace(MASK, "") == io["seg"]["cfg"]["response"][0]
+    assert np.array_equal(masks[0], seg["cfg_mask"].numpy().astype(bool))
+    segmenter.guidance, segmenter.tiles = 0.0, 4
+    assert segmenter.chat(pictures[1], io["chat"]["tiles"]["question"], length=6)[0] == io["chat"]["tiles"]["response"]
+    text_ids, pixels = segmenter.prepare(pictures[1], ["the dog", "a small brown dog"])
+    assert pixels.shape == (5, 3, 56, 56) and (text_ids == segmenter.model.config.image_id).sum().tolist() == 40
+
+
+def test_a_phrase_gets_the_first_mask_or_an_empty_one(segmenter, pictures, seg, monkeypatch):
+    (mask,) = segmenter(pictures[0], "the dog")
+    assert np.array_equal(mask, seg["seg0_mask"].numpy().astype(bool))
+    masks = segmenter.many(pictures, [["the dog", "a cat"]] * 2, inside := {})
+    assert [[m.shape for m in row] for row in masks] == [[(45, 61)] * 2, [(113, 115)] * 2]
+    assert len(inside["answers"]) == 4 and np.array_equal(masks[0][0], mask)
+    monkeypatch.setattr(segmenter.model.config, "start_id", -1)
+    (mask,) = segmenter(pictures[0], ["the dog"])
+    assert mask.shape == (45, 61) and not mask.any()
+
+
+@pytest.mark.parametrize("messages,line", [
+    ([], "0 messages"), (["a", "b"], "2 messages"), ("", "empty"), (" \n", "empty"), ("dog " * 9000, "limit is 4096"),
+    (["a", "b", "\ud800"], "UTF-8"),
+])
+def test_what_is_no_conversation_is_one_clear_line(segmenter, pictures, messages, line):
+    with pytest.raises(ValueError, match=line) as error:
+        segmenter.chat(pictures[0], messages)
+    assert "\n" not in str(error.value)
+
+
+# --- files
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    def without(name):
+        return lambda tensors: tensors.pop(name)
+
+    def put(name, shape):
+        return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+    key = "language_model.model.layers.1.attention.wqkv.weight"
+    for i, (change, line) in enumerate((
+        (without("word_embed.bias"), "missing: word_embed.bias"), (without("lvl_embed.weight"), "missing: lvl_embed"),
+        (without(key), "missing: llama.layers.1.self_attn.q_proj.weight"), (put("extra", 3), "left over: extra"),
+        (put(key, (64, 64)), rf"wrong shape: {key} \(64, 64\), expected \(128, 64\)"),
+        (put("mlp1.3.bias", 63), r"wrong shape: mlp1.3.bias \(63,\), expected \(64,\)"),
+        (without("pos_1LC"), "pos_1LC has no places"), (put("pos_1LC", (1, 31, 64)), "31 places"),
+        (put("vision_model.encoder.layers.0.ls1", 31), "wrong shape: vision.layers.0.ls1"),
+        (without("image_tokenizer.decoder.conv_in.bias"), "missing: decoder.conv_in.bias"),
+        (put("image_tokenizer.extra", 3), "left over: extra"),
+        (lambda tensors: tensors.update({"mlp1.3.bias": torch.full((64,), float("nan"))}), "not finite: mlp1.3.bias"),
+        (lambda tensors: tensors.update({"mlp1.3.bias": torch.ones(64, dtype=torch.int64)}), "mlp1.3.bias holds"),
+    )):
+        folder = copy_checkpoint(tmp_path / str(i), change)
+        with pytest.raises(ValueError, match=line) as error:
+            ARGenSeg.from_pretrained(folder)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path):
+    for i, (name, value) in enumerate((
+        ("ps_version", "v1"), ("select_layer", -2), ("pad2square", True), ("template", "phi3"),
+        ("vision_config.qk_normalization", True), ("vision_config.norm_type", "rms_norm"), ("llm_config.bias", True),
+        ("llm_config.model_type", "qwen2"), ("llm_config.rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("force_image_size", 448), ("patch_nums", [1, 2, 3]), ("llm_config.hidden_size", "64"), ("patch_nums", None),
+        ("downsample_ratio", 0.3), ("llm_config.vocab_size", 712),
+        ("llm_config.num_key_value_heads", 3), ("vision_config.hidden_size", 33), ("patch_nums", "1234"),
+    )):
+        folder = copy_checkpoint(tmp_path / str(i), config={name: value})
+        with pytest.raises(ValueError) as error:
+            ARGenSeg.from_pretrained(folder)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_mask_tokenizer_comes_from_the_checkpoint_or_a_file(tmp_path, model, monkeypatch):
+    prefix, vq = "image_tokenizer.", {}
+
+    def take_out(tensors):
+        vq.update({name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)})
+
+    folder = copy_checkpoint(tmp_path / "bare", take_out)
+    monkeypatch.setattr("mllm.WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no mask tokenizer.*download var-vq"):
+        ARGenSeg.from_pretrained(folder)
+    torch.save(vq, tmp_path / "vae.pth")
+    with pytest.raises(FileNotFoundError, match="none.pth does not exist"):
+        ARGenSeg.from_pretrained(folder, tmp_path / "none.pth")
+    given = ARGenSeg.from_pretrained(folder, tmp_path / "vae.pth", torch.bfloat16)
+    shutil.copyfile(tmp_path / "vae.pth", folder / "vae_ch32.pth")
+    beside = ARGenSeg.from_pretrained(folder)
+    for other in (given, beside):
+        assert isinstance(other.mask_tokenizer, MultiScaleVQ)
+        for name, w in model.mask_tokenizer.state_dict().items():
+            assert w.dtype == torch.float32 and torch.equal(w, other.mask_tokenizer.state_dict()[name])
+    assert given.lm_head.weight.dtype == given.vision.layers[0].ls1.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in given.parameters()) and not given.training
+    os.unlink(folder / "tokenizer_config.json")
+    with pytest.raises(FileNotFoundError, match="tokenizer_config.json: no such file"):
+        ARGenSeg.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_a_config_without_scaling_or_with_other_sizes_loads(tmp_path, llm):
+    folder = copy_checkpoint(tmp_path / "plain", config={"llm_config.rope_scaling": None})
+    model = ARGenSeg.from_pretrained(folder)
+    embeddings = model.token_embedding(llm["long_ids"])
+    close(model.read(embeddings, model.new_cache(1)), model.llama(embeddings), 1e-5)
+
+
+def test_bfloat16_answers_too(prompt, vision):
+    model = ARGenSeg.from_pretrained(CHECKPOINT, dtype=torch.bfloat16)
+    model.fuse()
+    found, masks, _ = model.answer(prompt(["the dog"]), vision["pixel_values"][:1], 12)
+    assert found.shape[1] <= 12 and all(codes.shape == (1, 30) for codes in masks)
+
+
+# --- commands
+
+
+def test_the_command_prints_words_and_writes_masks(sample, tmp_path, seg, io):
+    flags = ["--checkpoint", CHECKPOINT, "--image", FIXTURE / "picture_0.png", "--out", tmp_path / "o"]
+    done = sample("sample.py", *flags, "--chat", SEGMENT, "--chat", "What color is it?")
+    assert done.returncode == 0, done.stderr
+    first, *masks, second = done.stdout.decode().splitlines()
+    assert first.startswith("picture_0: magees3ery<mask>") and len(masks) == 2 and second.startswith("picture_0: ")
+    for i in (0, 1):
+        stem = tmp_path / "o" / f"picture_0-0-given-the-following-instructions-the-dog-{i}"
+        mask = np.asarray(Image.open(f"{stem}-mask.png")) > 0
+        assert np.array_equal(mask, seg[f"seg{i}_mask"].numpy().astype(bool)) and str(stem) in masks[i]
+    assert len(list((tmp_path / "o").iterdir())) == 4
+    done = sample("sample.py", *flags, "--prompt", "the dog", "--tiles", 4, "--json", tmp_path / "m.json")
+    assert done.returncode == 0 and b"the dog: 679 px" in done.stdout and b"sure" not in done.stdout
+    assert json.loads((tmp_path / "m.json").read_text())[0]["answer"].count(MASK) == 2
+    done = sample("sample.py", *flags, "--chat", SEGMENT, "--cfg")
+    assert done.returncode == 0 and done.stdout.count(b"px -> ") == 1
+
+
+def test_an_answer_without_a_mask_found_nothing(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(Segmenter, "chat", lambda *args: ("There is no dog.", []))
+    done = sample("sample.py", "--checkpoint", CHECKPOINT, "--image", FIXTURE / "picture_0.png", "--prompt", "the dog",
+                  "--out", tmp_path)
+    assert done.returncode == 0 and b"the dog: nothing found (the answer: There is no dog.)" in done.stdout
+
+
+def test_flags_that_are_of_other_checkpoints_are_refused(sample, tiny_checkpoint, tmp_path):
+    picture = ["--image", FIXTURE / "picture_0.png", "--out", tmp_path / "o"]
+    for checkpoint, flags, flag in (
+        (CHECKPOINT, ["--prompt", "x", "--decode", "beam"], "decode 'beam'"),
+        (CHECKPOINT, ["--bench"], "--bench measures a LlamaSeg"),
+        (CHECKPOINT, ["--prompt", "x", "--draft", "none"], "draft 'none'"),
+        (CHECKPOINT, ["--prompt", "x", "--confidence", "c.png"], "--confidence"),
+        (CHECKPOINT, ["--prompt", "x", "--any-weights"], "--any-weights"),
+        (tiny_checkpoint, ["--prompt", "x", "--tiles", "2"], "--tiles"),
+        (tiny_checkpoint, ["--prompt", "x", "--cfg", "2"], "--cfg"),
+        (CHECKPOINT, ["--chat", "x", "--tiles", "0"], "--tiles"),
+    ):
+        done = sample("sample.py", "--checkpoint", checkpoint, *([] if "--bench" in flags else picture), *flags)
+        assert done.returncode == 2 and flag.encode() in done.stderr and b"Traceback" not in done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_scores_name_what_is_not_usual(sample, tmp_path):
+    done = sample("sample.py", "--checkpoint", CHECKPOINT, "--dataset", "scenes", "--count", 2, "--cfg", 2,
+                  "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (scores,) = [path for path in tmp_path.glob("*.json")]
+    assert "cfg2-0" in scores.name and json.loads(scores.read_text())["cfg"] == 2.0
