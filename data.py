@@ -981,8 +981,8 @@ class Patches(Dataset):
 
     def __getitem__(self, k):
         pictures, truth, first = [], [], (k * self.world_size + self.rank) * self.batch_size
-        for index in range(first, first + self.batch_size):
-            image, owner, objects, _ = self.scenes.scene(len(self.scenes) - 1 - index)  # those that come last later
+        for i in range(first, first + self.batch_size):
+            image, owner, objects, _ = self.scenes.scene(len(self.scenes) - 1 - i)  # those that come last later
             pictures.append(resize_pixels(np.array(image), self.size))
             truth.append(patch_truth(owner, objects, self.scenes.world, self.grid, self.size // self.grid))
         return {"pictures": torch.from_numpy(np.array(pictures)), "truth": torch.from_numpy(np.array(truth))}

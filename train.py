@@ -318,7 +318,7 @@ class PatchReader(nn.Module):
 def learn_patches(run, stop):
     """--encoder-steps: before any phrase the encoder learns what each patch of a drawn picture shows. Phrases alone
     teach that slowly: LOG.md. Paper: its encoders are SigLIP2's, trained before. A stop leaves nothing of it."""
-    args, siglip, world = run.args, run.segmenter.model.encoder, WORLDS[args.data]
+    args, siglip, world = run.args, run.segmenter.model.encoder, WORLDS[run.args.data]
     reader = PatchReader(siglip, len(world.colors) + len(world.shapes) + 1).to(run.device)
     for p in siglip.text_model.parameters():
         p.requires_grad_(False)
