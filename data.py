@@ -32,7 +32,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
-from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, pick_phrases
+from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, patch_view, pick_phrases
 from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
@@ -972,20 +972,30 @@ class Batches(Dataset):
 
 
 class Patches(Dataset):
-    """Batches for train.PatchReader: item k is a function of (k, rank) alone. It has pictures uint8 (b, S, S, 3) of a
-    drawn world's training split, and truth (b, N, ...) of scenes.patch_truth."""
+    """Batches for train.PatchReader: item k is a function of (k, rank) alone.
 
-    def __init__(self, name, size, grid, batch_size, rank=0, world_size=1):
-        self.scenes, self.size, self.grid = Scenes("train", name), size, grid
+    Items: pictures uint8 (b, S, S, 3) of a drawn world's training split, from its end, truth (b, N, ...) of
+    scenes.patch_truth, text_ids (b * P, L) of P phrases about each, named float32 (b * P, N): 1 where a patch has
+    something of what a phrase names.
+    """
+
+    def __init__(self, name, text_tokenizer, size, grid, batch_size, phrases=16, rank=0, world_size=1):
+        self.scenes, self.text_tokenizer = Scenes("train", name, phrases=phrases), text_tokenizer
+        self.size, self.grid = size, grid
         self.batch_size, self.rank, self.world_size = batch_size // world_size, rank, world_size
 
     def __getitem__(self, k):
-        pictures, truth, first = [], [], (k * self.world_size + self.rank) * self.batch_size
+        pictures, truth, text, named, first = [], [], [], [], (k * self.world_size + self.rank) * self.batch_size
         for i in range(first, first + self.batch_size):
-            image, owner, objects, _ = self.scenes.scene(len(self.scenes) - 1 - i)  # those that come last later
+            image, owner, objects, picked = self.scenes.scene(self.scenes.SPLITS["train"] - 1 - i)
             pictures.append(resize_pixels(np.array(image), self.size))
             truth.append(patch_truth(owner, objects, self.scenes.world, self.grid, self.size // self.grid))
-        return {"pictures": torch.from_numpy(np.array(pictures)), "truth": torch.from_numpy(np.array(truth))}
+            _, share = patch_view(owner, len(objects), self.grid, self.size // self.grid)
+            for j, (phrase, _, _, indices) in enumerate(picked):  # every second one through a template, as in Batches
+                text.append(instruct(phrase, TEMPLATES[(i + j) % len(TEMPLATES)]) if j % 2 else phrase)
+                named.append(share[:, list(indices)].sum(1) > 0.02)
+        return {"pictures": torch.from_numpy(np.array(pictures)), "truth": torch.from_numpy(np.array(truth)),
+                "text_ids": self.text_tokenizer(text), "named": torch.from_numpy(np.array(named, np.float32))}
 
 
 # ---- pictures for people ---------------------------------------------------------------------------------

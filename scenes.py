@@ -431,28 +431,31 @@ def measure(owner, objects):
     return True
 
 
-def patch_truth(owner, objects, world, grid, size=16):
-    """What each patch of a picture shows: what an encoder can learn from it before it meets phrases.
+def patch_view(owner, count, grid, size=16):
+    """A scene as an encoder sees it, in grid x grid patches of size x size pixels. owner: int8 (H, W) of `count`
+    objects -> owner at those pixels (N, size * size), and the share of each patch that each object fills (N, count)."""
+    rows, columns = (((np.arange(grid * size) + 0.5) * n / (grid * size)).astype(int) for n in owner.shape)
+    patches = owner[rows[:, None], columns].reshape(grid, size, grid, size).swapaxes(1, 2).reshape(-1, size * size)
+    return patches, np.stack([(patches == index).mean(1) for index in range(count)], 1)
 
-    owner: int8 (H, W) and measured objects of a scene; the picture is seen at grid x grid patches of `size` x `size`
-    pixels. Returns float32 (grid * grid, n + 3 + 64 + 1): for each of the n colours and shapes, and for any object,
-    whether it is in the patch; of the object that fills most of it the centre as seen from the patch, in quarters of
-    the picture, the log of its radius, and its share of the 8 x 8 parts of the patch; whether there is one.
+
+def patch_truth(owner, objects, world, grid, size=16):
+    """What each patch of a picture shows: what an encoder can learn from a scene besides phrases. See patch_view.
+
+    Returns float32 (N, n + 3 + 64 + 1): for each of the n colours and shapes, and for any object, whether it is in the
+    patch; of the object that fills most of it the centre as seen from the patch, in quarters of the picture, the log of
+    its radius, and its share of the 8 x 8 parts of the patch; whether there is one.
     """
-    (height, width), side = owner.shape, grid * size
-    rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in owner.shape)
-    seen = owner[rows[:, None], columns]  # (side, side)
-    patches = seen.reshape(grid, size, grid, size).swapaxes(1, 2).reshape(grid * grid, size * size)
-    share = np.stack([(patches == index).mean(1) for index in range(len(objects))], 1)  # (patches, objects)
+    patches, share = patch_view(owner, len(objects), grid, size)
     names = [*world.colors, *world.shapes]
-    things = np.zeros((grid * grid, len(names) + 1), np.float32)
+    things = np.zeros((len(share), len(names) + 1), np.float32)
     for index, shape in enumerate(objects):
         for column in (names.index(shape.color), names.index(shape.kind), -1):
             things[share[:, index] > 0.02, column] = 1
-    main = share.argmax(1)
+    height, width = owner.shape
     centers = np.array([((s.box[0] + s.box[2]) / 2 / width, (s.box[1] + s.box[3]) / 2 / height) for s in objects])
     radii = np.log([s.radius / min(owner.shape) / 0.15 for s in objects])
-    y, x = np.divmod(np.arange(grid * grid), grid)
+    main, (y, x) = share.argmax(1), np.divmod(np.arange(len(share)), grid)
     offsets = 4 * (centers[main] - (np.stack([x, y], 1) + 0.5) / grid)
     cover = (patches == main[:, None]).reshape(-1, 8, size // 8, 8, size // 8).mean((2, 4)).reshape(-1, 64)
     there = share.max(1, keepdims=True) > 0.02

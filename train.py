@@ -78,13 +78,13 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
     "warmup_steps":      (100,           1000,         None,           0.01,              0.01),  # below 1: a share
     "hide":              (True,          False,        None,           None,              None),
     "background_weight": (0.4,           1.0,          None,           None,              None),
-    "encoder_steps":     (1500,          0,            0,              0,                 0),
+    "encoder_steps":     (3000,          0,            0,              0,                 0),
     "mask_tokenizer":    (ASSETS / "mask_tokenizer.safetensors", WEIGHTS / "vq_ds16_c2i", None, None, None),
     "text_tokenizer":    (ASSETS / "text.model", None, None, None, None),  # None: the encoder's
 }
 
 
-PATCH_BATCH = 32  # pictures in a step of learn_patches
+PATCH_BATCH = 16  # pictures in a step of learn_patches
 
 
 # ---- flags -----------------------------------------------------------------------------------------------
@@ -120,8 +120,8 @@ def flags():
     add("--warmup-steps", type=float, help="below 1: a share of all (default: 100; llamaseg-*: 1000; stages: 0.01)")
     add("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
     add("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
-    add("--encoder-steps", type=int, help="steps in which the encoder learns what each patch of a drawn picture shows, "
-        "before the first phrase (default: 1500; not with --init-from; llamaseg-*: 0)")
+    add("--encoder-steps", type=int, help="steps in which the encoders learn from patches of drawn pictures before the "
+        "first mask (default: 3000; with --init-from and llamaseg-*: none)")
     add("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens from the model's "
         "input (default: on; llamaseg-*: off)")
     add("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain background in "
@@ -169,10 +169,12 @@ def parse_args(argv=None):
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     args.init_from = args.init_from and checkpoint_file(args.init_from)
+    if args.data not in WORLDS or args.init_from:
+        args.encoder_steps = 0
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
                                 1, 9_999_999), ("lr clip background_weight epochs", 1e-9, 1e9),
-                 ("weight_decay warmup_steps", 0, 1e9), ("seed", 0, 2**32 - 1), ("workers", -1, 999))
+                 ("weight_decay warmup_steps encoder_steps", 0, 1e9), ("seed", 0, 2**32 - 1), ("workers", -1, 999))
     args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
     return args
 
@@ -191,7 +193,8 @@ def refuse_unread(parser, given, data):
             (not (janus or given.merge or PRESETS[given.preset].freeze_encoders),
              f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
             (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
-            (not sets <= WORLDS.keys(), f"--data {given.data}: only drawn pictures have several phrases", {"phrases"}),
+            (not sets <= WORLDS.keys(), f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
+            (given.init_from or PRESETS[given.preset].freeze_encoders, "a run on trained encoders", {"encoder_steps"}),
             (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
         if holds:
             parser.check_read(given, job, vars(given).keys() - unread)
@@ -295,57 +298,60 @@ def set_up(args, at_end):
 
 
 class PatchReader(nn.Module):
-    """The picture encoder with a linear layer that tells what each patch shows, see scenes.patch_truth. `things`: how
-    many colours and shapes there are, and one for any object."""
+    """What SigLIP's training gives the paper's encoders, in small: phrases and patches that belong together become
+    alike (SigLIP's sigmoid loss, on patches instead of pictures), and a linear layer tells what each patch shows.
+    things: how many colours and shapes scenes.patch_truth has, and one for any object."""
 
-    def __init__(self, encoder, things):
+    def __init__(self, encoder, things, width=128):
         super().__init__()
         self.encoder, self.things = encoder, things
         self.head = nn.Linear(encoder.config.vision_width, things + 3 + 64)
+        self.image_side = nn.Linear(encoder.config.vision_width, width)
+        self.text_side = nn.Linear(encoder.config.text_width, width)
+        self.scale, self.bias = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-3.0))
 
-    def forward(self, pixels, truth):
-        """pixels (b,3,S,S), truth (b,N,things + 68) -> what is told (b,N,things + 67), loss ()."""
-        told = self.head(self.encoder.encode_image(pixels)).float()
-        things, places, cover = told.split([self.things, 3, 64], -1)
+    def forward(self, pixels, truth, text_ids, named):
+        """pixels (b,3,S,S), truth (b,N,...), text_ids (b*P,L), named (b*P,N) -> logits of `named` (b,P,N), loss ()."""
+        b, image = len(pixels), self.encoder.encode_image(pixels)  # (b,N,D)
+        things, places, cover = self.head(image).float().split([self.things, 3, 64], -1)
         true_things, true_places, true_cover, there = truth.split([self.things, 3, 64, 1], -1)
+        text = self.text_side(self.encoder.encode_text(text_ids).mean(1)).float().unflatten(0, (b, -1))  # (b,P,width)
+        logits = self.scale * text @ self.image_side(image).float().mT + self.bias  # (b,P,N)
         share = there / there.sum()  # of the patches with an object
-        place_loss = (F.smooth_l1_loss(places, true_places, reduction="none").mean(-1, True) * share).sum()
-        cover_loss = F.binary_cross_entropy_with_logits(cover, true_cover, reduction="none")
-        cover_loss = (cover_loss.mean(-1, True) * share).sum()
-        return told, 4 * F.binary_cross_entropy_with_logits(things, true_things) + place_loss + cover_loss
+        cover_loss = F.binary_cross_entropy_with_logits(cover, true_cover, reduction="none").mean(-1, True)
+        place_loss = F.smooth_l1_loss(places, true_places, reduction="none").mean(-1, True)
+        return logits, (4 * F.binary_cross_entropy_with_logits(things, true_things)
+                        + 4 * F.binary_cross_entropy_with_logits(logits, named.view_as(logits))
+                        + ((place_loss + cover_loss) * share).sum())
 
 
 def learn_patches(run, stop):
-    """--encoder-steps: before any phrase the encoder learns what each patch of a drawn picture shows. Phrases alone
-    teach that slowly: LOG.md. Paper: its encoders are SigLIP2's, trained before. A stop leaves nothing of it."""
+    """--encoder-steps: before the first mask the encoders learn what each patch of a drawn picture shows, and what of it
+    phrases name. Masks alone teach that slowly: LOG.md. A stop leaves nothing of it."""
     args, siglip, world = run.args, run.segmenter.model.encoder, WORLDS[run.args.data]
     reader = PatchReader(siglip, len(world.colors) + len(world.shapes) + 1).to(run.device)
-    for p in siglip.text_model.parameters():
-        p.requires_grad_(False)
     optimizers = make_optimizers(reader, args)
-    size, grid = siglip.config.image_size, math.isqrt(siglip.config.image_tokens)
-    batches = Patches(args.data, size, grid, PATCH_BATCH, run.rank, run.world_size)
+    batches = Patches(args.data, run.segmenter.text_tokenizer, siglip.config.image_size,
+                      math.isqrt(siglip.config.image_tokens), PATCH_BATCH, rank=run.rank, world_size=run.world_size)
     model = torch.compile(reader) if args.compile else reader
     for step in (bar := tqdm(range(args.encoder_steps), desc="encoder", disable=run.rank > 0)):
         batch = {name: value.to(run.device) for name, value in batches[step].items()}
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-            loss = model(to_pixels(batch["pictures"]), batch["truth"])[1]
+            loss = model(to_pixels(batch.pop("pictures")), **batch)[1]
         loss.backward()
         if any(from_all_ranks(bool(stop))):
             say("stopped before the first step: nothing is saved")
             break
-        gradients = [p.grad for p in reader.parameters() if p.grad is not None]
+        gradients = [p.grad for p in reader.parameters()]
         for gradient in gradients if dist.is_initialized() else ():
             dist.all_reduce(gradient.div_(run.world_size))
         nn.utils.clip_grad_norm_(reader.parameters(), args.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (step + 1) / 100)  # warm-up alone: the phrases' steps lower it
+                group["lr"] = args.lr * min(1, (step + 1) / 100)  # warm-up alone: it falls with the masks
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         bar.set_postfix_str(f"loss {loss.item():.4f}", False)
-    for p in siglip.text_model.parameters():
-        p.requires_grad_(True)
 
 
 def parallel(run):

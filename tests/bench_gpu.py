@@ -264,7 +264,8 @@ def learn(args):
     flags = ["--out-dir", str(out), "--resume", "auto", "--batch-size", "512", "--max-steps", "5000", "--warmup-steps",
              "200", "--workers", str(workers), "--eval-every", "1000", "--eval-count", "300", "--compile"]
     if args.rehearse:
-        flags = [*flags[:4], "--batch-size", "8", "--max-steps", "3", "--eval-count", "2", "--workers", "0"]
+        flags = [*flags[:4], "--batch-size", "8", "--max-steps", "3", "--encoder-steps", "2", "--eval-count", "2",
+                 "--workers", "0"]
     flags += ["--device", str(args.device)]
     timer = threading.Timer(LIMITS["learn"], os.kill, (os.getpid(), signal.SIGTERM))  # train.py saves and ends
     timer.daemon = True

@@ -29,6 +29,7 @@ def small(tiny_checkpoint, monkeypatch):
     """Flags for a run that takes seconds: the tiny shape as the preset `scenes`."""
     config = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors").config
     monkeypatch.setitem(train.PRESETS, "scenes", config)
+    monkeypatch.setitem(train.DEFAULTS, "encoder_steps", (0,) * 5)
     monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e11)  # a fifth of such a run
     monkeypatch.setattr(train, "training_flops", lambda model, phrases: 1e9)
 
