@@ -62,6 +62,8 @@ class LlamaSegConfig:
         self.words, self.names = tuple(self.words), tuple(self.names)
         check_fields(self)
         self.scales = tuple(self.scales)
+        if self.patch_head and (self.scales or self.mask_tokens != self.siglip.image_tokens):
+            raise ValueError(f"patch_head needs a mask token for each of {self.siglip.image_tokens} image tokens")
         if self.scales and (self.scales[0], self.scales[-1]) != (1, self.mask_grid):
             raise ValueError(f"scales are {self.scales}, expected 1 to mask_grid {self.mask_grid}")
 
@@ -1160,7 +1162,7 @@ PRESETS = {  # by name; mllm.py has its own
 }
 
 
-PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], scales=(1, 2, 3, 4, 6, 9, 12))
+PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], patch_head=False, scales=(1, 2, 3, 4, 6, 9, 12))
 
 
 # ---- helpers: clock, memory, device, dtype --------------------------------------------------------------------------

@@ -1158,3 +1158,31 @@ def test_the_dtype_is_what_the_device_multiplies_fast(monkeypatch, fast, dtype, 
     found, why = M.compute_dtype(torch.device("cpu"))
     assert found == dtype and reason in why
     assert M.compute_dtype(torch.device("cpu"), "float32") == (torch.float32, "as asked")
+
+
+# ---- image tokens that know whether their patch is in the mask ------------------------------------------------------
+
+
+def test_the_patch_head_is_told_by_each_image_token():
+    config = replace(TINY, patch_head=True)
+    model, (text_ids, pixels, tokens) = tiny_model(config), tiny_batch(config=config)
+    tokens[:, ::2] = 0  # plain background
+    _, loss = model(text_ids, pixels, tokens)
+    model.config = replace(config, patch_head=False)
+    _, alone = model(text_ids, pixels, tokens)
+    total = 0.0
+    for row in range(4):
+        for patch in range(16):  # its state from text and picture up to it, and nothing later
+            place = config.siglip.text_length + 1 + patch
+            prefix = model.prefix(text_ids[row:row + 1], pixels[row:row + 1])[:, :place + 1]
+            logit = model.patch_head(model.llama(prefix)[0, -1])
+            sign = 1.0 if tokens[row, patch] != 0 else -1.0
+            total -= F.logsigmoid(sign * logit).item() / 64
+    assert loss.item() - alone.item() == pytest.approx(total, abs=1e-4)
+
+
+def test_a_patch_head_needs_a_mask_token_for_each_patch():
+    with pytest.raises(ValueError, match="patch_head"):
+        replace(TINY, patch_head=True, mask_grid=3)
+    with pytest.raises(ValueError, match="patch_head"):
+        replace(TINY, patch_head=True, scales=(1, 2, 4))

@@ -8,7 +8,8 @@ from scipy import ndimage
 
 from data import TEMPLATES, Scenes, instruct
 from scenes import (
-    ABSENT, NOVEL, RICH_COLORS, RICH_SHAPES, WORLDS, absent_phrases, draw_scene, scene_phrases, vocabulary,
+    ABSENT, NOVEL, RICH_COLORS, RICH_SHAPES, WORLDS, absent_phrases, draw_scene, patch_truth, patch_view, scene_phrases,
+    vocabulary,
 )
 from tokenizer import TextTokenizer
 from weights import ASSETS
@@ -252,3 +253,24 @@ def test_every_phrase_fits_the_text_length():
         phrase = dataset[i].phrase
         assert not any(tokenizer.too_long(instruct(phrase, template)) for template in TEMPLATES)
     assert len(TEMPLATES) == 10
+
+
+def test_patches_tell_what_the_picture_shows(drawn):
+    world = WORLDS["scenes"]
+    names = [*world.colors, *world.shapes, "any"]
+    for owner, objects in drawn[:20]:
+        patches, share = patch_view(owner, len(objects), grid=6)
+        truth = patch_truth(owner, objects, world, grid=6)
+        assert patches.shape == (36, 256) and share.shape == (36, len(objects)) and truth.shape == (36, 17 + 3 + 64 + 1)
+        things, places, cover, there = np.split(truth, [17, 20, 84], axis=1)
+        for patch in range(36):
+            seen = {i for i in range(len(objects)) if (patches[patch] == i).sum() > 0.02 * 256}
+            wanted = {name for i in seen for name in (objects[i].color, objects[i].kind, "any")}
+            assert {name for name, value in zip(names, things[patch]) if value} == wanted
+            assert bool(there[patch]) == bool(seen)
+            if seen:  # the largest, whose centre is told from the patch's centre
+                main = objects[max(range(len(objects)), key=lambda i: (patches[patch] == i).sum())]
+                at = [(patch % 6 + 0.5) / 6 + places[patch, 0] / 4, (patch // 6 + 0.5) / 6 + places[patch, 1] / 4]
+                assert np.allclose(np.multiply(at, owner.shape[::-1]), center(main), atol=1e-3)
+                assert np.isclose(0.15 * np.exp(places[patch, 2]) * min(owner.shape), main.radius, rtol=1e-4)
+                assert np.isclose(cover[patch].mean(), (patches[patch] == objects.index(main)).mean(), atol=1e-6)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
@@ -786,3 +787,63 @@ def test_curves_are_drawn(tmp_path):
     assert picture.getpixel((480, 48)) == loss and picture.getpixel((912, 59)) == loss  # 4.0, then 3.8: smoothed
     assert picture.getpixel((912, 480)) == cIoU
     assert train.main(["--plot", str(tmp_path / "none")]) == 1
+
+
+# --- what the encoders learn before the first mask
+
+
+def test_encoders_learn_patches_first(small, tmp_path, monkeypatch):
+    """On one batch, again and again, the loss falls, and all of the encoders moves."""
+    told, before = [], {}
+    real, one = train.PatchReader.forward, train.Patches.__getitem__
+
+    def forward(self, pixels, truth, text_ids, named):
+        if not told:
+            before.update({name: p.clone() for name, p in self.encoder.named_parameters()})
+        logits, loss = real(self, pixels, truth, text_ids, named)
+        told.append(loss.item())
+        return logits, loss
+
+    monkeypatch.setattr(train.PatchReader, "forward", forward)
+    monkeypatch.setattr(train.Patches, "__getitem__", lambda self, k: one(self, 0))
+    monkeypatch.setattr(train, "PATCH_BATCH", 4)
+    assert train.main(small(tmp_path, "--encoder-steps", "12", "--max-steps", "1", "--lr", "1e-2")) == 0
+    assert len(told) == 12 and np.mean(told[-3:]) < 0.8 * np.mean(told[:3])
+    after = LlamaSeg.from_pretrained(tmp_path / "model.safetensors").encoder.named_parameters()
+    assert all(not torch.equal(p, before[name]) for name, p in after)
+    assert train.main(small(tmp_path, "--encoder-steps", "12", "--max-steps", "2", "--resume", "auto")) == 0
+    assert len(told) == 12  # a run that goes on has had them
+
+
+def test_the_loss_between_patches_and_phrases_is_siglips(tiny_checkpoint):
+    """Brute force: a sigmoid for each pair of a phrase and a patch of its own picture."""
+    torch.manual_seed(0)
+    encoder = LlamaSeg.from_pretrained(tiny_checkpoint / "model.safetensors").encoder.eval()
+    reader = train.PatchReader(encoder, 17)
+    reader.head.weight.data.zero_()
+    pixels, text_ids = torch.randn(2, 3, 64, 64), torch.randint(768, (6, 24))
+    truth, named = torch.zeros(2, 16, 85), torch.randint(2, (6, 16)).float()
+    truth[:, :, -1] = 1
+    logits, loss = reader(pixels, truth, text_ids, named)
+    image, text = encoder.encode_image(pixels), encoder.encode_text(text_ids).mean(1)
+    total = 0.0
+    for phrase in range(6):
+        for patch in range(16):
+            alike = reader.text_side(text[phrase]) @ reader.image_side(image[phrase // 3, patch])
+            logit = reader.scale * alike + reader.bias
+            assert torch.isclose(logit, logits[phrase // 3, phrase % 3, patch], atol=1e-4)
+            sign = 2 * named[phrase, patch] - 1
+            total -= torch.nn.functional.logsigmoid(sign * logit) / 96
+    flat = torch.nn.functional.binary_cross_entropy_with_logits  # the linear layer tells its bias, whatever it sees
+    bias = reader.head.bias
+    rest = 4 * flat(bias[:17], torch.zeros(17)) + flat(bias[20:], torch.zeros(64))
+    rest += torch.nn.functional.smooth_l1_loss(bias[17:20], torch.zeros(3))
+    assert torch.isclose(loss, 4 * total + rest, atol=1e-4)
+
+
+def test_encoder_steps_are_refused_where_nothing_reads_them(small, tmp_path, tiny_checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--preset", "llamaseg-b", "--encoder-steps", "5"])
+    with pytest.raises(SystemExit):
+        train.main(small(tmp_path, "--encoder-steps", "5", "--init-from", str(tiny_checkpoint / "model.safetensors")))
+    assert capsys.readouterr().err.count("--encoder-steps") == 2
