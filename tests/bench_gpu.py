@@ -50,6 +50,7 @@ from weights import ASSETS  # noqa: E402
 # Seconds after which a part begins no further measurement, and `learn` saves. What is left is "not run" in the table.
 LIMITS = {"correct": 300, "decode-b": 360, "decode-l": 360, "train-b": 330, "train-l": 330, "learn": 430}
 TOY = replace(PRESETS["scenes"], siglip=SigLIPConfig(32, 8, 32, 1, 2, 32, 768, 24, 32, 1, 2, 32), freeze_encoders=True,
+              patch_head=False,
               llama=replace(PRESETS["scenes"].llama, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=48),
               codebook_size=64, mask_grid=2)
 

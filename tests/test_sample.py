@@ -36,7 +36,8 @@ def picture(tmp_path):
 
 
 def test_the_embedded_model_segments_test_scenes(segmenter):
-    examples, intersection, union = [Scenes("test")[i] for i in range(32)], 0, 0
+    dataset, intersection, union = Scenes("test", "scenes-plain"), 0, 0
+    examples = [dataset[i] for i in range(32)]
     masks = segmenter.many([e.image for e in examples], [[e.phrase] for e in examples])
     for example, (mask,) in zip(examples, masks):
         assert mask.dtype == bool and mask.shape == example.mask.shape
@@ -59,7 +60,8 @@ def test_a_circle_drawn_by_hand_is_found_in_any_picture_mode(segmenter):
 
 
 def test_prompts_and_pictures_together_equal_each_alone(segmenter):
-    images, prompts = [Scenes("test")[i].image for i in (7, 30, 90)], ["the leftmost object", "everything"]
+    images = [Scenes("test", "scenes-plain")[i].image for i in (7, 30, 90)]
+    prompts = ["the leftmost object", "everything"]
     together = segmenter.many(images, [prompts] * 3)
     for image, masks in zip(images, together):
         alone = [segmenter(image, [prompts[0]])[0], *segmenter(image, prompts[1])]  # a list, and one as it is
@@ -69,7 +71,7 @@ def test_prompts_and_pictures_together_equal_each_alone(segmenter):
 
 @torch.inference_mode()
 def test_drafted_masks_are_the_plain_ones_in_four_passes(segmenter):
-    dataset, passes = Scenes("test"), []
+    dataset, passes = Scenes("test", "scenes-plain"), []
     for i in range(4):
         text_ids, pixels = segmenter.prepare(dataset[40 * i].image, [dataset[40 * i].phrase])
         plain = segmenter.model.generate(text_ids, pixels, draft="none")
@@ -816,9 +818,14 @@ def test_confidence_of_a_padded_picture_leaves_the_padding_out(sample, tmp_path,
     wide = np.asarray(confidence_picture(grid.ravel(), (80, 40), (0, 0.25, 1, 0.5)))  # in the middle two rows
     assert wide.shape == (40, 80) and (wide[:, :30] == 255).all() and (wide[:, 50:] == 128).all()
     model = SimpleNamespace(config=SimpleNamespace(siglip=SimpleNamespace(image_size=64)),
-                            confidence=lambda **inside: torch.from_numpy(grid.reshape(1, 16)))
-    segmenter = SimpleNamespace(padded=True, model=model, check=lambda prompts: None,
-                                many=lambda *_, **__: [[np.zeros((40, 80), bool)]])
+                            confidence=lambda *seen: torch.from_numpy(grid.reshape(1, 16)))
+
+    def many(images, prompts, inside, **decoding):
+        inside.update(text_ids=None, pixels=None, tokens=None, prompts=("a",), unknown=([],))
+        return [[np.zeros((40, 80), bool)]]
+
+    segmenter = SimpleNamespace(padded=True, model=model, check=lambda prompts: None, many=many,
+                                there=lambda inside: [0.0])
     monkeypatch.setattr("sample.load", lambda *args: segmenter)
     Image.new("RGB", (80, 40)).save(tmp_path / "x.png")
     done = sample("sample.py", "--image", tmp_path / "x.png", "--prompt", "a", "--out", tmp_path / "o",

@@ -150,6 +150,7 @@ def learning_rate(at, args):
     return rate(at, args)
 train.learning_rate = learning_rate
 train.matmul_rate, train.training_flops = lambda *_: 1e11, lambda *_: 1e9
+train.DEFAULTS["encoder_steps"] = (0,) * 5
 sys.exit(train.main(sys.argv[1:]))
 """
 
