@@ -356,7 +356,7 @@ class AveragePrecision(_Pictures):
     """
 
     AREAS = {"AP": (0, 1e10), "APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # in pixels
-    THRESHOLDS = np.minimum(np.linspace(0.5, 0.95, 10), 1 - 1e-10)  # with the areas K = 40 ways to count
+    THRESHOLDS = np.linspace(0.5, 0.95, 10)  # with the areas K = 40 ways to count
 
     def update(self, pred, gt):
         """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic; masks may overlap.

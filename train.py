@@ -326,8 +326,8 @@ class PatchReader(nn.Module):
 
 
 def learn_patches(run, stop):
-    """--encoder-steps: before the first mask the encoders learn what each patch of a drawn picture shows, and what of it
-    phrases name. Masks alone teach that slowly: LOG.md. A stop leaves nothing of it."""
+    """--encoder-steps: before the first mask the encoders learn what each patch of a drawn picture shows, and what of
+    it phrases name. Masks alone teach that slowly: LOG.md. A stop leaves nothing of it."""
     args, siglip, world = run.args, run.segmenter.model.encoder, WORLDS[run.args.data]
     reader = PatchReader(siglip, len(world.colors) + len(world.shapes) + 1).to(run.device)
     optimizers = make_optimizers(reader, args)
