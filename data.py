@@ -467,24 +467,27 @@ def _values_of_maps(items, cache):
     return values
 
 
-def _stems(folder, end):
-    """The names of the files in a folder that end in a digit and `end`, without `end`, sorted."""
-    stems = [file.name.removesuffix(end) for file in sorted(folder.glob(f"*[0-9]{end}"))]
-    if not stems:
-        raise FileNotFoundError(f"{folder}: no *{end}, expected label maps")
-    return stems
+def _files(folder, end, wanted=None):
+    """{stem: path} of the files below a folder that end in a digit and `end`, sorted; ValueError unless their stems are
+    those `wanted` (default: at least one)."""
+    found = {path.name.removesuffix(end): path for path in sorted(folder.rglob(f"*[0-9]{end}"))}
+    odd = sorted(found.keys() ^ set(found if wanted is None else wanted)) or ["*"] * (not found)
+    if odd:
+        reason = "has no annotations" if odd[0] in found else "is missing"
+        raise ValueError(f"{folder}: {odd[0]}{end} {reason} ({len(odd)} files do not fit)")
+    return found
 
 
 # The layouts of the data sets: (split, name, root) -> stems, pictures, maps, end, the values in a map of the classes,
 # values that are not scored. The files of a picture are pictures / STEM.jpg and maps / (STEM + end), its id is STEM.
+ADE20K_FOLDERS = {"train": "training", "val": "validation"}
 
 
 def _ade20k(split, name, root):
     """ADEChallengeData2016 (150 classes): 0 is not scored, k is row k of objectInfo150.txt."""
-    folder = {"train": "training", "val": "validation"}[split]
     base = _find(root, "ADEChallengeData2016/annotations", "annotations").parent
-    maps = base / "annotations" / folder
-    return _stems(maps, ".png"), base / "images" / folder, maps, ".png", range(1, 151), (0,)
+    maps = base / "annotations" / ADE20K_FOLDERS[split]
+    return list(_files(maps, ".png")), base / "images" / maps.name, maps, ".png", range(1, 151), (0,)
 
 
 def _cocostuff(split, name, root):
@@ -495,7 +498,7 @@ def _cocostuff(split, name, root):
     maps = _find(root, *(f"{place}/{folder}" for place in places)).parent
     # converted maps may lie beside the raw ones, which are read then
     end = ".png" if any(maps.glob(f"{folder}/*[0-9].png")) else "_labelTrainIds.png"
-    stems = [f"{folder}/{stem}" for stem in _stems(maps / folder, end)]
+    stems = [f"{folder}/{stem}" for stem in _files(maps / folder, end)]
     used = list(map(int, _lines("cocostuff_raw_ids")))
     never = set(range(171)) - set(used)  # ids without pixels in raw maps
     for file in chain((maps / f"{stem}{end}" for stem in stems), maps.glob(f"*2017/*[0-9]{end}")):
@@ -532,7 +535,7 @@ def _pascal_context(split, name, root):
     for folder, end, values, ignored in forms:
         maps = base / folder
         if maps.is_dir() and (folder == prepared or listed):
-            stems = _stems(maps, end) if folder == prepared else listed.read_text(errors="replace").split()
+            stems = list(_files(maps, end)) if folder == prepared else listed.read_text(errors="replace").split()
             return stems, base / "JPEGImages", maps, end, values, ignored
     raise FileNotFoundError(f"{base}: holds none of {', '.join(folder for folder, *_ in forms)} with a list of {split}")
 
@@ -620,100 +623,68 @@ def _words(phrase):
 
 
 class Segments:
-    """Pictures with all their segments. name: of SEGMENTS, whose functions of (split, name, root) return rows and
-    {class: is it a thing?}. A row is a picture's id, its path, and a function and its arguments, the first of them a
-    file, that returns masks, labels, is_crowd, ignore and areas of a Panoptic.
+    """Pictures with all their segments. name: of SEGMENTS, which has a function of (split, name, root) that returns
+    {class: is it a thing?} and rows, and one that reads a map of numbers. A row is a picture's id, its path, its map or
+    None, its size or None, and its segments, each (number or shape, label, is it a crowd?, area).
     """
 
     def __init__(self, split, name, root):
-        self.rows, self.classes = SEGMENTS[name](split, name, root)
+        layout, self.read = SEGMENTS[name]
+        self.classes, self.rows = layout(split, name, root)
         self.counts = {"pictures": len(self.rows)}
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        id, picture, read, file, *more = self.rows[i]
+        id, picture, file, size, segments = self.rows[i]
         image = open_picture(picture)
-        masks, labels, is_crowd, ignore, areas = read(file, *more)
-        if masks.shape[1:] != image.size[::-1]:
-            raise ValueError(f"{file}: segments of size {masks.shape[:0:-1]}, {picture} has {image.size}")
+        with _reading(f"segments of {picture}"):
+            if file:
+                numbers, segments = self.read(file, segments)
+                masks = numbers == np.array([number for number, *_ in segments], numbers.dtype).reshape(-1, 1, 1)
+                ignore, areas = ~masks.any(0), None
+            else:  # they may overlap, and what is none of them is not void
+                masks = np.array([polygons_to_mask(shape, *size) for shape, *_ in segments], bool).reshape(-1, *size)
+                ignore, areas = None, [area for *_, area in segments]
+            if masks.shape[1:] != image.size[::-1]:
+                raise ValueError(f"they have size {masks.shape[:0:-1]}, the picture has {image.size}")
+        labels, is_crowd = [label for _, label, *_ in segments], [is_crowd for _, _, is_crowd, _ in segments]
         is_thing = [self.classes[label] for label in labels]
         return Panoptic(image, id, masks, labels, is_thing, is_crowd, ignore, areas, self.classes)
 
 
-def _files(folder, end, wanted=None):
-    """{stem: path} of the files below a folder that end in `end`, sorted; ValueError unless they are those `wanted`."""
-    found = {path.name.removesuffix(end): path for path in sorted(folder.rglob(f"*{end}"))}
-    odd = sorted(found.keys() ^ set(found if wanted is None else wanted)) or ["*"] * (not found)
-    if odd:
-        what = "has no annotations" if odd[0] in found else "is missing"
-        raise ValueError(f"{folder}: {odd[0]}{end} {what} ({len(odd)} files do not fit)")
-    return found
-
-
-def _cut(numbers, segments):
-    """A map (H, W) and its segments [(number, label, is it a crowd?)] -> masks, labels, is_crowd, ignore, None."""
-    masks = numbers == np.array([number for number, *_ in segments], numbers.dtype).reshape(-1, 1, 1)
-    void = ~masks.any(0)
-    return masks, [s[1] for s in segments], [s[2] for s in segments], void if void.any() else None, None
-
-
-def _panoptic(split, name, root):
-    """COCO's panoptic format: a JSON of the segments of each picture, and a PNG of their ids."""
-    if name == "coco-panoptic":
-        base, stem = _find(root, "coco/annotations", "annotations").parent, f"panoptic_{split}2017"
-        file, maps = _find(base, f"annotations/{stem}.json"), _find(base, stem, f"annotations/{stem}")
-        pictures = _find(base, f"{split}2017", f"images/{split}2017")
+def _coco(split, name, root):
+    """COCO's JSON. A segment is polygons or a run-length mask (instances), or a number in a PNG of the picture."""
+    if name == "ade20k-panoptic":
+        base, stem = _find(root, "ADEChallengeData2016/images", "images").parent, f"ade20k_panoptic_{split}"
+        pictures = base / "images" / ADE20K_FOLDERS[split]
     else:
-        stem = f"ade20k_panoptic_{split}"
-        file = _find(root, f"ADEChallengeData2016/{stem}.json", f"{stem}.json")
-        maps, folder = _find(file.parent, stem), {"train": "training", "val": "validation"}[split]
-        pictures = _find(file.parent, f"images/{folder}")
-    with _reading(file, "panoptic annotations"):
-        content, found = parse_json(regular(file).read_bytes()), {}  # stem: (image_id, its segments)
+        base, stem = _find(root, "coco/annotations", "annotations").parent, f"{name[5:]}_{split}2017"
+        pictures = _find(base, f"{split}2017", f"images/{split}2017")
+    file, panoptic = _find(base, f"annotations/{stem}.json", f"{stem}.json"), name != "coco-instances"
+    with _reading(file, "annotations"):
+        content = parse_json(regular(file).read_bytes())
         names = {category["id"]: category["name"].strip() for category in content["categories"]}
-        classes = {names[category["id"]]: bool(category["isthing"]) for category in content["categories"]}
+        classes = {names[c["id"]]: not panoptic or bool(c["isthing"]) for c in content["categories"]}
+        found = {image["id"]: (Path(image["file_name"]).stem, (image["height"], image["width"]), [])
+                 for image in content["images"]}
         for annotation in content["annotations"]:
-            segments = [(s["id"], names[s["category_id"]], bool(s["iscrowd"])) for s in annotation["segments_info"]]
-            found[Path(annotation["file_name"]).stem] = annotation["image_id"], segments
-        if len(found) < len(content["annotations"]) or len(classes) < len(content["categories"]):
-            raise ValueError("two annotations are of one picture, or two categories have one name")
-    maps, pictures = _files(maps, ".png", found), _files(pictures, ".jpg", found)
-    return [(str(id), pictures[stem], _read_panoptic, maps[stem], segments)
-            for stem, (id, segments) in found.items()], classes
+            found[annotation["image_id"]][2].extend(
+                (s["id" if panoptic else "segmentation"], names[s["category_id"]], bool(s["iscrowd"]), s["area"])
+                for s in (annotation["segments_info"] if panoptic else [annotation]))
+    stems = [stem for stem, *_ in found.values()]
+    pictures = _files(pictures, ".jpg", stems)
+    maps = _files(_find(base, stem, f"annotations/{stem}"), ".png", stems) if panoptic else dict.fromkeys(stems)
+    return classes, [(str(id), pictures[stem], maps[stem], *more) for id, (stem, *more) in found.items()]
 
 
 def _read_panoptic(file, segments):
     numbers = read_label_map(file, ("RGB",)) @ np.array([1, 256, 65536], np.int32)  # (H, W); 0 is void
     there, listed = sorted({*np.unique(numbers).tolist()} - {0}), sorted(number for number, *_ in segments)
     if there != listed:
-        raise ValueError(f"{file}: it holds the segments {short(there)}, the JSON lists {short(listed)}")
-    return _cut(numbers, segments)
-
-
-def _coco_instances(split, name, root):
-    """COCO's 80 classes of things: polygons, which may overlap, and run-length masks of crowds."""
-    base, folder = _find(root, "coco/annotations", "annotations").parent, f"{split}2017"
-    file, pictures = _find(base, f"annotations/instances_{folder}.json"), _find(base, folder, f"images/{folder}")
-    with _reading(file, "instances"):
-        content = parse_json(regular(file).read_bytes())
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        found = {image["id"]: (image, []) for image in content["images"]}
-        for annotation in content["annotations"]:
-            found[annotation["image_id"]][1].append((names[annotation["category_id"]], annotation))
-        stems = [Path(image["file_name"]).stem for image, _ in found.values()]
-    pictures = _files(pictures, ".jpg", stems)
-    return [(str(id), pictures[stem], _read_instances, file, *row)
-            for stem, (id, row) in zip(stems, found.items())], dict.fromkeys(names.values(), True)
-
-
-def _read_instances(file, image, annotations):
-    with _reading(f"{file}: image {image['id']}"):
-        size = image["height"], image["width"]
-        masks = np.array([polygons_to_mask(a["segmentation"], *size) for _, a in annotations], bool).reshape(-1, *size)
-        return (masks, [label for label, _ in annotations], [bool(a["iscrowd"]) for _, a in annotations], None,
-                [float(a["area"]) for _, a in annotations])
+        raise ValueError(f"{file} holds the numbers {short(there)}, the JSON lists {short(listed)}")
+    return numbers, segments
 
 
 def _cityscapes(split, name, root):
@@ -722,21 +693,21 @@ def _cityscapes(split, name, root):
     maps = _files(_find(base, f"gtFine/{split}"), "_gtFine_instanceIds.png")
     pictures = _files(_find(base, f"leftImg8bit/{split}"), "_leftImg8bit.png", maps)
     names = dict(zip(map(int, _lines("cityscapes_ids")), _lines("cityscapes")))  # of the evaluated labelIds
-    return ([(stem, pictures[stem], _read_cityscapes, file, names) for stem, file in maps.items()],
-            {name: label >= 24 for label, name in names.items()})  # from "person" on they are things
+    return ({name: label >= 24 for label, name in names.items()},  # from "person" on they are things
+            [(stem, pictures[stem], file, None, names) for stem, file in maps.items()])
 
 
 def _read_cityscapes(file, names):
     numbers = read_label_map(file)
-    labels = {number: number // 1000 if number >= 1000 else number for number in values_in(numbers)}
-    if not set(labels.values()) <= set(range(34)):
+    labels = {number: number // 1000 or number for number in values_in(numbers)}
+    if max(labels.values()) > 33:
         raise ValueError(f"{file}: value {max(labels)} is no labelId of 0 to 33, nor 1000 times one + k")
     # A thing without k is a crowd, as cityscapesScripts' createPanopticImgs.py has it.
-    return _cut(numbers, [(n, names[label], 24 <= n < 1000) for n, label in labels.items() if label in names])
+    return numbers, [(n, names[label], 24 <= n < 1000, None) for n, label in labels.items() if label in names]
 
 
-SEGMENTS = {"coco-panoptic": _panoptic, "ade20k-panoptic": _panoptic, "coco-instances": _coco_instances,
-            "cityscapes": _cityscapes}
+SEGMENTS = {"coco-panoptic": (_coco, _read_panoptic), "ade20k-panoptic": (_coco, _read_panoptic),
+            "coco-instances": (_coco, None), "cityscapes": (_cityscapes, _read_cityscapes)}
 
 
 # --- one JSON object per line
@@ -855,6 +826,13 @@ def load_dataset(name, split, root=None, **options):
     return DATASETS[kind](split, name, root and Path(root), **options)
 
 
+def load_examples(name, split, root=None, **options):
+    """load_dataset for those who ask for phrases: BadUsage for a data set of Panoptic."""
+    if name in (*SEGMENTS, "scenes-instances"):
+        raise BadUsage(f"{name} has all segments of a picture and no phrases: choose a data set of phrases and masks")
+    return load_dataset(name, split, root, **options)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
@@ -880,7 +858,7 @@ def load_mixture(text, split, root=None, **options):
     datasets, weights = [], []
     for part in text.split(","):
         name, weight = re.fullmatch(r"(.*?)(?::([1-9]\d{0,2}))?", part.strip()).groups()  # a weight is 1 to 999
-        datasets.append(load_dataset(name, split, root, **(options if name in WORLDS else {})))
+        datasets.append(load_examples(name, split, root, **(options if name in WORLDS else {})))
         weights.append(int(weight or 1))
         if len(datasets[-1]) == 0:
             raise ValueError(f"{name}:{split} has no examples")

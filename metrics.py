@@ -252,40 +252,37 @@ def _mean(values):
 
 
 class _Pictures:
-    """What PQ and AP share: `rows`, the little that is kept of each picture, by its id."""
+    """What PQ and AP share: `rows`, the little that is kept of each picture, {id: {label: tuple}}."""
 
     def __init__(self):
         self.rows = {}
 
     def merge(self, other):
         """Add another rank's pictures. A picture on both sides raises ValueError and changes nothing."""
-        twice = sorted(self.rows.keys() & other.rows.keys())
+        self._add(other.rows)
+
+    def _add(self, rows):
+        twice = sorted(self.rows.keys() & rows.keys())
         if twice:
             raise ValueError(f"pictures counted twice: {len(twice)}, first id {twice[0]!r}")
-        self.rows |= other.rows
+        self.rows |= rows
 
-    def _add(self, id, row):
-        one = _Pictures()
-        one.rows[id] = row
-        self.merge(one)
-
-    @staticmethod
-    def _stack(pred, gt):
-        """The masks of a list of {"mask", ...} as bool (P, H, W); ValueError unless all have the size of gt's."""
-        masks = np.zeros((len(pred), *gt.masks.shape[1:]), bool)
-        for k, segment in enumerate(pred):
-            masks[k], _ = _masks(**{f"picture {gt.id}: predicted mask {k}": segment["mask"], "picture": masks[k]})
-        return masks
+    def _columns(self):
+        """The tuples of each label as columns, pictures in COCO's order, which decides between equal scores."""
+        rows = [self.rows[id] for id in sorted(self.rows, key=lambda id: (len(id), id))]
+        return [zip(*(row[label] for row in rows if label in row)) for label in set().union(*rows)]
 
 
-def _segment_map(masks, whose):
-    """Masks (n, H, W) that do not overlap -> int32 (H, W): 1 + the index of the mask at each pixel, 0 for none."""
-    numbers = np.zeros(masks.shape[1:], np.int32)
-    for number, mask in enumerate(masks, 1):
-        numbers += mask * np.int32(number)
-    if np.count_nonzero(numbers) != np.count_nonzero(masks):
-        raise ValueError(f"{whose} overlap: panoptic quality gives each pixel to one segment")
-    return numbers
+def _predicted(pred, gt):
+    """The masks of a list of {"mask", ...} as bool (P, H, W); ValueError unless all have the size of gt's."""
+    size = gt.masks.shape[1:]
+    masks = {f"picture {gt.id}: predicted mask {k}": segment["mask"] for k, segment in enumerate(pred)}
+    return np.array(_masks(picture=np.zeros(size, bool), **masks)[1:], bool).reshape(-1, *size)
+
+
+def _shared(masks, others):
+    """Masks (n, H, W) and (m, H, W) -> how many pixels each two have in common, (n, m)."""
+    return np.array([[np.count_nonzero(a & b) for b in others] for a in masks], int).reshape(len(masks), len(others))
 
 
 class PanopticQuality(_Pictures):
@@ -306,53 +303,39 @@ class PanopticQuality(_Pictures):
         A true segment without a scored pixel is not counted. Whether a class that is nowhere true is a thing is said by
         gt.classes or "is_thing" of the prediction; if by neither, it counts in "All" alone.
         ValueError for overlaps, a predicted mask that is empty or of another size, a label that is not in gt.classes.
-        Returns the row that was added: {label: (list of the IoU of each match, FP, FN, is it a thing? or None)}.
         """
-        masks, labels, classes = self._stack(pred, gt), [segment["label"] for segment in pred], gt.classes or {}
-        for k, label in enumerate(labels):
-            if not masks[k].any() or classes and label not in classes:
-                reason = f"is none of the {len(classes)} classes" if masks[k].any() else "has no pixels"
-                raise ValueError(f"picture {gt.id}: predicted segment {k}, {label!r}, {reason}")
-        found, truth = _segment_map(masks, "predicted masks"), _segment_map(gt.masks, f"the masks of picture {gt.id}")
-        if gt.ignore is not None:
-            truth[gt.ignore] = 0
-        # Pixels of each true (row) and predicted (column) segment; row 0: void, column 0: nothing predicted.
-        shape = len(gt.masks) + 1, len(pred) + 1
-        pixels = np.bincount((truth * np.int32(shape[1]) + found).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-        things = {segment["label"]: segment.get("is_thing") for segment in pred} | dict(zip(gt.labels, gt.is_thing))
-        row = {label: (*counts, (things | classes)[label])
-               for label, counts in self._count(pixels, gt.labels, np.array(gt.is_crowd, bool), labels).items()}
-        self._add(gt.id, row)
-        return row
-
-    @staticmethod
-    def _count(pixels, labels, is_crowd, pred_labels):
-        """Pixels (1 + n, 1 + P) that void and n true segments share with P predictions -> {label: [IoUs, FP, FN]}."""
-        areas, true_areas, shared = pixels.sum(0)[1:], pixels.sum(1)[1:], pixels[1:, 1:]
-        union = np.maximum(true_areas[:, None] + areas - shared - pixels[0, 1:], 1)
-        same = np.array(labels, object)[:, None] == np.array(pred_labels, object)
-        match = same & ~is_crowd[:, None] & (shared / union > 0.5)
-        hidden = pixels[0, 1:].copy()  # of each prediction: its pixels on void or the crowd of its class
-        for j in range(len(pred_labels)):
-            hidden[j] += shared[np.flatnonzero(same[:, j] & is_crowd)[-1:], j].sum()
-        false, missed = ~match.any(0) & (hidden / areas <= 0.5), ~match.any(1) & ~is_crowd & (true_areas > 0)
-        counts = {}
-        for k, j in np.argwhere(match):
-            counts.setdefault(labels[k], [[], 0, 0])[0].append(float(shared[k, j] / union[k, j]))
-        for of, names, place in ((false, pred_labels, 1), (missed, labels, 2)):
-            for k in np.flatnonzero(of):
-                counts.setdefault(names[k], [[], 0, 0])[place] += 1
-        return counts
+        masks, labels = _predicted(pred, gt), [segment["label"] for segment in pred]
+        areas, there, known = masks.sum((1, 2)), gt.masks.any(0), gt.classes or {}
+        if (np.count_nonzero(masks.any(0)) < areas.sum() or np.count_nonzero(there) < np.count_nonzero(gt.masks)
+                or not areas.all() or not {*labels} <= {*(known or labels)}):
+            raise ValueError(f"picture {gt.id}: expected masks that do not overlap and predictions of the data set's "
+                             f"classes that are not empty, got {labels} with {areas.tolist()} pixels")
+        scored = there if gt.ignore is None else there & ~gt.ignore
+        true, void = gt.masks & scored, areas - (masks & scored).sum((1, 2))
+        shared, true_areas = _shared(true, masks), true.sum((1, 2))
+        ious = shared / np.maximum(true_areas[:, None] + areas - shared - void, 1)  # (true segments, predictions)
+        things = {s["label"]: s.get("is_thing") for s in pred} | dict(zip(gt.labels, gt.is_thing)) | known
+        row = {label: [[], 0, 0, is_thing] for label, is_thing in things.items()}  # IoUs of the matches, FP, FN
+        hidden, matched = void.copy(), set()  # hidden: pixels of each prediction on void or on the crowd of its class
+        for k, label in enumerate(gt.labels):
+            same = [j for j, other in enumerate(labels) if other == label]
+            if gt.is_crowd[k]:
+                hidden[same] = void[same] + shared[k, same]
+            elif true_areas[k]:
+                match = [j for j in same if ious[k, j] > 0.5]
+                matched.update(match)
+                row[label][0] += ious[k, match].tolist()
+                row[label][2] += not match
+        for j, label in enumerate(labels):
+            row[label][1] += j not in matched and bool(hidden[j] / areas[j] <= 0.5)
+        self._add({gt.id: {label: kept for label, kept in row.items() if any(kept[:3])}})
 
     def compute(self) -> dict:
         """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}}: means over the n classes with TP + FP + FN > 0, in
         [0, 1], None where n is 0. SQ is 0 for a class without a match, as panopticapi has it.
         """
-        by_label, quality = {}, {"All": [], "Things": [], "Stuff": []}
-        for row in self.rows.values():
-            for label, counts in row.items():
-                by_label.setdefault(label, []).append(counts)
-        for ious, false, missed, things in (zip(*rows) for rows in by_label.values()):
+        quality = {"All": [], "Things": [], "Stuff": []}
+        for ious, false, missed, things in self._columns():
             ious = list(chain(*ious))
             sq, rq = _mean(ious) or 0.0, len(ious) / (len(ious) + sum(false) / 2 + sum(missed) / 2)
             for group in ("All", *(["Things"] if True in things else ["Stuff"] if False in things else [])):
@@ -372,77 +355,60 @@ class AveragePrecision(_Pictures):
     crowd, and their IoU is their share that lies on it. Stuff and gt.ignore play no part.
     """
 
-    AREAS = {"AP": (0, 1e10), "APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # A of them, in pixels
-    THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T of them
-    MOST = 100  # predictions per picture and class
+    AREAS = {"AP": (0, 1e10), "APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # in pixels
+    THRESHOLDS = np.linspace(0.5, 0.95, 10)  # with the areas K = 40 ways to count
 
     def update(self, pred, gt):
         """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic; masks may overlap.
 
         ValueError for a mask of another size, a score that is not finite, a picture seen before.
         """
-        masks, scores = self._stack(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
+        masks, scores = _predicted(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(f"picture {gt.id}: the scores must be finite, got {scores.tolist()}")
-        bits, true_bits = (np.packbits(m, axis=2) for m in (masks, gt.masks))  # (n, H, W / 8): ANDs of 8 pixels each
-        pixels, true_pixels = (np.bitwise_count(b).sum((1, 2), np.int64) for b in (bits, true_bits))
-        areas = true_pixels if gt.areas is None else np.array(gt.areas)
-        labels, is_crowd = np.array([segment["label"] for segment in pred], object), np.array(gt.is_crowd, bool)
-        things = np.array([label if thing else None for label, thing in zip(gt.labels, gt.is_thing)], object)
-        row = {}  # label: (scores (D,), verdicts int8 (D, A, T), number of true objects (A,))
-        for label in {*labels, *things} - {None}:
-            d, g = np.flatnonzero(labels == label), np.flatnonzero(things == label)
-            d = d[np.argsort(-scores[d], kind="stable")[: self.MOST]]
-            shared = [np.bitwise_count(bits[i] & true_bits[j]).sum(dtype=np.int64) for i in d for j in g]
-            shared = np.array(shared, np.int64).reshape(len(d), len(g))
-            union = pixels[d, None] + np.where(is_crowd[g], 0, true_pixels[g] - shared)
-            other, other_true = (np.array([(a < low) | (a > high) for low, high in self.AREAS.values()])
-                                 for a in (pixels[d], areas[g]))  # of another area: (A, D), (A, G)
-            other_true |= is_crowd[g]
-            row[label] = (scores[d], self._match(shared / np.maximum(union, 1), is_crowd[g], other, other_true),
-                          (~other_true).sum(1))
-        self._add(gt.id, row)
+        areas = gt.masks.sum((1, 2)) if gt.areas is None else np.array(gt.areas)
+        things = [label if is_thing else None for label, is_thing in zip(gt.labels, gt.is_thing)]
+        is_crowd, row = np.array(gt.is_crowd, bool), {}
+        for label in {*things, *(segment["label"] for segment in pred)} - {None}:
+            d = [k for k in np.argsort(-scores, kind="stable") if pred[k]["label"] == label][:100]
+            g = [k for k, other in enumerate(things) if other == label]
+            row[label] = scores[d], *self._match(masks[d], gt.masks[g], is_crowd[g], areas[g])
+        self._add({gt.id: row})
 
-    def _match(self, ious, is_crowd, other, other_true):
-        """IoU (D, G) of predictions in the order of their scores, is_crowd (G,) of the true objects, and which of both
-        are not scored, (A, D) and (A, G) -> verdicts int8 (D, A, T): 1 found, 0 false, -1 left out."""
-        verdicts = np.repeat(-other.T.astype(np.int8)[:, :, None], len(self.THRESHOLDS), axis=2)
-        least = np.minimum(self.THRESHOLDS, 1 - 1e-10)[:, None]
-        free = np.ones((len(other), len(least), ious.shape[1]), bool)  # (A, T, G)
+    def _match(self, masks, true, is_crowd, true_areas):
+        """Predictions (D, H, W) in the order of their scores and true objects (G, H, W) of a class -> verdicts
+        int8 (D, K), 1 found, 0 false, -1 left out, and how many objects there are to be found, (K,)."""
+        shared, areas = _shared(masks, true), masks.sum((1, 2))
+        ious = shared / np.maximum(areas[:, None] + np.where(is_crowd, 0, true.sum((1, 2)) - shared), 1)
+        least = np.tile(self.THRESHOLDS, len(self.AREAS))[:, None]
+        low, high = np.repeat([*self.AREAS.values()], len(self.THRESHOLDS), 0).T[:, :, None]  # (K, 1) as least
+        verdicts = -((areas < low) | (areas > high)).T.astype(np.int8)
+        skip = is_crowd | (true_areas < low) | (true_areas > high)  # (K, G)
+        free = np.ones(skip.shape, bool)
         for d in np.flatnonzero(ious.max(1, initial=0) >= least[0]):
             # An object that is scored comes before all that are not, and of equal ones the last is taken.
-            value = np.where(free & (ious[d] >= least), ious[d] + 2.0 * ~other_true[:, None], -1)
-            best = ious.shape[1] - 1 - value[..., ::-1].argmax(2)
-            a, t = np.nonzero(value.max(2) >= 0)
-            g = best[a, t]
-            verdicts[d, a, t] = np.where(other_true[a, g], -1, 1)
-            free[a, t, g] = is_crowd[g]
-        return verdicts
+            value = np.where(free & (ious[d] >= least), ious[d] + 2.0 * ~skip, -1)
+            k = np.flatnonzero(value.max(1) >= 0)
+            g = len(true) - 1 - value[k, ::-1].argmax(1)
+            verdicts[d, k] = np.where(skip[k, g], -1, 1)
+            free[k, g] = is_crowd[g]
+        return verdicts, (~skip).sum(1)
 
     def compute(self) -> dict:
         """{"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; None where no class has a true object of that area."""
-        by_label = {}
-        for id in sorted(self.rows, key=lambda id: (len(id), id)):  # COCO's order: it decides between equal scores
-            for label, row in self.rows[id].items():
-                by_label.setdefault(label, []).append(row)
-        aps = np.array([self._average(*rows) for rows in by_label.values()]).reshape(-1, 4, 10)
+        aps = []  # (K,) of each class
+        for scores, verdicts, objects in self._columns():
+            order, objects = np.argsort(-np.concatenate(scores), kind="stable"), sum(objects)
+            found, false = ((np.concatenate(verdicts)[order] == verdict).cumsum(0) for verdict in (1, 0))
+            precision = np.maximum.accumulate((found / (found + false + np.spacing(1)))[::-1])[::-1]
+            precision = np.append(precision, np.zeros((1, len(objects))), 0)  # 0 where recall never gets
+            aps.append(np.full(len(objects), math.nan))
+            for k in np.flatnonzero(objects):
+                aps[-1][k] = precision[np.searchsorted(found[:, k] / objects[k], np.linspace(0, 1, 101)), k].mean()
+        aps = np.reshape(aps, (-1, len(self.AREAS), len(self.THRESHOLDS)))
         chosen = {"AP": aps[:, 0], "AP50": aps[:, 0, 0], "AP75": aps[:, 0, 5],
                   "APs": aps[:, 1], "APm": aps[:, 2], "APl": aps[:, 3]}
         return {name: _mean(values[~np.isnan(values)].tolist()) for name, values in chosen.items()}
-
-    @staticmethod
-    def _average(*rows):
-        """The rows of a class in all pictures -> its AP (A, T), nan where it has no true object."""
-        scores, verdicts, objects = zip(*rows)
-        order, objects = np.argsort(-np.concatenate(scores), kind="stable"), sum(objects)
-        found, false = ((np.concatenate(verdicts)[order] == verdict).cumsum(0) for verdict in (1, 0))
-        averages = np.full(found.shape[1:], math.nan)
-        for a, t in np.ndindex(averages.shape):
-            if objects[a]:
-                precision = found[:, a, t] / (found[:, a, t] + false[:, a, t] + np.spacing(1))
-                precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0 where recall never gets
-                averages[a, t] = precision[np.searchsorted(found[:, a, t] / objects[a], np.linspace(0, 1, 101))].mean()
-        return averages
 
 
 # ---- what all commands share ----------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import (
-    JSONLines, contact_sheet, load_dataset, open_picture, pad_picture, padded_box, resize_picture, rle_decode,
-    rle_encode, to_pixels, to_rgb, write_picture,
+    JSONLines, contact_sheet, load_dataset, load_examples, open_picture, pad_picture, padded_box, resize_picture,
+    rle_decode, rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
 from mllm import (
@@ -596,7 +596,7 @@ def score(args):
     args.device = str(device)
     options = {name: getattr(args, name) for name in ("split_by", "classes") if getattr(args, name)}
     with one_rank_first():
-        dataset = load_dataset(args.dataset, args.split, args.root, **options)
+        dataset = load_examples(args.dataset, args.split, args.root, **options)
     count = min(args.count or len(dataset), len(dataset))
     if count == 0:
         raise ValueError(f"{args.dataset}:{args.split} has no examples")

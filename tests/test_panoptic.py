@@ -97,12 +97,20 @@ def segments(text, labels):
     return [{"mask": mask, "label": label} for mask, label in zip(cells(text, labels), labels.values())]
 
 
+def counts(pred, gt):
+    """What PanopticQuality keeps of one picture: {label: [IoUs of the matches, FP, FN, is it a thing?]}."""
+    metrics = PanopticQuality()
+    metrics.update(pred, gt)
+    return metrics.rows[gt.id]
+
+
 def test_a_worked_example():
     gt = truth(cells("aaaaa.... bbbbbcccc", "abc"), ["cat", "cat", "sky"], stuff=["sky"])
     pred = segments("aaaa..... bbccccccc", {"a": "cat", "b": "cat", "c": "sky"})
     metrics = PanopticQuality()
     # cat a: 4 of 5; cat b: 2 of 5, no match: one FP and one FN; sky: 4 of 7
-    assert metrics.update(pred, gt) == {"cat": ([0.8], 1, 1, True), "sky": ([4 / 7], 0, 0, False)}
+    metrics.update(pred, gt)
+    assert metrics.rows["1"] == {"cat": [[0.8], 1, 1, True], "sky": [[4 / 7], 0, 0, False]}
     assert metrics.compute() == {
         "All": {"pq": pytest.approx((0.4 + 4 / 7) / 2), "sq": pytest.approx((0.8 + 4 / 7) / 2), "rq": 0.75, "n": 2},
         "Things": {"pq": pytest.approx(0.4), "sq": 0.8, "rq": 0.5, "n": 1},
@@ -110,31 +118,30 @@ def test_a_worked_example():
 
 
 def test_an_iou_of_a_half_is_no_match():
-    metrics = PanopticQuality()
-    assert metrics.update(segments("aa..", {"a": "x"}), truth(cells("aaaa", "a"), ["x"])) == {"x": ([], 1, 1, True)}
+    assert counts(segments("aa..", {"a": "x"}), truth(cells("aaaa", "a"), ["x"])) == {"x": [[], 1, 1, True]}
 
 
 def test_void_leaves_unions_and_hides_predictions():
     gt = truth(cells("aaa....... bbbbbbbbbb", "ab"), ["x", "y"])  # dots: void
     pred = segments("aaaaaaa.cc bbbbbbbbbb", {"a": "x", "b": "y", "c": "x"})
-    assert PanopticQuality().update(pred, gt) == {"x": ([1.0], 0, 0, True), "y": ([1.0], 0, 0, True)}
+    assert counts(pred, gt) == {"x": [[1.0], 0, 0, True], "y": [[1.0], 0, 0, True]}
     # the same, said in another way
     ignored = truth(cells("aaabbbbbbb", "ab"), ["x", "y"], ignore=cells("...bbbbbbb", "b")[0])
-    row = PanopticQuality().update(segments("aaaaaaa.cc", {"a": "x", "c": "x"}), ignored)
-    assert row == {"x": ([1.0], 0, 0, True)}
-    row = PanopticQuality().update(segments(".aa.", {"a": "x"}), truth(cells("..bb", "b"), ["y"]))  # half is too little
-    assert row == {"x": ([], 1, 0, None), "y": ([], 0, 1, True)}
+    row = counts(segments("aaaaaaa.cc", {"a": "x", "c": "x"}), ignored)
+    assert row == {"x": [[1.0], 0, 0, True]}
+    row = counts(segments(".aa.", {"a": "x"}), truth(cells("..bb", "b"), ["y"]))  # half is too little
+    assert row == {"x": [[], 1, 0, None], "y": [[], 0, 1, True]}
 
 
 def test_crowds_are_neither_missed_nor_matched_and_hide_their_own_class():
     gt = truth(cells("ccccccbb", "cb"), ["x", "y"], crowds=[0])
-    row = PanopticQuality().update(segments("aaaaaabb", {"a": "x", "b": "y"}), gt)
-    assert row == {"y": ([1.0], 0, 0, True)}
-    row = PanopticQuality().update(segments("aaaaaabb", {"a": "z", "b": "y"}), gt)
-    assert row == {"y": ([1.0], 0, 0, True), "z": ([], 1, 0, None)}
-    assert PanopticQuality().update([], gt) == {"y": ([], 0, 1, True)}
+    row = counts(segments("aaaaaabb", {"a": "x", "b": "y"}), gt)
+    assert row == {"y": [[1.0], 0, 0, True]}
+    row = counts(segments("aaaaaabb", {"a": "z", "b": "y"}), gt)
+    assert row == {"y": [[1.0], 0, 0, True], "z": [[], 1, 0, None]}
+    assert counts([], gt) == {"y": [[], 0, 1, True]}
     two = truth(cells("ccccddbb", "cdb"), ["x", "x", "y"], crowds=[0, 1])  # the last of them alone, as panopticapi
-    assert PanopticQuality().update(segments("aaaa..bb", {"a": "x", "b": "y"}), two)["x"] == ([], 1, 0, True)
+    assert counts(segments("aaaa..bb", {"a": "x", "b": "y"}), two)["x"] == [[], 1, 0, True]
 
 
 def test_what_no_picture_can_tell():
@@ -153,19 +160,20 @@ def test_what_no_picture_can_tell():
     assert known.compute()["Stuff"]["n"] == 1
     nothing = truth(np.zeros((0, 2, 3)), [])
     for pred in ([], segments("aaa bbb", {"a": "x"})):
-        assert PanopticQuality().update(pred, nothing) == {}
+        assert counts(pred, nothing) == {}
 
 
 @pytest.mark.parametrize("pred,message", [
-    ([("aab", "a", "x"), ("baa", "a", "y")], "overlap"), ([("bbb", "a", "x")], "segment 0, 'x', has no pixels"),
-    ([("aab", "a", "q")], "segment 0, 'q', is none of the 2 classes"), ([("aab bbb", "a", "x")], "one shape"),
+    ([("aab", "a", "x"), ("baa", "a", "y")], "overlap"),
+    ([("bbb", "a", "x")], r"not empty, got \['x'\] with \[0\] pixels"),
+    ([("aab", "a", "q")], r"data set's classes .*, got \['q'\]"), ([("aab bbb", "a", "x")], "one shape"),
 ])
 def test_predictions_that_panoptic_quality_refuses(pred, message):
     gt = truth(cells("aab", "ab"), ["x", "y"], classes={"x": True, "y": True}, id="7")
     with pytest.raises(ValueError, match=message):
-        PanopticQuality().update([{"mask": cells(text, key)[0], "label": label} for text, key, label in pred], gt)
-    with pytest.raises(ValueError, match="masks of picture 7 overlap"):
-        PanopticQuality().update([], truth([[[1, 1]], [[0, 1]]], ["x", "x"], id="7"))
+        counts([{"mask": cells(text, key)[0], "label": label} for text, key, label in pred], gt)
+    with pytest.raises(ValueError, match="picture 7: expected masks that do not overlap"):
+        counts([], truth([[[1, 1]], [[0, 1]]], ["x", "x"], id="7"))
 
 
 # --- against the slow way, on random pictures
