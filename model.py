@@ -1144,7 +1144,7 @@ def _paper(layers, width, heads, image_size):
 
 
 PRESETS = {  # by name; mllm.py has its own
-    # Drawn scenes, everything trained from scratch: 10.1 million parameters, 20 MB in float16. LOG.md has the run.
+    # Drawn scenes, everything trained from scratch: 10.2 million parameters, 20 MB in float16.
     "scenes": LlamaSegConfig(
         siglip=SigLIPConfig(
             image_size=192, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
@@ -1163,6 +1163,8 @@ PRESETS = {  # by name; mllm.py has its own
 
 
 PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], patch_head=False, scales=(1, 2, 3, 4, 6, 9, 12))
+PRESETS["scenes-plain"] = replace(PRESETS["scenes"], patch_head=False, mask_grid=8,  # the embedded checkpoint's
+                                  siglip=replace(PRESETS["scenes"].siglip, image_size=128))
 
 
 # ---- helpers: clock, memory, device, dtype --------------------------------------------------------------------------
