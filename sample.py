@@ -205,9 +205,8 @@ class Segmenter:
         """b PIL pictures of any size -> what the model sees of them, (b,3,S,S), or all their tiles for ARGenSeg."""
         side = self.model.config.siglip.image_size
         if self.answers:
-            thumbnail = self.model.config.thumbnail
-            cut = [tiles(to_rgb(image), side, self.tiles, thumbnail=thumbnail) for image in images]
-            return imagenet_pixels(np.concatenate(cut)).to(self.device)
+            cut = np.concatenate([tiles(to_rgb(image), side, self.tiles) for image in images])
+            return imagenet_pixels(cut).to(self.device)
         squares = [(pad_picture if self.padded else resize_picture)(image, side) for image in images]
         return to_pixels(np.stack(squares)).to(self.device)
 
@@ -235,11 +234,8 @@ class Segmenter:
         self.check(messages[::2])
         if self.answers:
             return self.talk(image, messages, length or 1024)
-        ids, bpe = self.text_tokenizer.chat(messages[0]).to(self.device), self.text_tokenizer.bpe
-        answer = self.model.answer(ids, self.pixels([image]), length or 128, {self.text_tokenizer.special["eos"]})
-        silent = set(bpe.special_tokens.values())
-        # The model's table of embeddings has rows beyond the vocabulary, which are no text.
-        return bpe.decode([id for id in answer if id < bpe.vocab_size and id not in silent]).strip(), []
+        ids, prompt = self.text_tokenizer.chat(messages[0]).to(self.device), self.text_tokenizer
+        return prompt.decode(self.model.answer(ids, self.pixels([image]), length or 128, {prompt.eos})), []
 
     def talk(self, image, messages, length):
         """`chat` of ARGenSeg. What a prompt has in common with the last one is not read again."""

@@ -115,7 +115,6 @@ def test_pictures_and_tiles_are_the_official_ones(pictures, vision, io):
     close(imagenet_pixels(alone), vision["pixel_values"], 1e-6)
     several = tiles(pictures[1], 56, io["tiling"]["max_num"])
     assert np.array_equal(several, vision["tiles_uint8"].numpy())
-    assert np.array_equal(tiles(pictures[1], 56, 4, thumbnail=False), several[:4])
     assert tile_grid((115, 113), 56, 4) == tuple(io["tiling"]["grid_wh"])
     for least, most, width, height, columns, rows in io["tiling_choices"]:
         assert tile_grid((width, height), 448, most, least) == (columns, rows)
@@ -125,12 +124,10 @@ def test_pictures_and_tiles_are_the_official_ones(pictures, vision, io):
 def test_vision_features_are_the_official_ones(model, pictures, vision):
     features = model.vision(vision["pixel_values"])
     close(features, vision["vit_last_hidden"], 2e-5)
-    close(shuffle_pixels(features[:, 1:], 2), vision["pixel_shuffled"], 2e-5)
+    close(shuffle_pixels(features[:, 1:]), vision["pixel_shuffled"], 2e-5)
     close(model.encode_image(vision["pixel_values"]), vision["image_embeds"].flatten(0, 1), 2e-5)
     several = imagenet_pixels(vision["tiles_uint8"].numpy())
     close(model.encode_image(several), vision["tiles_image_embeds"].flatten(0, 1), 2e-5)
-    with pytest.raises(ValueError, match="want .n, 3, 56, 56."):
-        model.encode_image(several[:, :, :28])
 
 
 # --- the language model
@@ -371,9 +368,10 @@ def test_every_tensor_is_accounted_for(tmp_path):
     for i, (change, line) in enumerate((
         (without("word_embed.bias"), "missing: word_embed.bias"), (without("lvl_embed.weight"), "missing: lvl_embed"),
         (without(key), "missing: llama.layers.1.self_attn.q_proj.weight"), (put("extra", 3), "left over: extra"),
-        (put(key, (64, 64)), rf"wrong shape: {key} \(64, 64\), expected \(128, 64\)"),
+        (put(key, (64, 64)), "expected the tensors of an ARGenSeg"),
+        (put(key, (128, 63)), r"wrong shape: llama.layers.1.self_attn.q_proj.weight \(64, 63\)"),
         (put("mlp1.3.bias", 63), r"wrong shape: mlp1.3.bias \(63,\), expected \(64,\)"),
-        (without("pos_1LC"), "pos_1LC has no places"), (put("pos_1LC", (1, 31, 64)), "31 places"),
+        (without("pos_1LC"), "missing: pos_1LC"), (put("pos_1LC", (1, 31, 64)), "wrong shape: pos_1LC"),
         (put("vision_model.encoder.layers.0.ls1", 31), "wrong shape: vision.layers.0.ls1"),
         (without("image_tokenizer.decoder.conv_in.bias"), "missing: decoder.conv_in.bias"),
         (put("image_tokenizer.extra", 3), "left over: extra"),
@@ -409,10 +407,10 @@ def test_the_mask_tokenizer_comes_from_the_checkpoint_or_a_file(tmp_path, model,
 
     folder = copy_checkpoint(tmp_path / "bare", take_out)
     monkeypatch.setattr("mllm.WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no mask tokenizer.*download var-vq"):
+    with pytest.raises(FileNotFoundError, match="var-vq: no such file.*download var-vq"):
         ARGenSeg.from_pretrained(folder)
     torch.save(vq, tmp_path / "vae.pth")
-    with pytest.raises(FileNotFoundError, match="none.pth does not exist"):
+    with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         ARGenSeg.from_pretrained(folder, tmp_path / "none.pth")
     given = ARGenSeg.from_pretrained(folder, tmp_path / "vae.pth", torch.bfloat16)
     shutil.copyfile(tmp_path / "vae.pth", folder / "vae_ch32.pth")
@@ -424,7 +422,7 @@ def test_the_mask_tokenizer_comes_from_the_checkpoint_or_a_file(tmp_path, model,
     assert given.lm_head.weight.dtype == given.vision.layers[0].ls1.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in given.parameters()) and not given.training
     os.unlink(folder / "tokenizer_config.json")
-    with pytest.raises(FileNotFoundError, match="tokenizer_config.json: no such file"):
+    with pytest.raises(FileNotFoundError, match="tokenizer_config.json"):
         ARGenSeg.from_pretrained(folder)
 
 
