@@ -75,11 +75,15 @@ class MLLM:
         padding = (text_ids == self.config.pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
         return positions.masked_fill(positions < padding, UNSEEN)
 
-    def insert(self, text_ids, image):
-        """text_ids (B,L) with N image_id in each row, image (b,N,D) -> (B,L,D); B/b rows share a picture."""
+    def prefix(self, text_ids, pixels):
+        """text_ids (B,L) with image_id in the places of a picture, and what encode_image takes -> (B,L,D). pixels may
+        be None, for no picture. In JanusSeg B/b rows share one of b pictures, in ARGenSeg all rows have the same."""
         words, places = self.token_embedding(text_ids), text_ids == self.config.image_id  # (B,L,D), (B,L)
-        image = image.repeat_interleave(len(text_ids) // len(image), dim=0).to(words.dtype)  # (B,N,D)
-        return words.masked_scatter(places[:, :, None], image)
+        if pixels is None:
+            return words
+        image = self.encode_image(pixels).to(words.dtype)  # (b,N,D), or (n*N,D) of tiles
+        image = image.view(-1, *image.shape[-2:])
+        return words.masked_scatter(places[:, :, None], image.repeat_interleave(len(words) // len(image), dim=0))
 
     def add_lora(self, rank=16, alpha=32, dropout=0.0, targets=LORA_TARGETS):
         """Freeze all and put LoRALinear in place of the layers of the LLaMA that `targets` names: only lora_a and
@@ -111,14 +115,35 @@ class MLLM:
         return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
 
 
-def our_names(weights, names, llama=None):
-    """Official tensors, taken out of the dict, under our names; `names` maps parts of theirs to ours. Unknown names
-    stay, to be reported. A fused qkv becomes three. A ViT has them one after the other; InternLM2, of whose shape
-    `llama` is, has for each key/value head in turn its query heads, its key and its value."""
+# parts of the official names: ours. Each replacement sees what those above it left.
+NAMES = {
+    "language_model.model.embed_tokens.": "token_embedding.",
+    "language_model.model.tok_embeddings.": "token_embedding.", "language_model.model.": "llama.",
+    "language_model.lm_head.": "lm_head.", "language_model.output.": "lm_head.",
+    # InternLM2 and InternViT, of ARGenSeg
+    ".attention.wqkv.": ".self_attn.qkv_proj.", ".attention.wo.": ".self_attn.o_proj.",
+    ".attention_norm.": ".input_layernorm.", ".ffn_norm.": ".post_attention_layernorm.",
+    ".feed_forward.w1.": ".mlp.gate_proj.", ".feed_forward.w3.": ".mlp.up_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.", "vision_model.embeddings.": "vision.", "vision_model.encoder.": "vision.",
+    # Janus-Pro
+    "aligner.layers.": "aligner.", "gen_head.output_mlp_projector.": "gen_head.0.",
+    "gen_head.vision_head.": "gen_head.2.", "vision_model.vision_tower.": "vision.vision_model.",
+    "patch_embed.proj.": "embeddings.patch_embedding.", "pos_embed": "embeddings.position_embedding.weight",
+    "blocks.": "encoder.layers.", "vision_model.norm.": "vision_model.post_layernorm.",
+    # both vision towers
+    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv_proj.",
+    ".attn.proj.": ".self_attn.out_proj.",
+}
+
+
+def our_names(weights, llama=None):
+    """Official tensors, taken out of the dict, under our names. Unknown names stay, to be reported. A fused qkv becomes
+    three. A vision tower has them one after the other; InternLM2, of whose shape `llama` is, has for each key/value
+    head in turn its query heads, its key and its value."""
     ours = {}
     for name in list(weights):
         w = weights.pop(name)
-        for official, own in names.items():
+        for official, own in NAMES.items():
             name = name.replace(official, own)
         if ".qkv_proj." not in name:
             ours[name] = w[0] if name.endswith(".position_embedding.weight") else w  # (1,N,D) -> (N,D)
@@ -129,6 +154,9 @@ def our_names(weights, names, llama=None):
             parts = [part.flatten(0, 2) for part in groups.split([llama.heads // llama.kv_heads, 1, 1], dim=1)]
         ours |= {name.replace(".qkv_", f".{letter}_"): part for letter, part in zip("qkv", parts)}
     return ours
+
+
+janus_names = our_names  # as tests/tiny_janus.py calls it
 
 
 # ---- Janus-Pro ------------------------------------------------------------------------------------------------------
@@ -207,10 +235,6 @@ class JanusSeg(MLLM, MaskWriter):
         return self.gen_head(hidden)
 
     @torch.no_grad()
-    def prefix(self, text_ids, pixels):
-        """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture."""
-        return self.insert(text_ids, self.encode_image(pixels))
-
     @torch.no_grad()
     def answer(self, text_ids, pixels, length=128, stop=()):
         """Words: one prompt (1,L) with a picture (1,3,S,S) -> the likeliest next tokens, a list of at most `length` ids
@@ -252,28 +276,10 @@ class JanusSeg(MLLM, MaskWriter):
         def wanted(name):  # the pooling head has no use here; the image tokenizer is VQGAN.from_pretrained's
             return not name.startswith(("vision_model.vision_tower.attn_pool.", "gen_vision_model."))
 
-        weights = janus_names(read_weights(directory, wanted))
+        weights = our_names(read_weights(directory, wanted))
         model = build_from(lambda: cls(config), weights, directory, dtype)
         model.frozen = {"mllm": {"name": directory.absolute().name, "sha256": fingerprint(weights)}}
         return model.requires_grad_(False)
-
-
-# parts of the official names: ours
-VIT_NAMES = {".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv_proj.",
-             ".attn.proj.": ".self_attn.out_proj."}
-JANUS_NAMES = {
-    "language_model.model.embed_tokens.": "token_embedding.", "language_model.model.": "llama.",
-    "language_model.lm_head.": "lm_head.", "aligner.layers.": "aligner.",
-    "gen_head.output_mlp_projector.": "gen_head.0.", "gen_head.vision_head.": "gen_head.2.",
-    "vision_model.vision_tower.": "vision.vision_model.", "patch_embed.proj.": "embeddings.patch_embedding.",
-    "pos_embed": "embeddings.position_embedding.weight", "blocks.": "encoder.layers.",
-    "vision_model.norm.": "vision_model.post_layernorm.", **VIT_NAMES,
-}
-
-
-def janus_names(weights):
-    """Official tensors of a Janus-Pro, taken out of the dict, under our names."""
-    return our_names(weights, JANUS_NAMES)
 
 
 JANUS_PARTS = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
@@ -396,9 +402,11 @@ class ChatCache(KVCache):
     their rotation, as officially.
     """
 
-    def __init__(self, config: ARGenSegConfig, batch, device, dtype):
-        super().__init__(config.llama, batch, 0, device, dtype)
-        self.config, self.ids = config, []
+    def __init__(self, model, batch):
+        like = model.token_embedding.weight  # on a CPU it is in float32, see MaskWriter.new_cache
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        super().__init__(model.config.llama, batch, 0, like.device, dtype)
+        self.config, self.ids = model.config, []
 
     def make_room(self, count):
         """Prepare for a pass of `count` tokens."""
@@ -448,12 +456,6 @@ class ARGenSeg(MLLM, nn.Module):
         """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector."""
         return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:])).flatten(0, 1)
 
-    def prefix(self, text_ids, pixels):
-        """text_ids (B,L) with n*N image_id in each row or none at all, tiles (n,3,S,S) or None -> (B,L,D)."""
-        if not (text_ids == self.config.image_id).any():
-            return self.token_embedding(text_ids)
-        return self.insert(text_ids, self.encode_image(pixels)[None])
-
     def mask_inputs(self, tokens):
         """All tokens of the first scales (B,m) -> what is read for the scales up to the next one, (B,m',D), as in
         LlamaSeg. <ge_start> stands for the first scale, so that place 0 of both tables is never used."""
@@ -465,11 +467,6 @@ class ARGenSeg(MLLM, nn.Module):
     def mask_head(self, hidden):
         """hidden (...,D) -> logits of the mask tokens (...,K): the last rows of the head."""
         return F.linear(hidden, self.lm_head.weight[-self.config.codebook_size:])
-
-    def new_cache(self, batch):
-        """An empty ChatCache. On a CPU it is in float32, see MaskWriter.new_cache."""
-        like = self.token_embedding.weight
-        return ChatCache(self.config, batch, like.device, torch.float32 if like.device.type == "cpu" else like.dtype)
 
     def read(self, embeddings, cache, blocks=None):
         """Llama.forward of embeddings (B,T,D) after what the cache holds, in which there is always room."""
@@ -487,11 +484,12 @@ class ARGenSeg(MLLM, nn.Module):
         """
         c, (B, L) = self.config, text_ids.shape
         if cache is None or B + len(cache.blocks) > 2 or max(L, cache.position) > c.max_positions:
-            cache = self.new_cache(B)  # beyond max_positions the rotations depend on how the tokens came
+            cache = ChatCache(self, B)  # beyond max_positions the rotations depend on how the tokens came
         picture = None if pixels is None else hash(pixels.cpu().numpy().tobytes())
         cache.go_back([picture if id == c.image_id else id for id in text_ids[0].tolist()])
         blocks = self.blocks(text_ids, L) if B > 1 else None
-        hidden = self.read(self.prefix(text_ids[:, cache.position:], pixels), cache, blocks)
+        text_ids = text_ids[:, cache.position:]
+        hidden = self.read(self.prefix(text_ids, pixels if c.image_id in text_ids else None), cache, blocks)
         finished, found, masks = torch.zeros(B, dtype=torch.bool, device=text_ids.device), [], []
         while True:
             token = self.lm_head(hidden[:, -1]).float().argmax(-1)  # (B,)
@@ -540,22 +538,13 @@ class ARGenSeg(MLLM, nn.Module):
         config.code_width = vq.config.codebook_dim
         weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
         with reading(directory, "the tensors of an ARGenSeg"):
-            weights = our_names(weights, ARGENSEG_NAMES, config.llama)
+            weights = our_names(weights, config.llama)
             model = build_from(lambda: cls(config), weights, directory, dtype)
         model.directory, model.mask_tokenizer = directory, vq
         return model.requires_grad_(False)
 
 
 IMAGE_TOKENIZER = "image_tokenizer."  # what the names of the mask tokenizer's tensors begin with
-# parts of the official names: ours
-ARGENSEG_NAMES = {
-    "language_model.model.tok_embeddings.": "token_embedding.", "language_model.model.": "llama.",
-    "language_model.output.": "lm_head.", "vision_model.embeddings.": "vision.", "vision_model.encoder.": "vision.",
-    **VIT_NAMES, ".attention.wqkv.": ".self_attn.qkv_proj.", ".attention.wo.": ".self_attn.o_proj.",
-    ".attention_norm.": ".input_layernorm.", ".ffn_norm.": ".post_attention_layernorm.",
-    ".feed_forward.w1.": ".mlp.gate_proj.", ".feed_forward.w3.": ".mlp.up_proj.",
-    ".feed_forward.w2.": ".mlp.down_proj.",
-}
 
 
 def read_mask_tokenizer(directory, path, scales):
@@ -638,15 +627,11 @@ def imagenet_pixels(pictures):
     return ((torch.from_numpy(pictures).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def decoded_picture(decoded):
-    """Decoded mask (3,H,W) in [-1,1] -> PIL picture, RGB."""
-    levels = (decoded.float().clamp(-1, 1) + 1) / 2 * 255
-    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def picture_mask(picture, size):
-    """The PIL picture of a mask -> bool (H,W) at `size` (W,H): resized, in grey, at least half bright."""
-    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR).convert("L")) >= 128
+def picture_mask(decoded, size=None):
+    """Decoded mask (3,H,W) in [-1,1] -> bool (H,W), at least half bright in grey; resized by PIL to `size` (W,H)."""
+    levels = ((decoded.float() + 1) / 2 * 255).to(torch.uint8)
+    picture = Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return np.asarray(picture.resize(size or picture.size, Image.Resampling.BILINEAR).convert("L")) >= 128
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -854,17 +839,13 @@ def added_tokens(directory):
         return {token["content"]: int(id) for id, token in added.items()}
 
 
-# what Hugging Face replaces in decoded text, in this order
-CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-            (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 MASK = "<mask>"
 
 
 def clean_up(text):
     """Decoded text as Hugging Face's tokenizer for InternLM2 gives it, without white space at its ends."""
-    for spaced, plain in CLEAN_UP:
-        text = text.replace(spaced, plain)
-    return text.strip()
+    text = re.sub(r" ([.?!,])", r"\1", text).replace(" ' ", "'")
+    return re.sub(r" (n't|'m|'s|'ve|'re)", r"\1", text).strip()
 
 
 class ARGenSegPrompt(MLLMPrompt):

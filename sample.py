@@ -44,7 +44,7 @@ from data import (
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
 from mllm import (
-    MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, decoded_picture, imagenet_pixels, picture_mask, tiles,
+    MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, imagenet_pixels, picture_mask, tiles,
 )
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
@@ -247,8 +247,8 @@ class Segmenter:
         found, codes, self.turns = self.model.answer(ids.to(self.device), pixels, length, self.guidance, self.turns)
         if found[0, -1] != self.model.config.stop_id:
             print(f"the answer is cut: it did not end within {length} tokens", file=sys.stderr)
-        pictures = [decoded_picture(self.mask_tokenizer.decode(tokens)[0]) for tokens in codes]
-        return prompt.decode(found[0].tolist()), [picture_mask(p, image.size if image else p.size) for p in pictures]
+        decoded = [self.mask_tokenizer.decode(tokens)[0] for tokens in codes]
+        return prompt.decode(found[0].tolist()), [picture_mask(mask, image and image.size) for mask in decoded]
 
 
 def words_of(prompt):

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mllm import (
-    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, clean_up, decoded_picture, imagenet_pixels, picture_mask,
-    shuffle_pixels, tile_grid, tiles,
+    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, ChatCache, clean_up, imagenet_pixels, picture_mask, shuffle_pixels,
+    tile_grid, tiles,
 )
 from sample import Segmenter
 from tokenizer import MultiScaleVQ
@@ -140,13 +140,13 @@ def test_logits_are_the_official_ones_also_beyond_the_trained_positions(model, l
 
     close(model.lm_head(model.llama(model.token_embedding(llm["tf_ids"]))), llm["tf_logits"], 2e-4)
     embeddings = model.token_embedding(llm["long_ids"])
-    close(logits(embeddings, model.new_cache(1))[-4:], llm["long_logits_last4"], 1.5e-3)
-    cache = model.new_cache(1)
+    close(logits(embeddings, ChatCache(model, 1))[-4:], llm["long_logits_last4"], 1.5e-3)
+    cache = ChatCache(model, 1)
     logits(embeddings[:, :508], cache)
     steps = [logits(embeddings[:, i:i + 1], cache) for i in range(508, 516)]
     close(torch.cat(steps), llm["long_cached_logits"], 1.5e-3)
     # the official model keeps the larger base after a long input; here a new cache starts with the plain one
-    close(logits(model.token_embedding(llm["tf_ids"]), model.new_cache(1)), llm["tf_logits"][0], 2e-4)
+    close(logits(model.token_embedding(llm["tf_ids"]), ChatCache(model, 1)), llm["tf_logits"][0], 2e-4)
 
 
 def test_what_a_long_prompt_left_does_not_touch_the_next_one(model, llm):
@@ -201,8 +201,9 @@ def check_masks(model, watch, seg, name, start, codes, picture):
 def check_picture(model, seg, name, codes, picture):
     assert torch.equal(codes[0], seg[f"{name}_ids"])
     close(torch.cat(list(model.mask_tokenizer.quantize.sums(codes))), seg[f"{name}_f_hat"], 1e-5)
-    decoded = decoded_picture(model.mask_tokenizer.decode(codes)[0])
-    off = np.abs(np.asarray(decoded).astype(int) - seg[f"{name}_uint8"].numpy())
+    decoded = model.mask_tokenizer.decode(codes)[0]
+    levels = ((decoded + 1) / 2 * 255).permute(1, 2, 0).int()
+    off = np.abs(levels.numpy() - seg[f"{name}_uint8"].numpy())
     assert off.max() <= 1 and (off > 0).mean() <= 0.001
     mask = picture_mask(decoded, picture.size)
     assert (mask != seg[f"{name}_mask"].numpy().astype(bool)).mean() <= 0.002
@@ -431,7 +432,7 @@ def test_a_config_without_scaling_or_with_other_sizes_loads(tmp_path, llm):
     folder = copy_checkpoint(tmp_path / "plain", config={"llm_config.rope_scaling": None})
     model = ARGenSeg.from_pretrained(folder)
     embeddings = model.token_embedding(llm["long_ids"])
-    close(model.read(embeddings, model.new_cache(1)), model.llama(embeddings), 1e-5)
+    close(model.read(embeddings, ChatCache(model, 1)), model.llama(embeddings), 1e-5)
 
 
 def test_bfloat16_answers_too(prompt, vision):
