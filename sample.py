@@ -99,10 +99,9 @@ class Segmenter:
         if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
             if encoder or any_weights:
                 raise BadUsage(f"--encoder and --any-weights have no use with {file}, which holds all its parts")
-            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype)
-            text_tokenizer = ARGenSegPrompt(file, model.config.image_tokens)
-            model.to(device).fuse()
-            return cls(model, model.mask_tokenizer, text_tokenizer)
+            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype).to(device)
+            model.fuse()
+            return cls(model, model.mask_tokenizer, ARGenSegPrompt(file, model.config.image_tokens))
         janus = file.is_dir() or read_header(file).get("format") == "janusseg"
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
@@ -162,13 +161,14 @@ class Segmenter:
         for name, value in decoding.items():
             if value != {**USUAL, "decode": "greedy"}.get(name):
                 raise BadUsage(f"{name} {value!r} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        asked = [(image, prompt) for image, row in zip(images, prompts) for prompt in row]
-        found = [self.chat(image, self.text_tokenizer.instruction(prompt)) for image, prompt in asked]
+        prompts = [[*row] for row in prompts]
+        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt)) for prompt in row]
+                   for image, row in zip(images, prompts)]
         if inside is not None:
-            inside.update(prompts=[prompt for _, prompt in asked], unknown=[[]] * len(asked),
-                          answers=[words for words, _ in found])
-        first = iter([(masks or [np.zeros(image.size[::-1], bool)])[0] for (image, _), (_, masks) in zip(asked, found)])
-        return [[next(first) for _ in row] for row in prompts]
+            words = [words for row in answers for words, _ in row]
+            inside.update(prompts=sum(prompts, []), unknown=[[]] * len(words), answers=words)
+        return [[masks[0] if masks else np.zeros(image.size[::-1], bool) for _, masks in row]
+                for image, row in zip(images, answers)]
 
     def read(self, prompt):
         """A prompt -> the prompt as the model reads it, and the words in it that the model does not know.
@@ -223,7 +223,7 @@ class Segmenter:
 
         image: PIL, for ARGenSeg also None; messages: the user's words, or a list user, answer, user, ... for ARGenSeg.
         The words have "<mask>" where a mask stands; masks: a list of bool (H,W) at the picture's own size, none of
-        Janus. length: tokens of the answer, at most; a longer one is cut, and standard error tells.
+        Janus. length: tokens of the answer, at most; a longer one of ARGenSeg is cut, and standard error tells.
         """
         messages = [messages] if isinstance(messages, str) else list(messages)
         if not (self.padded or self.answers):
@@ -232,23 +232,24 @@ class Segmenter:
             raise ValueError(f"{len(messages)} messages{'' if image else ' without a picture'}: want the user's words, "
                              "an answer, the user's words and so on; Janus takes one question about a picture")
         self.check(messages[::2])
+        pixels = None if image is None else self.pixels([image])
         if self.answers:
-            return self.talk(image, messages, length or 1024)
+            return self.talk(image and image.size, pixels, messages, length or 1024)
         ids, prompt = self.text_tokenizer.chat(messages[0]).to(self.device), self.text_tokenizer
-        return prompt.decode(self.model.answer(ids, self.pixels([image]), length or 128, {prompt.eos})), []
+        return prompt.decode(self.model.answer(ids, pixels, length or 128, {prompt.eos})), []
 
-    def talk(self, image, messages, length):
-        """`chat` of ARGenSeg. What a prompt has in common with the last one is not read again."""
-        prompt, pixels = self.text_tokenizer, None if image is None else self.pixels([image])
-        count = 0 if image is None else len(pixels)
+    def talk(self, size, pixels, messages, length):
+        """`chat` of ARGenSeg about the tiles of a picture of `size` (W,H), or None. What a prompt has in common with
+        the last one is not read again."""
+        prompt, count = self.text_tokenizer, 0 if pixels is None else len(pixels)
         ids = prompt.chat(messages, count)
         if self.guidance:
             ids = prompt.pad_left([ids, prompt.chat([prompt.nothing], count)])
         found, codes, self.turns = self.model.answer(ids.to(self.device), pixels, length, self.guidance, self.turns)
         if found[0, -1] != self.model.config.stop_id:
             print(f"the answer is cut: it did not end within {length} tokens", file=sys.stderr)
-        decoded = [self.mask_tokenizer.decode(tokens)[0] for tokens in codes]
-        return prompt.decode(found[0].tolist()), [picture_mask(mask, image and image.size) for mask in decoded]
+        masks = [picture_mask(self.mask_tokenizer.decode(tokens)[0], size) for tokens in codes]
+        return prompt.decode(found[0].tolist()), masks
 
 
 def words_of(prompt):
@@ -351,12 +352,18 @@ def batches(pictures, count, broken):
             waiting.clear()
 
 
-def keep(args, title, stem, image, mask, described, ms):
-    """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it
-    besides `described`."""
+def write_mask(args, stem, image, mask):
+    """Write a mask and its overlay; returns their paths."""
     mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
     write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
     write_picture(overlay(image, mask), overlay_file)
+    return mask_file, overlay_file
+
+
+def keep(args, title, stem, image, mask, described, ms):
+    """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it
+    besides `described`."""
+    mask_file, overlay_file = write_mask(args, stem, image, mask)
     area, corners = int(mask.sum()), Image.fromarray(mask.view(np.uint8)).getbbox()
     box = corners and (*corners[:2], corners[2] - corners[0], corners[3] - corners[1])
     where = "{} px ({:.1f} %), box {},{} {}x{}".format(area, 100 * area / mask.size, *box) if box else "nothing found"
@@ -402,30 +409,22 @@ def chat(args):
                 messages += [question, words]
                 answer = "\n".join(map(printable, words.splitlines()))
                 print(f"{printable(names[i])}: {answer}", flush=True)
-                write_masks(args, image, masks, stems[i * len(args.chat) + k], pictures)
+                for n, mask in enumerate(masks):
+                    stem = f"{stems[i * len(args.chat) + k]}-{n}"
+                    args.out.mkdir(parents=True, exist_ok=True)
+                    check_outputs(args, [os.path.join(args.out, f"{stem}-{kind}.png") for kind in KINDS], pictures)
+                    overlay_file = write_mask(args, stem, image, mask)[1]
+                    print(printable(f"{MASK} {int(mask.sum())} px -> {overlay_file}"), flush=True)
     return 1 if broken else 0
-
-
-def write_masks(args, image, masks, stem, pictures):
-    """Write the masks of an answer and their overlays, and print a line for each; `pictures` are not overwritten."""
-    files = [[args.out / f"{stem}-{n}-{kind}.png" for kind in KINDS] for n in range(len(masks))]
-    if masks:
-        args.out.mkdir(parents=True, exist_ok=True)
-        check_outputs(args, [os.fspath(file) for pair in files for file in pair], pictures)
-    for mask, (mask_file, overlay_file) in zip(masks, files):
-        write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
-        write_picture(overlay(image, mask), overlay_file)
-        print(printable(f"{MASK} {int(mask.sum())} px -> {overlay_file}"), flush=True)
 
 
 def load(args):
     """The Segmenter that the flags ask for."""
     segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder),
                                locate(args.mask_tokenizer), args.any_weights)
-    of_argenseg = {"--tiles": args.tiles, "--cfg": args.cfg}
-    of_others = {"--confidence": args.confidence, "--attention": args.attention}
-    if given := [flag for flag, value in (of_others if segmenter.answers else of_argenseg).items() if value]:
-        raise BadUsage(f"{given[0]} has no use with {'an ARGenSeg' if segmenter.answers else 'this'} checkpoint")
+    unread = {"confidence", "attention"} if segmenter.answers else ANSWERS
+    if given := [flag for flag in sorted(unread) if getattr(args, flag)]:
+        raise BadUsage(f"--{given[0]} has no use with the checkpoint {args.checkpoint}")
     segmenter.tiles, segmenter.guidance = args.tiles or 1, args.cfg or 0.0
     return segmenter
 
