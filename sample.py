@@ -43,9 +43,7 @@ from data import (
     rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import (
-    MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, imagenet_pixels, picture_mask, tiles,
-)
+from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, imagenet_pixels, picture_mask, tiles
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
@@ -232,23 +230,18 @@ class Segmenter:
             raise ValueError(f"{len(messages)} messages{'' if image else ' without a picture'}: want the user's words, "
                              "an answer, the user's words and so on; Janus takes one question about a picture")
         self.check(messages[::2])
-        pixels = None if image is None else self.pixels([image])
-        if self.answers:
-            return self.talk(image and image.size, pixels, messages, length or 1024)
-        ids, prompt = self.text_tokenizer.chat(messages[0]).to(self.device), self.text_tokenizer
-        return prompt.decode(self.model.answer(ids, pixels, length or 128, {prompt.eos})), []
-
-    def talk(self, size, pixels, messages, length):
-        """`chat` of ARGenSeg about the tiles of a picture of `size` (W,H), or None. What a prompt has in common with
-        the last one is not read again."""
-        prompt, count = self.text_tokenizer, 0 if pixels is None else len(pixels)
+        prompt, pixels = self.text_tokenizer, None if image is None else self.pixels([image])
+        if self.padded:
+            ids = prompt.chat(messages[0]).to(self.device)
+            return prompt.decode(self.model.answer(ids, pixels, length or 128, {prompt.eos})), []
+        count, length = 0 if pixels is None else len(pixels), length or 1024
         ids = prompt.chat(messages, count)
         if self.guidance:
             ids = prompt.pad_left([ids, prompt.chat([prompt.nothing], count)])
         found, codes, self.turns = self.model.answer(ids.to(self.device), pixels, length, self.guidance, self.turns)
         if found[0, -1] != self.model.config.stop_id:
             print(f"the answer is cut: it did not end within {length} tokens", file=sys.stderr)
-        masks = [picture_mask(self.mask_tokenizer.decode(tokens)[0], size) for tokens in codes]
+        masks = [picture_mask(self.mask_tokenizer.decode(tokens)[0], image and image.size) for tokens in codes]
         return prompt.decode(found[0].tolist()), masks
 
 
@@ -352,18 +345,12 @@ def batches(pictures, count, broken):
             waiting.clear()
 
 
-def write_mask(args, stem, image, mask):
-    """Write a mask and its overlay; returns their paths."""
-    mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
-    write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
-    write_picture(overlay(image, mask), overlay_file)
-    return mask_file, overlay_file
-
-
 def keep(args, title, stem, image, mask, described, ms):
     """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it
     besides `described`."""
-    mask_file, overlay_file = write_mask(args, stem, image, mask)
+    mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
+    write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
+    write_picture(overlay(image, mask), overlay_file)
     area, corners = int(mask.sum()), Image.fromarray(mask.view(np.uint8)).getbbox()
     box = corners and (*corners[:2], corners[2] - corners[0], corners[3] - corners[1])
     where = "{} px ({:.1f} %), box {},{} {}x{}".format(area, 100 * area / mask.size, *box) if box else "nothing found"
@@ -405,16 +392,18 @@ def chat(args):
         for i, image in batch:
             messages = []
             for k, question in enumerate(args.chat):
+                start = time.perf_counter()
                 words, masks = segmenter.chat(image, [*messages, question])
+                ms = 1000 * (time.perf_counter() - start)
                 messages += [question, words]
                 answer = "\n".join(map(printable, words.splitlines()))
                 print(f"{printable(names[i])}: {answer}", flush=True)
+                described = {"prompt": question, "read_as": question, "unknown": [], "answer": words}
                 for n, mask in enumerate(masks):
                     stem = f"{stems[i * len(args.chat) + k]}-{n}"
                     args.out.mkdir(parents=True, exist_ok=True)
                     check_outputs(args, [os.path.join(args.out, f"{stem}-{kind}.png") for kind in KINDS], pictures)
-                    overlay_file = write_mask(args, stem, image, mask)[1]
-                    print(printable(f"{MASK} {int(mask.sum())} px -> {overlay_file}"), flush=True)
+                    keep(args, MASK, stem, image, mask, described, ms)
     return 1 if broken else 0
 
 

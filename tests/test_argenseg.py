@@ -460,7 +460,7 @@ def test_the_command_prints_words_and_writes_masks(sample, tmp_path, seg, io):
     assert done.returncode == 0 and b"the dog: 679 px" in done.stdout and b"sure" not in done.stdout
     assert json.loads((tmp_path / "m.json").read_text())[0]["answer"].count(MASK) == 2
     done = sample("sample.py", *flags, "--chat", SEGMENT, "--cfg")
-    assert done.returncode == 0 and done.stdout.count(b"px -> ") == 1
+    assert done.returncode == 0 and done.stdout.count(b"-mask") == 0 and done.stdout.count(b"-overlay.png") == 1
 
 
 def test_an_answer_without_a_mask_found_nothing(sample, tmp_path, monkeypatch):
