@@ -134,6 +134,7 @@ NAMES = {
     ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv_proj.",
     ".attn.proj.": ".self_attn.out_proj.",
 }
+IMAGE_TOKENIZER = "image_tokenizer."  # what the names of the tensors of ARGenSeg's mask tokenizer begin with
 
 
 def our_names(weights, llama=None):
@@ -544,9 +545,6 @@ class ARGenSeg(MLLM, nn.Module):
         return model.requires_grad_(False)
 
 
-IMAGE_TOKENIZER = "image_tokenizer."  # what the names of the mask tokenizer's tensors begin with
-
-
 def read_mask_tokenizer(directory, path, scales):
     """The MultiScaleVQ of the file `path`; None: that of the checkpoint, or else of VAR's file in its folder or where
     weights.py downloads it. FileNotFoundError, ValueError."""
@@ -611,20 +609,16 @@ def tile_grid(size, side, most, least=1):
 
 
 def tiles(image, side, most=1):
-    """PIL picture, RGB -> uint8 (n,S,S,3): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, and cut
-    row by row; where there are several, the thumbnail follows, the whole picture in one tile."""
+    """PIL picture, RGB -> float32 (n,3,S,S): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, cut
+    row by row, and normalized as ImageNet is. Where there are several tiles, the whole picture follows in one more."""
     i, j = tile_grid(image.size, side, most)
     grid = image.resize((side * i, side * j), Image.Resampling.BICUBIC)
     cut = [grid.crop((x, y, x + side, y + side)) for y in range(0, side * j, side) for x in range(0, side * i, side)]
     if len(cut) > 1:
         cut.append(image.resize((side, side), Image.Resampling.BICUBIC))
-    return np.stack([np.asarray(tile) for tile in cut])
-
-
-def imagenet_pixels(pictures):
-    """uint8 (n,S,S,3) -> float32 (n,3,S,S), normalized with the mean and deviation of ImageNet."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(pictures).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in cut])).float() / 255  # (n,S,S,3)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((pixels - mean) / deviation).permute(0, 3, 1, 2).contiguous()
 
 
 def picture_mask(decoded, size=None):

@@ -43,7 +43,7 @@ from data import (
     rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, imagenet_pixels, picture_mask, tiles
+from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, picture_mask, tiles
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
@@ -95,8 +95,6 @@ class Segmenter:
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
         if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
-            if encoder or any_weights:
-                raise BadUsage(f"--encoder and --any-weights have no use with {file}, which holds all its parts")
             model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype).to(device)
             model.fuse()
             return cls(model, model.mask_tokenizer, ARGenSegPrompt(file, model.config.image_tokens))
@@ -156,15 +154,13 @@ class Segmenter:
     def many_answers(self, images, prompts, inside, decoding):
         """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
         none. inside: "answers" are its words."""
-        for name, value in decoding.items():
-            if value != {**USUAL, "decode": "greedy"}.get(name):
-                raise BadUsage(f"{name} {value!r} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        prompts = [[*row] for row in prompts]
+        if given := decoding.items() - {**USUAL, "decode": "greedy"}.items():
+            raise BadUsage(f"{dict(given)} has no use with an ARGenSeg checkpoint, which decodes greedily")
         answers = [[self.chat(image, self.text_tokenizer.instruction(prompt)) for prompt in row]
                    for image, row in zip(images, prompts)]
         if inside is not None:
             words = [words for row in answers for words, _ in row]
-            inside.update(prompts=sum(prompts, []), unknown=[[]] * len(words), answers=words)
+            inside.update(prompts=[p for row in prompts for p in row], unknown=[[]] * len(words), answers=words)
         return [[masks[0] if masks else np.zeros(image.size[::-1], bool) for _, masks in row]
                 for image, row in zip(images, answers)]
 
@@ -203,8 +199,7 @@ class Segmenter:
         """b PIL pictures of any size -> what the model sees of them, (b,3,S,S), or all their tiles for ARGenSeg."""
         side = self.model.config.siglip.image_size
         if self.answers:
-            cut = np.concatenate([tiles(to_rgb(image), side, self.tiles) for image in images])
-            return imagenet_pixels(cut).to(self.device)
+            return torch.cat([tiles(to_rgb(image), side, self.tiles) for image in images]).to(self.device)
         squares = [(pad_picture if self.padded else resize_picture)(image, side) for image in images]
         return to_pixels(np.stack(squares)).to(self.device)
 
@@ -411,9 +406,9 @@ def load(args):
     """The Segmenter that the flags ask for."""
     segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder),
                                locate(args.mask_tokenizer), args.any_weights)
-    unread = {"confidence", "attention"} if segmenter.answers else ANSWERS
+    unread = {"confidence", "attention", "encoder", "any_weights"} if segmenter.answers else ANSWERS
     if given := [flag for flag in sorted(unread) if getattr(args, flag)]:
-        raise BadUsage(f"--{given[0]} has no use with the checkpoint {args.checkpoint}")
+        raise BadUsage(f"--{given[0].replace('_', '-')} has no use with the checkpoint {args.checkpoint}")
     segmenter.tiles, segmenter.guidance = args.tiles or 1, args.cfg or 0.0
     return segmenter
 
