@@ -154,8 +154,9 @@ class Segmenter:
     def many_answers(self, images, prompts, inside, decoding):
         """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
         none. inside: "answers" are its words."""
-        if given := decoding.items() - {**USUAL, "decode": "greedy"}.items():
-            raise BadUsage(f"{dict(given)} has no use with an ARGenSeg checkpoint, which decodes greedily")
+        usual = {**USUAL, "decode": "greedy"}
+        if given := {name: value for name, value in decoding.items() if value != usual.get(name)}:
+            raise BadUsage(f"{given} has no use with an ARGenSeg checkpoint, which decodes greedily")
         answers = [[self.chat(image, self.text_tokenizer.instruction(prompt)) for prompt in row]
                    for image, row in zip(images, prompts)]
         if inside is not None:
