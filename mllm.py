@@ -66,6 +66,100 @@ class LoRALinear(nn.Linear):
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class MLLM:
+    """What both models share: the prompt, and LoRA. They have config, token_embedding and llama."""
+
+    def blocks(self, text_ids, length):
+        """Block ids (B,length), see Llama.forward: the position, and UNSEEN for the padding at the left of text_ids."""
+        positions = torch.arange(length, device=text_ids.device).expand(len(text_ids), -1)
+        padding = (text_ids == self.config.pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
+        return positions.masked_fill(positions < padding, UNSEEN)
+
+    def prefix(self, text_ids, pixels):
+        """text_ids (B,L) with image_id in the places of a picture, and what encode_image takes -> (B,L,D). pixels may
+        be None, for no picture. In JanusSeg B/b rows share one of b pictures, in ARGenSeg all rows have the same."""
+        words, places = self.token_embedding(text_ids), text_ids == self.config.image_id  # (B,L,D), (B,L)
+        if pixels is None:
+            return words
+        image = self.encode_image(pixels).to(words.dtype)  # (b,N,D), or (n*N,D) of tiles
+        image = image.view(-1, *image.shape[-2:])
+        return words.masked_scatter(places[:, :, None], image.repeat_interleave(len(words) // len(image), dim=0))
+
+    def add_lora(self, rank=16, alpha=32, dropout=0.0, targets=LORA_TARGETS):
+        """Freeze all and put LoRALinear in place of the layers of the LLaMA that `targets` names: only lora_a and
+        lora_b receive gradients. ValueError for numbers that no LoRA has."""
+        width = self.config.llama.width
+        if not (type(rank) is int and 1 <= rank <= width and 0 < alpha < math.inf and 0 <= dropout < 1):
+            raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the "
+                             f"model's width {width}, above 0, in [0, 1)")
+        self.requires_grad_(False)
+        for part in [part for layer in self.llama.layers for part in (layer.self_attn, layer.mlp)]:
+            for name in [name for name, _ in part.named_children() if name in targets]:
+                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
+        self.config.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets)}
+
+    def merge(self):
+        """Add LoRA to the weights for good, for decoding at the speed of the base."""
+        for part in list(self.llama.modules()):
+            for name, layer in part.named_children():
+                if isinstance(layer, LoRALinear):
+                    setattr(part, name, layer.merged())
+
+    def fuse(self):
+        """Merge LoRA, then lay out the weights for decoding."""
+        self.merge()
+        self.llama.fuse()
+
+    def trained_state(self):
+        """The LoRA matrices: what a checkpoint holds."""
+        return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
+
+
+# parts of the official names: ours. Each replacement sees what those above it left.
+NAMES = {
+    "language_model.model.embed_tokens.": "token_embedding.",
+    "language_model.model.tok_embeddings.": "token_embedding.", "language_model.model.": "llama.",
+    "language_model.lm_head.": "lm_head.", "language_model.output.": "lm_head.",
+    # InternLM2 and InternViT, of ARGenSeg
+    ".attention.wqkv.": ".self_attn.qkv_proj.", ".attention.wo.": ".self_attn.o_proj.",
+    ".attention_norm.": ".input_layernorm.", ".ffn_norm.": ".post_attention_layernorm.",
+    ".feed_forward.w1.": ".mlp.gate_proj.", ".feed_forward.w3.": ".mlp.up_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.", "vision_model.embeddings.": "vision.", "vision_model.encoder.": "vision.",
+    # Janus-Pro
+    "aligner.layers.": "aligner.", "gen_head.output_mlp_projector.": "gen_head.0.",
+    "gen_head.vision_head.": "gen_head.2.", "vision_model.vision_tower.": "vision.vision_model.",
+    "patch_embed.proj.": "embeddings.patch_embedding.", "pos_embed": "embeddings.position_embedding.weight",
+    "blocks.": "encoder.layers.", "vision_model.norm.": "vision_model.post_layernorm.",
+    # both vision towers
+    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv_proj.",
+    ".attn.proj.": ".self_attn.out_proj.",
+}
+IMAGE_TOKENIZER = "image_tokenizer."  # what the names of the tensors of ARGenSeg's mask tokenizer begin with
+
+
+def our_names(weights, llama=None):
+    """Official tensors, taken out of the dict, under our names. Unknown names stay, to be reported. A fused qkv becomes
+    three. A vision tower has them one after the other; InternLM2, of whose shape `llama` is, has for each key/value
+    head in turn its query heads, its key and its value."""
+    ours = {}
+    for name in list(weights):
+        w = weights.pop(name)
+        for official, own in NAMES.items():
+            name = name.replace(official, own)
+        if ".qkv_proj." not in name:
+            ours[name] = w[0] if name.endswith(".position_embedding.weight") else w  # (1,N,D) -> (N,D)
+            continue
+        parts = w.chunk(3)
+        if name.startswith("llama."):
+            groups = w.unflatten(0, (llama.kv_heads, -1, llama.head_dim))  # (nkv,nh/nkv+2,hd,D)
+            parts = [part.flatten(0, 2) for part in groups.split([llama.heads // llama.kv_heads, 1, 1], dim=1)]
+        ours |= {name.replace(".qkv_", f".{letter}_"): part for letter, part in zip("qkv", parts)}
+    return ours
+
+
+janus_names = our_names  # as tests/tiny_janus.py calls it
+
+
 # ---- Janus-Pro ------------------------------------------------------------------------------------------------------
 
 
@@ -109,14 +203,7 @@ def projector(inside, outside, layers):
     return nn.Sequential(nn.Linear(inside, outside), *more)
 
 
-def left_padded(text_ids, pad_id, length):
-    """Block ids (B,length), see Llama.forward: the position, and UNSEEN for the padding at the left of text_ids."""
-    positions = torch.arange(length, device=text_ids.device).expand(len(text_ids), -1)
-    padding = (text_ids == pad_id).cumprod(1).sum(1, keepdim=True)  # (B,1) how many there are
-    return positions.masked_fill(positions < padding, UNSEEN)
-
-
-class JanusSeg(MaskWriter):
+class JanusSeg(MLLM, MaskWriter):
     """Janus-Pro (Chen et al. 2025) as a segmenter, the paper's second model: it reads phrase and picture as in a chat
     and writes the mask with the parts that it has for generating pictures. Only LoRA on its LLaMA is trained; paper:
     rank and targets are not stated, see train.py. The prompt, text_ids, comes whole from JanusPrompt. Paper: which
@@ -148,18 +235,7 @@ class JanusSeg(MaskWriter):
     def head(self, hidden):
         return self.gen_head(hidden)
 
-    def blocks(self, text_ids, length):
-        """Block ids (B,length), see Llama.forward: the position, and UNSEEN for the padding at the left."""
-        return left_padded(text_ids, self.config.pad_id, length)
-
-    def prefix(self, text_ids, pixels):
-        """text_ids (B,L) with N image_id in each row, pixels (b,3,S,S) -> (B,L,D); B/b rows share a picture."""
-        with torch.no_grad():
-            image = self.encode_image(pixels).repeat_interleave(len(text_ids) // len(pixels), dim=0)  # (B,N,D)
-            words = self.token_embedding(text_ids)  # (B,L,D)
-            places = text_ids == self.config.image_id  # (B,L)
-            return words.masked_scatter(places[:, :, None], image.to(words.dtype))
-
+    @torch.no_grad()
     @torch.no_grad()
     def answer(self, text_ids, pixels, length=128, stop=()):
         """Words: one prompt (1,L) with a picture (1,3,S,S) -> the likeliest next tokens, a list of at most `length` ids
@@ -173,35 +249,6 @@ class JanusSeg(MaskWriter):
                 return found
             found.append(token)
             hidden = self.llama(self.token_embedding(torch.tensor([[token]], device=text_ids.device)), cache)
-
-    def add_lora(self, rank=16, alpha=32, dropout=0.0, targets=LORA_TARGETS):
-        """Freeze all and put LoRALinear in place of the layers of the LLaMA that `targets` names: only lora_a and
-        lora_b receive gradients. ValueError for numbers that no LoRA has."""
-        width = self.config.llama.width
-        if not (type(rank) is int and 1 <= rank <= width and 0 < alpha < math.inf and 0 <= dropout < 1):
-            raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: want an integer from 1 to the "
-                             f"model's width {width}, above 0, in [0, 1)")
-        self.requires_grad_(False)
-        for part in [part for layer in self.llama.layers for part in (layer.self_attn, layer.mlp)]:
-            for name in [name for name, _ in part.named_children() if name in targets]:
-                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, dropout))
-        self.config.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets)}
-
-    def merge(self):
-        """Add LoRA to the weights for good, for decoding at the speed of the base."""
-        for part in list(self.llama.modules()):
-            for name, layer in part.named_children():
-                if isinstance(layer, LoRALinear):
-                    setattr(part, name, layer.merged())
-
-    def fuse(self):
-        """Merge LoRA, then lay out the weights for decoding."""
-        self.merge()
-        self.llama.fuse()
-
-    def trained_state(self):
-        """The LoRA matrices: what a checkpoint holds."""
-        return {name: w for name, w in self.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
 
     @classmethod
     def from_pretrained(cls, path, base=None, dtype=torch.float32, any_weights=False):
@@ -230,40 +277,16 @@ class JanusSeg(MaskWriter):
         def wanted(name):  # the pooling head has no use here; the image tokenizer is VQGAN.from_pretrained's
             return not name.startswith(("vision_model.vision_tower.attn_pool.", "gen_vision_model."))
 
-        weights = janus_names(read_weights(directory, wanted))
+        weights = our_names(read_weights(directory, wanted))
         model = build_from(lambda: cls(config), weights, directory, dtype)
         model.frozen = {"mllm": {"name": directory.absolute().name, "sha256": fingerprint(weights)}}
         return model.requires_grad_(False)
 
 
-# parts of the official names: ours
-JANUS_NAMES = {
-    "language_model.model.embed_tokens.": "token_embedding.", "language_model.model.": "llama.",
-    "language_model.lm_head.": "lm_head.", "aligner.layers.": "aligner.",
-    "gen_head.output_mlp_projector.": "gen_head.0.", "gen_head.vision_head.": "gen_head.2.",
-    "vision_model.vision_tower.": "vision.vision_model.", "patch_embed.proj.": "embeddings.patch_embedding.",
-    "pos_embed": "embeddings.position_embedding.weight", "blocks.": "encoder.layers.", ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.", ".attn.proj.": ".self_attn.out_proj.",
-    "vision_model.norm.": "vision_model.post_layernorm.",
-}
-
-
-def janus_names(weights):
-    """Official tensors under our names; a fused qkv becomes three views. Unknown names stay, to be reported."""
-    ours = {}
-    for name, w in weights.items():
-        for official, own in JANUS_NAMES.items():
-            name = name.replace(official, own)
-        if ".attn.qkv." in name:
-            for part, piece in zip("qkv", w.chunk(3)):
-                ours[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = piece
-        else:
-            ours[name] = w[0] if name.endswith(".position_embedding.weight") else w  # (1,N,D) -> (N,D)
-    return ours
-
-
 JANUS_PARTS = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
-IMAGE, PAD = "<image_placeholder>", "<｜▁pad▁｜>"  # special tokens of tokenizer.json
+# special tokens of tokenizer.json
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+BEGIN, IMAGE, END = "<begin_of_image>", "<image_placeholder>", "<end_of_image>"
 
 
 def janus_config(directory):
@@ -307,10 +330,8 @@ class ARGenSegConfig:
     llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(
         width=4096, layers=32, heads=32, kv_heads=8, mlp=14336, rope_theta=1e6, norm_eps=1e-5))
     vocab_size: int = 96653  # words, then special tokens, then the codebook_size mask tokens
-    shuffle: int = 2  # a square of shuffle x shuffle patches makes one image token
-    thumbnail: bool = True  # a picture in several tiles also comes whole, as the last one
-    max_positions: int = 32768  # beyond them the rotary base grows, see ChatCache
-    rope_factor: float | None = 2.0  # None: it does not grow
+    max_positions: int = 32768  # beyond them the rotary base grows by rope_factor, see ChatCache
+    rope_factor: float = 2.0
     codebook_size: int = 4096
     code_width: int = 32  # C, of the rows of the codebook
     scales: tuple = VAR_SCALES
@@ -326,7 +347,7 @@ class ARGenSegConfig:
 
     @property
     def image_tokens(self):
-        return (self.siglip.image_size // self.siglip.patch_size // self.shuffle) ** 2  # N, of a tile
+        return self.siglip.image_tokens // 4  # N, of a tile
 
     @property
     def mask_tokens(self):
@@ -352,7 +373,7 @@ class InternViT(nn.Module):
         super().__init__()
         width, P = config.vision_width, config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        self.patch_embedding = nn.Conv2d(3, width, P, stride=P)  # holds the weights, see forward
+        self.patch_embedding = nn.Conv2d(3, width, P, stride=P)
         self.position_embedding = nn.Parameter(torch.zeros(1, 1 + config.image_tokens, width))
         self.layers = nn.ModuleList(
             InternViTBlock(width, config.vision_heads, config.vision_mlp, config.norm_eps, config.gelu)
@@ -360,59 +381,58 @@ class InternViT(nn.Module):
 
     def forward(self, pixels):
         """pixels (n,3,S,S), normalized -> (n,1+patches,D): <CLS>, then the patches in raster order."""
-        conv = self.patch_embedding  # a product over patches, which is faster than a convolution of this stride
-        patches = F.unfold(pixels.to(conv.weight.dtype), conv.stride, stride=conv.stride).transpose(1, 2)  # (n,.,3*P*P)
-        x = F.linear(patches, conv.weight.flatten(1), conv.bias)
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1) + self.position_embedding
         for layer in self.layers:
             x = layer(x)
         return x
 
 
-def shuffle_pixels(x, r):
-    """(n,h*h,D) -> (n,h/r*h/r,r*r*D): the channels of each square of r x r patches side by side, in raster order."""
+def shuffle_pixels(x):
+    """(n,h*h,D) -> (n,h/2*h/2,4*D): the channels of each square of 2 x 2 patches side by side, in raster order."""
     h = round(x.shape[1] ** 0.5)
-    squares = x.unflatten(1, (h // r, r, h // r, r)).transpose(2, 3)  # (n,h/r,h/r,r,r,D)
+    squares = x.unflatten(1, (h // 2, 2, h // 2, 2)).transpose(2, 3)  # (n,h/2,h/2,2,2,D)
     return squares.flatten(3).flatten(1, 2)
 
 
 class ChatCache(KVCache):
     """A KVCache that grows, and that knows what it holds, so that the next turn of a conversation can go on from it.
 
-    ids: of its tokens in row 0, -1 for those of a mask; pixels: of the picture. Beyond max_positions the rotary base
-    depends on the length (InternLM2's dynamic NTK scaling). Keys that are there keep their rotation, as officially.
+    ids: of its tokens in row 0; -1 for those of a mask, and a hash of the picture for those of the picture. Beyond
+    max_positions the rotary base depends on the length (InternLM2's dynamic NTK scaling). Keys that are there keep
+    their rotation, as officially.
     """
 
-    def __init__(self, config: ARGenSegConfig, batch, device, dtype):
-        super().__init__(config.llama, batch, 0, device, dtype)
-        self.config, self.ids, self.pixels = config, [], None
+    def __init__(self, model, batch):
+        like = model.token_embedding.weight  # on a CPU it is in float32, see MaskWriter.new_cache
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        super().__init__(model.config.llama, batch, 0, like.device, dtype)
+        self.config, self.ids = model.config, []
 
     def make_room(self, count):
         """Prepare for a pass of `count` tokens."""
-        c, end = self.config, self.position + count
-        scaled = c.rope_factor is not None and end > c.max_positions
+        c, end, d = self.config, self.position + count, self.config.llama.head_dim
+        if end <= min(self.length, c.max_positions):
+            return
         if end > self.length:
             more, self.length = end + 512 - self.length, end + 512
             self.keys, self.values = ([F.pad(x, (0, 0, 0, more)) for x in part] for part in (self.keys, self.values))
-            places = torch.arange(self.length, device=self.blocks.device)
-            self.blocks = torch.cat([self.blocks, places[-more:].expand(len(self.blocks), -1)], dim=1)
-        elif not scaled:
-            return
-        theta, d = c.llama.rope_theta, c.llama.head_dim
-        if scaled:
-            theta *= (c.rope_factor * end / c.max_positions - c.rope_factor + 1) ** (d / (d - 2))
-        self.rope = rope_tables(torch.arange(self.length, device=self.blocks.device), d, theta)
+        places, known = torch.arange(self.length, device=self.blocks.device), self.blocks.shape[1]
+        self.blocks = torch.cat([self.blocks, places[known:].expand(len(self.blocks), -1)], dim=1)
+        growth = max(1.0, c.rope_factor * end / c.max_positions - c.rope_factor + 1)
+        self.rope = rope_tables(places, d, c.llama.rope_theta * growth ** (d / (d - 2)))
 
-    def go_back(self, ids, pixels):
-        """Keep what is common with a new prompt, a list of ids, and its picture; its last token is read again."""
-        same, there = 0, [x for x in (pixels, self.pixels) if x is not None]
-        if not there or len(there) == 2 and torch.equal(*there):
-            while same < min(len(ids) - 1, len(self.ids)) and ids[same] == self.ids[same]:
-                same += 1
-        self.position, self.ids, self.pixels = same, ids[:same], pixels
+    def go_back(self, ids):
+        """Keep what is common with a new prompt, a list of ids; its last token is read again."""
+        same = 0
+        for new, old in zip(ids[:-1], self.ids[:self.position]):
+            if new != old:
+                break
+            same += 1
+        self.position, self.ids = same, ids
 
 
-class ARGenSeg(nn.Module):
+class ARGenSeg(MLLM, nn.Module):
     """ARGenSeg (Wang et al. 2025): InternVL2.5 that answers in words and masks. One head chooses words and mask tokens.
 
     The answer is written word by word until <ge_start>; then a mask, one scale per pass; then words again. Inside a
@@ -422,7 +442,7 @@ class ARGenSeg(nn.Module):
 
     def __init__(self, config: ARGenSegConfig):
         super().__init__()
-        D, vision = config.llama.width, config.siglip.vision_width * config.shuffle**2
+        D, vision = config.llama.width, 4 * config.siglip.vision_width  # of the image tokens, see shuffle_pixels
         self.config, self.directory, self.mask_tokenizer = config, None, None
         self.vision = InternViT(config.siglip)
         self.mlp1 = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, D), nn.GELU(), nn.Linear(D, D))
@@ -434,21 +454,8 @@ class ARGenSeg(nn.Module):
         self.pos_1LC = nn.Parameter(torch.zeros(1, config.mask_tokens, D))  # and of the place among all mask tokens
 
     def encode_image(self, pixels):
-        """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector; ValueError."""
-        S = self.config.siglip.image_size
-        if pixels.dim() != 4 or pixels.shape[1:] != (3, S, S):
-            raise ValueError(f"pixels have shape {tuple(pixels.shape)}, want (n, 3, {S}, {S})")
-        return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:], self.config.shuffle)).flatten(0, 1)
-
-    def prefix(self, text_ids, pixels):
-        """text_ids (B,L) with n*N image_id in each row or none at all, tiles (n,3,S,S) or None -> (B,L,D)."""
-        words, places = self.token_embedding(text_ids), text_ids == self.config.image_id  # (B,L,D), (B,L)
-        if not places.any():
-            return words
-        image = self.encode_image(pixels).repeat(len(text_ids), 1)  # (B*n*N,D)
-        if int(places.sum()) != len(image):
-            raise ValueError(f"{int(places.sum())} places for {len(image)} image tokens in the prompt")
-        return words.masked_scatter(places[:, :, None], image.to(words.dtype))
+        """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector."""
+        return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:])).flatten(0, 1)
 
     def mask_inputs(self, tokens):
         """All tokens of the first scales (B,m) -> what is read for the scales up to the next one, (B,m',D), as in
@@ -461,11 +468,6 @@ class ARGenSeg(nn.Module):
     def mask_head(self, hidden):
         """hidden (...,D) -> logits of the mask tokens (...,K): the last rows of the head."""
         return F.linear(hidden, self.lm_head.weight[-self.config.codebook_size:])
-
-    def new_cache(self, batch):
-        """An empty ChatCache. On a CPU it is in float32, see MaskWriter.new_cache."""
-        like = self.token_embedding.weight
-        return ChatCache(self.config, batch, like.device, torch.float32 if like.device.type == "cpu" else like.dtype)
 
     def read(self, embeddings, cache, blocks=None):
         """Llama.forward of embeddings (B,T,D) after what the cache holds, in which there is always room."""
@@ -483,11 +485,12 @@ class ARGenSeg(nn.Module):
         """
         c, (B, L) = self.config, text_ids.shape
         if cache is None or B + len(cache.blocks) > 2 or max(L, cache.position) > c.max_positions:
-            cache = self.new_cache(B)  # beyond max_positions the rotations depend on how the tokens came
-        cache.go_back(text_ids[0].tolist(), pixels)
-        blocks = left_padded(text_ids, c.pad_id, L) if B > 1 else None
-        hidden = self.read(self.prefix(text_ids[:, cache.position:], pixels), cache, blocks)
-        cache.ids = text_ids[0].tolist()
+            cache = ChatCache(self, B)  # beyond max_positions the rotations depend on how the tokens came
+        picture = None if pixels is None else hash(pixels.cpu().numpy().tobytes())
+        cache.go_back([picture if id == c.image_id else id for id in text_ids[0].tolist()])
+        blocks = self.blocks(text_ids, L) if B > 1 else None
+        text_ids = text_ids[:, cache.position:]
+        hidden = self.read(self.prefix(text_ids, pixels if c.image_id in text_ids else None), cache, blocks)
         finished, found, masks = torch.zeros(B, dtype=torch.bool, device=text_ids.device), [], []
         while True:
             token = self.lm_head(hidden[:, -1]).float().argmax(-1)  # (B,)
@@ -516,136 +519,76 @@ class ARGenSeg(nn.Module):
             tokens = torch.cat([tokens, logits.argmax(-1)[:1]], dim=1)
         return tokens
 
-    def fuse(self):
-        """Lay out the weights for decoding."""
-        self.llama.fuse()
-
     @cached_property
     def frozen(self):
         """{"mllm": {"name", "sha256"}} of the directory; hashed when it is asked for, which reads all files again."""
         files = "".join(sha256_of(file) for file in weight_files(self.directory))
-        name, sha256 = self.directory.absolute().name, hashlib.sha256(files.encode()).hexdigest()
-        return {"mllm": {"name": name, "sha256": sha256}}
+        return {"mllm": {"name": self.directory.absolute().name, "sha256": hashlib.sha256(files.encode()).hexdigest()}}
 
     @classmethod
     def from_pretrained(cls, directory, mask_tokenizer=None, dtype=torch.float32):
         """Load an official directory, strictly, in `dtype`; frozen, in eval mode. It never takes more memory than the
-        weights in `dtype` and one tensor. mask_tokenizer: VAR's file, to take it instead of the one in the checkpoint,
-        or where there is none: then also the directory itself and WEIGHTS/var-vq are looked in. The mask tokenizer is
-        in float32. FileNotFoundError, or ValueError in one line."""
+        weights in `dtype` and one tensor. mask_tokenizer: VAR's file, to take it instead of the one in the checkpoint.
+        The mask tokenizer is in float32. FileNotFoundError, or ValueError in one line."""
         directory = Path(directory)
         config = argenseg_config(directory)
         vq = read_mask_tokenizer(directory, mask_tokenizer, config.scales)
-        if vq.config.codebook_size != config.codebook_size:
-            raise ValueError(f"{directory}: {config.codebook_size} mask tokens in the vocabulary, "
-                             f"{vq.config.codebook_size} in the mask tokenizer")
+        want, found = (config.scales, config.codebook_size), (vq.scales, vq.config.codebook_size)
+        if want != found:
+            raise ValueError(f"{directory}: scales and mask tokens {want}, but {found} in its mask tokenizer")
         config.code_width = vq.config.codebook_dim
         weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
         with reading(directory, "the tensors of an ARGenSeg"):
-            weights = argenseg_names(weights, config)
+            weights = our_names(weights, config.llama)
             model = build_from(lambda: cls(config), weights, directory, dtype)
         model.directory, model.mask_tokenizer = directory, vq
         return model.requires_grad_(False)
 
 
-IMAGE_TOKENIZER = "image_tokenizer."  # what the names of the mask tokenizer's tensors begin with
-SCHEDULES = {sum(s * s for s in scales): scales for scales in (VAR_SCALES, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))}
-# parts of the official names: ours
-ARGENSEG_NAMES = {
-    "language_model.model.tok_embeddings.": "token_embedding.", "language_model.model.": "llama.",
-    "language_model.output.": "lm_head.", "vision_model.embeddings.": "vision.", "vision_model.encoder.": "vision.",
-    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.proj.": ".self_attn.out_proj.",
-    ".attention.wo.": ".self_attn.o_proj.", ".attention_norm.": ".input_layernorm.",
-    ".ffn_norm.": ".post_attention_layernorm.", ".feed_forward.w1.": ".mlp.gate_proj.",
-    ".feed_forward.w3.": ".mlp.up_proj.", ".feed_forward.w2.": ".mlp.down_proj.",
-}
-
-
-def argenseg_names(weights, config):
-    """Official tensors under our names, taken out of `weights`; unknown names stay, to be reported. A fused qkv becomes
-    three views. InternLM2's holds for each key/value head in turn its query heads, its key and its value: its rows are
-    put in order in place."""
-    ours, llama = {}, config.llama
-    rows = (llama.heads + 2 * llama.kv_heads) * llama.head_dim
-    for official in list(weights):
-        name, w = official, weights.pop(official)
-        for part, own in ARGENSEG_NAMES.items():
-            name = name.replace(part, own)
-        if ".attn.qkv." in name:
-            ours |= {name.replace(".attn.qkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", w.chunk(3))}
-        elif ".attention.wqkv." in name:
-            if w.shape != (rows, llama.width):
-                raise ValueError(f"wrong shape: {official} {tuple(w.shape)}, expected {(rows, llama.width)}")
-            places = torch.arange(rows).view(llama.kv_heads, -1, llama.head_dim)  # (nkv,nh/nkv+2,hd)
-            w.copy_(w[torch.cat([part.flatten() for part in (places[:, :-2], places[:, -2], places[:, -1])])])
-            parts = w.split([heads * llama.head_dim for heads in (llama.heads, llama.kv_heads, llama.kv_heads)])
-            ours |= {name.replace(".attention.wqkv.", f".self_attn.{part}_proj."): x for part, x in zip("qkv", parts)}
-        else:
-            ours[name] = w
-    return ours
-
-
 def read_mask_tokenizer(directory, path, scales):
-    """The MultiScaleVQ of a checkpoint, or of the file `path`, see ARGenSeg.from_pretrained; ValueError."""
-    weights = read_weights(directory, lambda name: name.startswith(IMAGE_TOKENIZER)) if path is None else {}
-    if weights:
-        weights = {name.removeprefix(IMAGE_TOKENIZER): w for name, w in weights.items()}
-        with reading(directory, "VAR's mask tokenizer among its tensors"):
-            weights = var_names({name: w for name, w in weights.items() if name not in UNUSED})
-            config = vqgan_config(weights, norm_groups=32, scales=scales)
-            vq = build_from(lambda: MultiScaleVQ(config), weights, directory, torch.float32)
-        vq.source = {"name": directory.absolute().name, "sha256": fingerprint(weights)}
-        return vq
-    places = [Path(path)] if path else [*sorted(directory.glob("vae_*.pth")), WEIGHTS / "var-vq"]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        where = f"{path} does not exist" if path else "the checkpoint has none, nor has its folder"
-        raise FileNotFoundError(f"{directory}: no mask tokenizer, {where}: python weights.py download var-vq")
-    vq = MultiScaleVQ.from_pretrained(found, scales)
-    if vq.scales != scales:
-        raise ValueError(f"{found}: a mask tokenizer of scales {vq.scales} beside a model of {scales}")
+    """The MultiScaleVQ of the file `path`; None: that of the checkpoint, or else of VAR's file in its folder or where
+    weights.py downloads it. FileNotFoundError, ValueError."""
+    weights = {} if path else read_weights(directory, lambda name: name.startswith(IMAGE_TOKENIZER))
+    if not weights:
+        path = path or next(directory.glob("vae_*.pth"), WEIGHTS / "var-vq")
+        return MultiScaleVQ.from_pretrained(path, scales)
+    with reading(directory, "VAR's mask tokenizer among its tensors"):
+        weights = var_names({name.removeprefix(IMAGE_TOKENIZER): w for name, w in weights.items()})
+        weights = {name: w for name, w in weights.items() if name not in UNUSED}
+        config = vqgan_config(weights, norm_groups=32, scales=scales)
+        vq = build_from(lambda: MultiScaleVQ(config), weights, directory, torch.float32)
+    vq.source = {"name": directory.absolute().name, "sha256": fingerprint(weights)}
     return vq
 
 
 def argenseg_config(directory):
-    """ARGenSegConfig of an official directory but for code_width: config.json, the ids of special tokens in
-    tokenizer_config.json, and the number of places in pos_1LC, which tells the scales. ValueError in one line."""
+    """ARGenSegConfig of an official directory but for code_width: config.json, and the ids of special tokens in
+    tokenizer_config.json. ValueError in one line."""
     hf, path = read_config(directory), directory / "config.json"
     with reading(path, "the config of an ARGenSeg"):
-        check_config(path, {"model_type": None, **hf}, {"model_type": "internvl_chat"})
-        check_config(path, hf, {"template": "internvl2_5", "ps_version": "v2", "select_layer": -1, "pad2square": False})
         vision, language = hf["vision_config"], hf["llm_config"]
-        size = vision.get("image_size", 448)
-        check_config(path, {"force_image_size": hf.get("force_image_size") or size}, {"force_image_size": size})
+        check_config(path, {"model_type": None, **hf}, {
+            "model_type": "internvl_chat", "template": "internvl2_5", "ps_version": "v2", "select_layer": -1,
+            "pad2square": False, "downsample_ratio": 0.5, "use_thumbnail": True,
+            "force_image_size": vision["image_size"]})
         check_config(path, vision, {"hidden_act": "gelu", "norm_type": "layer_norm", "qkv_bias": True,
                                     "qk_normalization": False, "num_channels": 3})
         check_config(path, language, {"model_type": "internlm2", "hidden_act": "silu", "bias": False,
                                       "tie_word_embeddings": False})
-        rope = language.get("rope_scaling") or {}
-        check_config(path, rope, {"type": "dynamic", "rope_type": "dynamic"})
-        names, tokens = added_tokens(directory), read_weights(directory, lambda name: name == "pos_1LC")
-        places = tokens["pos_1LC"].shape[1] if "pos_1LC" in tokens else "no"
-        scales = tuple(hf.get("patch_nums") or SCHEDULES.get(places, ()))
-        if not scales or sum(s * s for s in scales) != places:
-            raise ValueError(f"pos_1LC has {places} places, scales {scales or 'that are known'} have "
-                             f"{sum(s * s for s in scales) or sorted(SCHEDULES)}")
-        codes, words = [id for name, id in names.items() if name.startswith("<visual token ")], language["vocab_size"]
-        if not codes or sorted(codes) != list(range(words - len(codes), words)):
-            raise ValueError(f"the {len(codes)} mask tokens are not the last of {words} tokens")
-        shuffle = round(1 / hf.get("downsample_ratio", 0.5))
-        if size // vision["patch_size"] % shuffle:
-            raise ValueError(f"{size // vision['patch_size']} patches along a side, in squares of {shuffle}")
+        rope = language.get("rope_scaling")
+        check_config(path, rope or {}, {"type": "dynamic", "rope_type": "dynamic"})
+        names = added_tokens(directory)
         return ARGenSegConfig(
             siglip=SigLIPConfig(
-                image_size=size, patch_size=vision["patch_size"], vision_width=vision["hidden_size"],
+                image_size=vision["image_size"], patch_size=vision["patch_size"], vision_width=vision["hidden_size"],
                 vision_layers=vision["num_hidden_layers"], vision_heads=vision["num_attention_heads"],
                 vision_mlp=vision["intermediate_size"], norm_eps=vision.get("layer_norm_eps", 1e-6), gelu="none"),
             llama=llama_config({**language, "model_type": "llama", "rope_scaling": None}, path),
-            vocab_size=words, codebook_size=len(codes), scales=scales, shuffle=shuffle,
-            thumbnail=hf.get("use_thumbnail", True),
-            max_positions=language.get("max_position_embeddings", 2048),
-            rope_factor=float(rope["factor"]) if rope else None, image_id=names["<IMG_CONTEXT>"],
-            start_id=names["<ge_start>"], end_id=names["<ge_end>"], stop_id=names["<|im_end|>"], pad_id=names["</s>"])
+            vocab_size=language["vocab_size"], scales=hf.get("patch_nums") or VAR_SCALES,
+            codebook_size=sum(name.startswith("<visual token ") for name in names),
+            max_positions=language["max_position_embeddings"] if rope else 2**20,
+            rope_factor=rope["factor"] if rope else 1, image_id=names["<IMG_CONTEXT>"], start_id=names["<ge_start>"],
+            end_id=names["<ge_end>"], stop_id=names["<|im_end|>"], pad_id=names["</s>"])
 
 
 # pictures in, masks out, as the official evaluation does both
@@ -665,32 +608,24 @@ def tile_grid(size, side, most, least=1):
     return best
 
 
-def tiles(image, side, most=1, least=1, thumbnail=True):
-    """PIL picture, RGB -> uint8 (n,S,S,3): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, and cut
-    row by row; where there are several, the thumbnail follows, the whole picture in one tile."""
-    i, j = tile_grid(image.size, side, most, least)
+def tiles(image, side, most=1):
+    """PIL picture, RGB -> float32 (n,3,S,S): resized to its tile_grid with PIL's bicubic, aspect ratio not kept, cut
+    row by row, and normalized as ImageNet is. Where there are several tiles, the whole picture follows in one more."""
+    i, j = tile_grid(image.size, side, most)
     grid = image.resize((side * i, side * j), Image.Resampling.BICUBIC)
     cut = [grid.crop((x, y, x + side, y + side)) for y in range(0, side * j, side) for x in range(0, side * i, side)]
-    if thumbnail and i * j > 1:
+    if len(cut) > 1:
         cut.append(image.resize((side, side), Image.Resampling.BICUBIC))
-    return np.stack([np.asarray(tile) for tile in cut])
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in cut])).float() / 255  # (n,S,S,3)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((pixels - mean) / deviation).permute(0, 3, 1, 2).contiguous()
 
 
-def imagenet_pixels(pictures):
-    """uint8 (n,S,S,3) -> float32 (n,3,S,S), normalized with the mean and deviation of ImageNet."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(pictures).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def decoded_picture(decoded):
-    """Decoded mask (3,H,W) in [-1,1] -> PIL picture, RGB."""
-    levels = (decoded.float().clamp(-1, 1) + 1) / 2 * 255
-    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def picture_mask(picture, size):
-    """The PIL picture of a mask -> bool (H,W) at `size` (W,H): resized, in grey, at least half bright."""
-    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR).convert("L")) >= 128
+def picture_mask(decoded, size=None):
+    """Decoded mask (3,H,W) in [-1,1] -> bool (H,W), at least half bright in grey; resized by PIL to `size` (W,H)."""
+    levels = ((decoded.float() + 1) / 2 * 255).to(torch.uint8)
+    picture = Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return np.asarray(picture.resize(size or picture.size, Image.Resampling.BILINEAR).convert("L")) >= 128
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -830,100 +765,98 @@ def join(parts, steps, steps_of_words):
     return joined
 
 
-class JanusPrompt:
-    """What Janus-Pro is asked: phrases or a question, in its chat template, as ids with room for a picture.
+class MLLMPrompt:
+    """What an MLLM is asked, as ids with room for a picture. The name of a special token in somebody's words is text
+    like any other. image_tokens: N, places that a picture, or a tile of it, takes.
 
-    The name of a special token in a phrase or question is text like any other. directory: an official one with a
-    tokenizer.json. image_tokens: N, places that the picture takes.
+    A subclass has encode(*parts), which takes text, words of somebody, text and so on, and in the text makes names of
+    special tokens these tokens; the ids image and pad; and length, the most tokens of a message.
     """
+
+    def too_long(self, text):
+        """The number of tokens that `text` needs if it is above `length`, else 0."""
+        needed = len(self.encode("", text))
+        return needed if needed > self.length else 0
+
+    def ids(self, *parts, tiles=1):
+        """A prompt in parts, as `encode` takes them -> int64 (1,L), with room for so many tiles."""
+        ids = []
+        for id in self.encode(*parts):
+            ids += [id] * (tiles * self.image_tokens if id == self.image else 1)
+        return torch.tensor([ids])
+
+    def pad_left(self, rows):
+        """Prompts, a list of (1,L) -> (B,L), as long as the longest."""
+        longest = max(row.shape[1] for row in rows)
+        return torch.cat([F.pad(row, (longest - row.shape[1], 0), value=self.pad) for row in rows])
+
+
+class JanusPrompt(MLLMPrompt):
+    """Phrases or a question in the chat template of Janus-Pro. directory: an official one with a tokenizer.json."""
 
     # the official processor's text for questions about a picture; for generated pictures it has none
     system = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
               "user provides, and assist the user with a variety of tasks using natural language.")
-    names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": PAD,
-             "begin": "<begin_of_image>", "image": IMAGE, "end": "<end_of_image>"}
-    length = 256  # text tokens of a phrase or question, at most; our limit: the model itself reads thousands
+    length = 256  # our limit: the model itself reads thousands
 
     def __init__(self, directory, image_tokens):
         self.bpe, self.image_tokens = BPETokenizer.from_json(directory), image_tokens
+        self.encode = self.bpe.encode
         with reading(directory, "a text tokenizer with Janus' special tokens"):
-            self.special = {short: self.bpe.special_tokens[name] for short, name in self.names.items()}
-
-    def too_long(self, text):
-        """The number of tokens that `text` needs if it is above `length`, else 0."""
-        needed = len(self.bpe.encode("", text.strip()))
-        return needed if needed > self.length else 0
-
-    def ids(self, *parts):
-        """A prompt in parts, as BPETokenizer.encode takes them -> list of ids: begin of sentence first, and N places
-        for the picture where the text has <image_placeholder>."""
-        special, ids = self.special, [self.special["bos"]]
-        picture = [special["begin"], *[special["image"]] * self.image_tokens, special["end"]]
-        for id in self.bpe.encode(*parts):
-            ids += picture if id == special["image"] else [id]
-        return ids
+            self.eos, self.pad, self.image, *_ = [self.bpe.special_tokens[name]
+                                                  for name in (EOS, PAD, IMAGE, BOS, BEGIN, END)]
 
     def __call__(self, phrases):
         """list of B phrases -> int64 (B, L), padded at the left to the longest.
 
         The paper: `<|User|>: [text]<image>  <|Assistant|>: <begin_of_mask>`, in Janus' own white space.
         """
-        rows = [self.ids("<|User|>: ", phrase.strip(), "<image_placeholder>\n\n<|Assistant|>:<begin_of_image>")
-                for phrase in phrases]
-        longest = max(map(len, rows))
-        return torch.tensor([[self.special["pad"]] * (longest - len(row)) + row for row in rows])
+        end = f"{BEGIN}{IMAGE}{END}\n\n<|Assistant|>:{BEGIN}"
+        return self.pad_left([self.ids(f"{BOS}<|User|>: ", phrase.strip(), end) for phrase in phrases])
 
     def chat(self, question):
         """A question about a picture -> int64 (1, L)."""
-        system = f"{self.system}\n\n<|User|>: <image_placeholder>\n"
-        return torch.tensor([self.ids(system, question.strip(), "\n\n<|Assistant|>:")])
+        start = f"{BOS}{self.system}\n\n<|User|>: {BEGIN}{IMAGE}{END}\n"
+        return self.ids(start, question.strip(), "\n\n<|Assistant|>:")
+
+    def decode(self, ids):
+        """Ids of an answer -> its text. The model's table of embeddings has rows beyond the vocabulary: no text."""
+        silent = {*self.bpe.special_tokens.values()}
+        return self.bpe.decode([id for id in ids if id < self.bpe.vocab_size and id not in silent]).strip()
 
 
 def added_tokens(directory):
     """{name: id} of the added tokens in the tokenizer_config.json of a directory; FileNotFoundError, ValueError."""
     path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     with reading(path, "the added tokens of a text tokenizer"):
         added = json.loads(path.read_bytes())["added_tokens_decoder"]
         return {token["content"]: int(id) for id, token in added.items()}
 
 
-# what Hugging Face replaces in decoded text, in this order
-CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-            (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 MASK = "<mask>"
 
 
 def clean_up(text):
     """Decoded text as Hugging Face's tokenizer for InternLM2 gives it, without white space at its ends."""
-    for spaced, plain in CLEAN_UP:
-        text = text.replace(spaced, plain)
-    return text.strip()
+    text = re.sub(r" ([.?!,])", r"\1", text).replace(" ' ", "'")
+    return re.sub(r" (n't|'m|'s|'ve|'re)", r"\1", text).strip()
 
 
-class ARGenSegPrompt:
-    """What ARGenSeg is asked: a conversation in InternVL2.5's template, as ids with room for a picture.
-
-    The name of a special token in somebody's words is text like any other. directory: an official one; image_tokens: N,
-    places that a tile takes.
-    """
+class ARGenSegPrompt(MLLMPrompt):
+    """A conversation in InternVL2.5's template. directory: an official one."""
 
     system = ("你是书生·万象，英文名是InternVL，"
               "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。")
     nothing = "Please generate a picture about nothing."  # for guidance
-    length = 4096  # text tokens of a message, at most; our limit: the model was trained with 8192 in all
+    length = 4096  # our limit: the model was trained with 8192 in all
 
     def __init__(self, directory, image_tokens):
         self.image_tokens, self.special = image_tokens, added_tokens(Path(directory))
-        path = Path(directory) / "tokenizer.model"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        self.model = sentencepiece.SentencePieceProcessor()
+        self.model, path = sentencepiece.SentencePieceProcessor(), Path(directory) / "tokenizer.model"
         with reading(path, "a SentencePiece model"):
             self.model.LoadFromSerializedProto(path.read_bytes())
         with reading(directory, "a text tokenizer with ARGenSeg's special tokens"):
-            self.bos, self.pad, self.mask = (self.special[name] for name in ("<s>", "</s>", "<ge_end>"))
+            self.pad, self.image, self.mask = (self.special[name] for name in ("</s>", "<IMG_CONTEXT>", "<ge_end>"))
         self.names, self.silent = finder(self.special), set(self.special.values())
 
     def words(self, text):
@@ -945,14 +878,9 @@ class ARGenSegPrompt:
             ids += [piece] if isinstance(piece, int) else self.words(piece)
         return ids
 
-    def too_long(self, text):
-        """The number of tokens that `text` needs if it is above `length`, else 0."""
-        needed = len(self.encode("", text))
-        return needed if needed > self.length else 0
-
     def chat(self, messages, tiles):
         """Words of the user, the answer, words of the user and so on, about a picture in so many tiles (0: none) ->
-        int64 (1,L). The picture comes first, as if the first words began with the official "<image>\\n". As
+        int64 (1,L). The picture comes first, as if the first words began with the official "<image>\n". As
         officially, earlier masks are not in the prompt."""
         first, *rest = messages
         picture = "<img><IMG_CONTEXT></img>\n" if tiles else ""
@@ -961,19 +889,11 @@ class ARGenSegPrompt:
         for i, words in enumerate(rest):
             who, said = ("user", words) if i % 2 else ("assistant", clean_up(words.replace(MASK, "")))
             parts += [f"<|im_end|>\n<|im_start|>{who}\n", said]
-        ids, image = [], self.special["<IMG_CONTEXT>"]
-        for id in self.encode(*parts, "<|im_end|>\n<|im_start|>assistant\n"):
-            ids += [id] * (tiles * self.image_tokens if id == image else 1)
-        return torch.tensor([ids])
+        return self.ids(*parts, "<|im_end|>\n<|im_start|>assistant\n", tiles=tiles)
 
     def __call__(self, phrases, tiles=1):
         """list of B phrases, each to be segmented in a picture -> int64 (B,L), padded at the left to the longest."""
         return self.pad_left([self.chat([self.instruction(phrase)], tiles) for phrase in phrases])
-
-    def pad_left(self, rows):
-        """Prompts, a list of (1,L) -> (B,L)."""
-        longest = max(row.shape[1] for row in rows)
-        return torch.cat([F.pad(row, (longest - row.shape[1], 0), value=self.pad) for row in rows])
 
     def instruction(self, phrase):
         """The official demonstration's words around a phrase."""

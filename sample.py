@@ -43,9 +43,7 @@ from data import (
     rle_decode, rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import (
-    MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, decoded_picture, imagenet_pixels, picture_mask, tiles,
-)
+from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, picture_mask, tiles
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
@@ -97,12 +95,9 @@ class Segmenter:
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
         if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
-            if encoder or any_weights:
-                raise BadUsage(f"--encoder and --any-weights have no use with {file}, which holds all its parts")
-            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype)
-            text_tokenizer = ARGenSegPrompt(file, model.config.image_tokens)
-            model.to(device).fuse()
-            return cls(model, model.mask_tokenizer, text_tokenizer)
+            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype).to(device)
+            model.fuse()
+            return cls(model, model.mask_tokenizer, ARGenSegPrompt(file, model.config.image_tokens))
         janus = file.is_dir() or read_header(file).get("format") == "janusseg"
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
@@ -159,16 +154,16 @@ class Segmenter:
     def many_answers(self, images, prompts, inside, decoding):
         """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
         none. inside: "answers" are its words."""
-        for name, value in decoding.items():
-            if value != {**USUAL, "decode": "greedy"}.get(name):
-                raise BadUsage(f"{name} {value!r} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        asked = [(image, prompt) for image, row in zip(images, prompts) for prompt in row]
-        found = [self.chat(image, self.text_tokenizer.instruction(prompt)) for image, prompt in asked]
+        usual = {**USUAL, "decode": "greedy"}
+        if given := {name: value for name, value in decoding.items() if value != usual.get(name)}:
+            raise BadUsage(f"{given} has no use with an ARGenSeg checkpoint, which decodes greedily")
+        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt)) for prompt in row]
+                   for image, row in zip(images, prompts)]
         if inside is not None:
-            inside.update(prompts=[prompt for _, prompt in asked], unknown=[[]] * len(asked),
-                          answers=[words for words, _ in found])
-        first = iter([(masks or [np.zeros(image.size[::-1], bool)])[0] for (image, _), (_, masks) in zip(asked, found)])
-        return [[next(first) for _ in row] for row in prompts]
+            words = [words for row in answers for words, _ in row]
+            inside.update(prompts=[p for row in prompts for p in row], unknown=[[]] * len(words), answers=words)
+        return [[masks[0] if masks else np.zeros(image.size[::-1], bool) for _, masks in row]
+                for image, row in zip(images, answers)]
 
     def read(self, prompt):
         """A prompt -> the prompt as the model reads it, and the words in it that the model does not know.
@@ -205,9 +200,7 @@ class Segmenter:
         """b PIL pictures of any size -> what the model sees of them, (b,3,S,S), or all their tiles for ARGenSeg."""
         side = self.model.config.siglip.image_size
         if self.answers:
-            thumbnail = self.model.config.thumbnail
-            cut = [tiles(to_rgb(image), side, self.tiles, thumbnail=thumbnail) for image in images]
-            return imagenet_pixels(np.concatenate(cut)).to(self.device)
+            return torch.cat([tiles(to_rgb(image), side, self.tiles) for image in images]).to(self.device)
         squares = [(pad_picture if self.padded else resize_picture)(image, side) for image in images]
         return to_pixels(np.stack(squares)).to(self.device)
 
@@ -224,7 +217,7 @@ class Segmenter:
 
         image: PIL, for ARGenSeg also None; messages: the user's words, or a list user, answer, user, ... for ARGenSeg.
         The words have "<mask>" where a mask stands; masks: a list of bool (H,W) at the picture's own size, none of
-        Janus. length: tokens of the answer, at most; a longer one is cut, and standard error tells.
+        Janus. length: tokens of the answer, at most; a longer one of ARGenSeg is cut, and standard error tells.
         """
         messages = [messages] if isinstance(messages, str) else list(messages)
         if not (self.padded or self.answers):
@@ -233,26 +226,19 @@ class Segmenter:
             raise ValueError(f"{len(messages)} messages{'' if image else ' without a picture'}: want the user's words, "
                              "an answer, the user's words and so on; Janus takes one question about a picture")
         self.check(messages[::2])
-        if self.answers:
-            return self.talk(image, messages, length or 1024)
-        ids, bpe = self.text_tokenizer.chat(messages[0]).to(self.device), self.text_tokenizer.bpe
-        answer = self.model.answer(ids, self.pixels([image]), length or 128, {self.text_tokenizer.special["eos"]})
-        silent = set(bpe.special_tokens.values())
-        # The model's table of embeddings has rows beyond the vocabulary, which are no text.
-        return bpe.decode([id for id in answer if id < bpe.vocab_size and id not in silent]).strip(), []
-
-    def talk(self, image, messages, length):
-        """`chat` of ARGenSeg. What a prompt has in common with the last one is not read again."""
         prompt, pixels = self.text_tokenizer, None if image is None else self.pixels([image])
-        count = 0 if image is None else len(pixels)
+        if self.padded:
+            ids = prompt.chat(messages[0]).to(self.device)
+            return prompt.decode(self.model.answer(ids, pixels, length or 128, {prompt.eos})), []
+        count, length = 0 if pixels is None else len(pixels), length or 1024
         ids = prompt.chat(messages, count)
         if self.guidance:
             ids = prompt.pad_left([ids, prompt.chat([prompt.nothing], count)])
         found, codes, self.turns = self.model.answer(ids.to(self.device), pixels, length, self.guidance, self.turns)
         if found[0, -1] != self.model.config.stop_id:
             print(f"the answer is cut: it did not end within {length} tokens", file=sys.stderr)
-        pictures = [decoded_picture(self.mask_tokenizer.decode(tokens)[0]) for tokens in codes]
-        return prompt.decode(found[0].tolist()), [picture_mask(p, image.size if image else p.size) for p in pictures]
+        masks = [picture_mask(self.mask_tokenizer.decode(tokens)[0], image and image.size) for tokens in codes]
+        return prompt.decode(found[0].tolist()), masks
 
 
 def words_of(prompt):
@@ -402,34 +388,28 @@ def chat(args):
         for i, image in batch:
             messages = []
             for k, question in enumerate(args.chat):
+                start = time.perf_counter()
                 words, masks = segmenter.chat(image, [*messages, question])
+                ms = 1000 * (time.perf_counter() - start)
                 messages += [question, words]
                 answer = "\n".join(map(printable, words.splitlines()))
                 print(f"{printable(names[i])}: {answer}", flush=True)
-                write_masks(args, image, masks, stems[i * len(args.chat) + k], pictures)
+                described = {"prompt": question, "read_as": question, "unknown": [], "answer": words}
+                for n, mask in enumerate(masks):
+                    stem = f"{stems[i * len(args.chat) + k]}-{n}"
+                    args.out.mkdir(parents=True, exist_ok=True)
+                    check_outputs(args, [os.path.join(args.out, f"{stem}-{kind}.png") for kind in KINDS], pictures)
+                    keep(args, MASK, stem, image, mask, described, ms)
     return 1 if broken else 0
-
-
-def write_masks(args, image, masks, stem, pictures):
-    """Write the masks of an answer and their overlays, and print a line for each; `pictures` are not overwritten."""
-    files = [[args.out / f"{stem}-{n}-{kind}.png" for kind in KINDS] for n in range(len(masks))]
-    if masks:
-        args.out.mkdir(parents=True, exist_ok=True)
-        check_outputs(args, [os.fspath(file) for pair in files for file in pair], pictures)
-    for mask, (mask_file, overlay_file) in zip(masks, files):
-        write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
-        write_picture(overlay(image, mask), overlay_file)
-        print(printable(f"{MASK} {int(mask.sum())} px -> {overlay_file}"), flush=True)
 
 
 def load(args):
     """The Segmenter that the flags ask for."""
     segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder),
                                locate(args.mask_tokenizer), args.any_weights)
-    of_argenseg = {"--tiles": args.tiles, "--cfg": args.cfg}
-    of_others = {"--confidence": args.confidence, "--attention": args.attention}
-    if given := [flag for flag, value in (of_others if segmenter.answers else of_argenseg).items() if value]:
-        raise BadUsage(f"{given[0]} has no use with {'an ARGenSeg' if segmenter.answers else 'this'} checkpoint")
+    unread = {"confidence", "attention", "encoder", "any_weights"} if segmenter.answers else ANSWERS
+    if given := [flag for flag in sorted(unread) if getattr(args, flag)]:
+        raise BadUsage(f"--{given[0].replace('_', '-')} has no use with the checkpoint {args.checkpoint}")
     segmenter.tiles, segmenter.guidance = args.tiles or 1, args.cfg or 0.0
     return segmenter
 

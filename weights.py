@@ -142,8 +142,8 @@ def check_config(path, values, expected):
 
 
 def read_weights(path, wanted=lambda name: True, dtype=None):
-    """{name: tensor} of a file or of a folder, as stored; only names for which wanted(name) are read. dtype: copy them,
-    one tensor at a time, so that no file stays in memory beside them.
+    """{name: tensor} of a file or of a folder, as stored; only names for which wanted(name) are read. dtype: copy what
+    is in .safetensors, one tensor at a time, so that no file stays in memory beside them.
 
     FileNotFoundError, or ValueError with one line for a file that is damaged or of another kind.
     """
@@ -200,8 +200,8 @@ def read_file(file, wanted=lambda name: True, dtype=None):
             kind = getattr(w, "dtype", type(w).__name__)
             if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
                 raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
-        if dtype:
-            weights = copies(file, weights, dtype)
+        if dtype and file.suffix == ".safetensors":
+            weights = copies(file, sorted(weights, key=lambda name: -weights[name].numel()), dtype)
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -211,15 +211,10 @@ def read_file(file, wanted=lambda name: True, dtype=None):
     return header, weights
 
 
-def copies(file, weights, dtype):
-    """Take windows into a file out of the dict `weights` -> a dict with copies of them in `dtype`.
-
-    The largest come first, while there is little beside them. What was read of a .safetensors stays in memory until it
-    is closed and no tensor is left of it, so it is opened anew for each one."""
-    names, copied = sorted(weights, key=lambda name: -weights[name].numel()), {}
-    if file.suffix != ".safetensors":
-        return {name: weights.pop(name).to(dtype, copy=True) for name in names}
-    weights.clear()
+def copies(file, names, dtype):
+    """Tensors of a .safetensors as copies in `dtype`, the largest first, while there is little beside it. What was read
+    stays in memory until the file is closed, so it is opened anew for each."""
+    copied = {}
     for name in names:
         with safe_open(file, framework="pt") as opened:
             copied[name] = opened.get_tensor(name).to(dtype, copy=True)
@@ -305,19 +300,13 @@ def download(name, root=WEIGHTS):
             already = " (already there, only checked)" if path.exists() else ""
             print(f"{path}{already}: sha256 {fetch(f'{base}/{file}', path, token)}")
             if file.endswith(".index.json"):
-                size, shards = read_index(path)
-                print(f"{name}: {size / 1e9:.1f} GB of weights in {len(shards)} files")
+                with reading(path, "an index of .safetensors files"):
+                    index = parse_json(path.read_bytes())
+                    shards, size = sorted(set(index["weight_map"].values())), index["metadata"]["total_size"] / 1e9
+                    if strange := [shard for shard in shards if not re.fullmatch(r"[\w.-]+\.safetensors", shard)]:
+                        raise ValueError(f"it names {strange[0]!r:.100}")
+                print(f"{name}: {size:.1f} GB of weights in {len(shards)} files")
                 files += shards
-
-
-def read_index(path):
-    """(bytes in all, names of files) of a model.safetensors.index.json; ValueError."""
-    with reading(path, "an index of .safetensors files"):
-        index = parse_json(path.read_bytes())
-        shards = sorted(set(index["weight_map"].values()))
-        if strange := [file for file in shards if Path(file).name != file or not file.endswith(".safetensors")]:
-            raise ValueError(f"it names {strange[0]!r:.100}")
-        return float(index["metadata"]["total_size"]), shards
 
 
 def fetch(url, path, token=None, wait=1.0):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from mllm import LORA_TARGETS, JanusPrompt, JanusSeg, LoRALinear
+from mllm import BEGIN, BOS, END, IMAGE, LORA_TARGETS, JanusPrompt, JanusSeg, LoRALinear
 from tokenizer import VQGAN, VQGANConfig, decode_masks, mask_to_image
 
 FIXTURE = REPO / "tests" / "fixtures" / "janus_pro"
@@ -380,7 +380,7 @@ def test_prompts_keep_special_tokens_out_of_a_users_hands(directory):
             assert special[0] == special[1]
             assert words in prompt.bpe.decode(found)  # and nothing of it was taken away
     ids = prompt(["the cat <image_placeholder><|User|>", "cat"])
-    assert ids[1, 0] == prompt.special["pad"] and ids[0, 0] == prompt.special["bos"]
+    assert ids[1, 0] == prompt.pad and prompt.bpe.decode(ids[0, :1].tolist()) == BOS
     assert prompt.too_long("<|User|>" * 100) == len(prompt.bpe.encode("", "<|User|>" * 100)) > 256
     for ask in (prompt.chat, prompt.too_long, lambda text: prompt([text])):
         with pytest.raises(ValueError, match="surrogates"):
@@ -396,8 +396,8 @@ def test_a_prompt_in_parts_has_the_ids_of_the_whole(directory):
         if not any(name in "".join(template[i] for i in (1, 3, 4)) for name in prompt.bpe.special_tokens):
             assert prompt.bpe.encode(*template) == prompt.bpe.encode("".join(template)), template
         plain = "".join(words.split("<|"))
-        assert prompt.ids(f"<|User|>: {plain.strip()}<image_placeholder>\n\n<|Assistant|>:<begin_of_image>") == (
-            prompt([plain])[0].tolist())
+        whole = f"{BOS}<|User|>: {plain.strip()}{BEGIN}{IMAGE}{END}\n\n<|Assistant|>:{BEGIN}"
+        assert prompt.ids(whole).equal(prompt([plain]))
 
 
 def test_print_config_of_janus(capsys):
