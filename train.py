@@ -194,7 +194,7 @@ def refuse_unread(parser, given, data):
              f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
             (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
             (not sets <= WORLDS.keys(), f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
-            (given.init_from or given.preset != "scenes", "a run without new encoders", {"encoder_steps"}),
+            (given.init_from or not given.preset.startswith("scenes"), "a run without new encoders", {"encoder_steps"}),
             (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
         if holds:
             parser.check_read(given, job, vars(given).keys() - unread)
