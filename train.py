@@ -464,7 +464,7 @@ def load_model(args, dtype):
         model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     elif start:
         model = LlamaSeg.from_pretrained(start, args.encoder, any_weights=args.any_weights)
-        if replace(model.config, siglip=preset.siglip, hide=preset.hide) != preset:
+        if replace(model.config, siglip=preset.siglip, hide=preset.hide, words=(), names=()) != preset:
             raise ValueError(f"{start}: its shape is not that of --preset {args.preset}")
     else:
         encoder = SigLIP.from_pretrained(args.encoder) if args.encoder else None

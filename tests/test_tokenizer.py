@@ -503,9 +503,9 @@ def test_pictures_of_eval_keep_their_aspect():
 
 
 def test_eval_reports_the_embedded_tokenizer(tmp_path, capsys):
-    assert tokenizer.main(["eval", "--count", "12", "--out", str(tmp_path / "e.png")]) == 0
+    assert tokenizer.main(["eval", "--data", "scenes-plain", "--count", "12", "--out", str(tmp_path / "e.png")]) == 0
     said = capsys.readouterr().out
-    assert "scenes:test, 12 masks" in said and (tmp_path / "e.png").exists()
+    assert "scenes-plain:test, 12 masks" in said and (tmp_path / "e.png").exists()
     assert json.loads((tmp_path / "e.json").read_text())["square"]["count"] == 12
     assert [float(iou) > 0.95 for iou in re.findall(r"total IoU (\S+),", said)] == [True, True]
 
@@ -575,7 +575,7 @@ def test_cached_mask_tokens_are_of_the_very_masks_that_are_trained(tmp_path, tin
     ("train --device cuda:99", "argument --device: .*'cuda:99'"),
     ("train --lr nan", "--lr nan must be at least 1e-12"),
     ("train --lr 0", "--lr 0.0"),
-    ("train --data typo", "unknown data set 'typo': choose one of scenes, scenes-rich, "),
+    ("train --data typo", "unknown data set 'typo': choose one of scenes, scenes-plain, scenes-rich, "),
     ("eval --data refcoco", "refcoco needs --root"),
     ("eval --split typo", "scenes has no split 'typo'"),
     ("text --out tests", "--out tests"),
