@@ -208,9 +208,11 @@ def train(args, at_end):
     run, stop = set_up(args, at_end), []
     at_end.enter_context(on_signal(lambda number, frame: stop.append(number)))
     model = parallel(run)
+    goes_on = True
     if args.encoder_steps and not run.first_step:
-        learn_patches(run, stop)
-    goes_on = not (stop or run.evaluation_left_out) or evaluate_after(run, run.first_step)
+        goes_on = learn_patches(run, stop)
+    elif run.evaluation_left_out:
+        goes_on = evaluate_after(run, run.first_step)
     started, (batch, ids) = time.perf_counter(), next_batch(run)
     for step in range(run.first_step, args.max_steps if goes_on else 0):
         torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
@@ -249,7 +251,7 @@ def train(args, at_end):
         if evaluation_is_due and not evaluate_after(run, done):
             break
         started = time.perf_counter()
-    if run.log and run.first_step < args.max_steps:
+    if run.bar:  # a step was done, and this is the first rank
         plot(args.out_dir)
     if dist.is_initialized():
         del model  # DDP first: the last to let go of the process group may hold the lock its threads still need
@@ -327,7 +329,7 @@ class PatchReader(nn.Module):
 
 def learn_patches(run, stop):
     """--encoder-steps: before the first mask the encoders learn what each patch of a drawn picture shows, and what of
-    it phrases name. Masks alone teach that slowly: LOG.md. A stop leaves nothing of it."""
+    it phrases name. Masks alone teach that slowly: LOG.md. False if a signal ended it, which leaves nothing of it."""
     args, siglip, world = run.args, run.segmenter.model.encoder, WORLDS[run.args.data]
     reader = PatchReader(siglip, len(world.colors) + len(world.shapes) + 1).to(run.device)
     optimizers = make_optimizers(reader, args)
@@ -341,7 +343,7 @@ def learn_patches(run, stop):
         loss.backward()
         if any(from_all_ranks(bool(stop))):
             say("stopped before the first step: nothing is saved")
-            break
+            return False
         gradients = [p.grad for p in reader.parameters()]
         for gradient in gradients if dist.is_initialized() else ():
             dist.all_reduce(gradient.div_(run.world_size))
@@ -352,6 +354,7 @@ def learn_patches(run, stop):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         bar.set_postfix_str(f"loss {loss.item():.4f}", False)
+    return True
 
 
 def parallel(run):
@@ -442,10 +445,10 @@ def load_parts(args, device, dtype):
     start = args.init_from or args.mask_tokenizer
     model.frozen |= check_parts(start, model, mask_tokenizer, text_tokenizer, args.any_weights)
     model.config.hide = args.hide
-    if args.data in WORLDS and isinstance(model, LlamaSeg):
-        names, words = vocabulary(WORLDS[args.data])
-        model.config.names = names
-        model.config.words = tuple(sorted({*words, *words_of(" ".join(TEMPLATES).replace("{}", ""))}))
+    if isinstance(model, LlamaSeg):
+        names, words = vocabulary(WORLDS[args.data]) if args.data in WORLDS else ((), ())
+        around = words_of(" ".join(TEMPLATES).replace("{}", "")) if words else ()
+        model.config.names, model.config.words = names, tuple(sorted({*words, *around}))
     if isinstance(model, LlamaSeg) and not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
     model.train().to(device)

@@ -32,7 +32,9 @@ print(1000 * (time.perf_counter() - start))
 import time
 from data import load_dataset
 from sample import Segmenter
-segmenter, dataset = Segmenter.load(device="cpu"), load_dataset("scenes", "test")
+from scenes import WORLDS
+plain = "scenes-plain" if "scenes-plain" in WORLDS else "scenes"  # its name before the wider world
+segmenter, dataset = Segmenter.load(device="cpu"), load_dataset(plain, "test")
 examples = [dataset[i] for i in range(40)]
 def best(example):
     times = []
@@ -47,7 +49,9 @@ print(1000 * sum(map(best, examples)) / len(examples))
 import time, torch
 from data import load_dataset
 from sample import Segmenter
-segmenter, dataset = Segmenter.load(device="cpu"), load_dataset("scenes", "test")
+from scenes import WORLDS
+plain = "scenes-plain" if "scenes-plain" in WORLDS else "scenes"  # its name before the wider world
+segmenter, dataset = Segmenter.load(device="cpu"), load_dataset(plain, "test")
 rows = [segmenter.prepare(dataset[i].image, [dataset[i].phrase]) for i in range(32)]
 text_ids, pixels = (torch.cat(parts) for parts in zip(*rows))
 times = []
@@ -60,8 +64,9 @@ print(1000 * min(times))
     "loader": """
 import time
 from data import Batches, load_mixture
+from scenes import WORLDS
 from tokenizer import TextTokenizer
-mixture = load_mixture("scenes", "train", phrases=4)
+mixture = load_mixture("scenes-plain" if "scenes-plain" in WORLDS else "scenes", "train", phrases=4)
 batches = Batches(mixture, TextTokenizer("assets/text.model", 24), 128, 64, 64, 64, 4, 0, 1, 0, True, 128)
 times = []
 for k in range(13):
@@ -99,7 +104,9 @@ import hashlib
 import numpy as np
 from data import load_dataset
 from sample import Segmenter
-segmenter, dataset = Segmenter.load(device="cpu"), load_dataset("scenes", "test")
+from scenes import WORLDS
+plain = "scenes-plain" if "scenes-plain" in WORLDS else "scenes"  # its name before the wider world
+segmenter, dataset = Segmenter.load(device="cpu"), load_dataset(plain, "test")
 digest, passes = hashlib.sha256(), 0
 for i in range(200):
     stats = {}

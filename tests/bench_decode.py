@@ -30,7 +30,7 @@ from sample import Segmenter  # noqa: E402
 def compare_drafts(count, dtype, compiled, device, batches=(1, 3, 32)):
     """Print and return, of so many test scenes, the masks that differ from plain ones of the same batch; and the passes
     of all masks, and of the smallest, largest, thinnest third."""
-    segmenter, dataset, rows = Segmenter.load(None, str(device), dtype), load_dataset("scenes", "test"), []
+    segmenter, dataset, rows = Segmenter.load(None, str(device), dtype), load_dataset("scenes-plain", "test"), []
     examples = [dataset[i] for i in range(count)]
     asked = [segmenter.prepare(e.image, [e.phrase]) for e in examples]
     text_ids, pixels = (torch.cat(parts) for parts in zip(*asked))
@@ -64,7 +64,7 @@ def compare_drafts(count, dtype, compiled, device, batches=(1, 3, 32)):
 
 def accepted_tokens(device, dtype, count):
     """{draft: tokens per pass} of the embedded default on so many drawn scenes, at batch 1's window."""
-    segmenter, dataset = Segmenter.load(None, str(device), dtype), load_dataset("scenes", "test")
+    segmenter, dataset = Segmenter.load(None, str(device), dtype), load_dataset("scenes-plain", "test")
     examples, accepted = [dataset[i] for i in range(count)], {"none": 1.0}
     text_ids = segmenter.text_tokenizer([e.phrase for e in examples]).to(device)
     pixels = segmenter.pixels([e.image for e in examples])

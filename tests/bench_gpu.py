@@ -73,7 +73,8 @@ def correct(args):
     print(said[-6000:], flush=True)
     torch.set_float32_matmul_precision("highest")  # TF32 would change masks, and is not sample.py's default
     count = 2 if args.rehearse else 512
-    dataset, tokenizer = load_dataset("scenes", "test"), VQGAN.from_pretrained(ASSETS / "mask_tokenizer.safetensors")
+    dataset = load_dataset("scenes-plain", "test")
+    tokenizer = VQGAN.from_pretrained(ASSETS / "mask_tokenizer.safetensors")
     masks = torch.from_numpy(np.stack([resize_mask(dataset[i].mask, 128) for i in range(count)])).bool()
     with torch.inference_mode():
         here = tokenizer.encode(mask_to_image(masks))

@@ -816,6 +816,21 @@ def test_encoders_learn_patches_first(small, tmp_path, monkeypatch):
     assert len(told) == 12  # a run that goes on has had them
 
 
+def test_a_stop_among_the_encoders_lessons_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+    real = train.PatchReader.forward
+
+    def forward(self, *args, **batch):
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *args, **batch)
+
+    monkeypatch.setattr(train.PatchReader, "forward", forward)
+    monkeypatch.setattr(train, "PATCH_BATCH", 2)
+    assert train.main(small(tmp_path, "--encoder-steps", "12")) == 0
+    said = capsys.readouterr()
+    assert "nothing is saved" in said.out + said.err and "error" not in said.err
+    assert not list(tmp_path.glob("checkpoint-*")) and not records(tmp_path)
+
+
 def test_the_loss_between_patches_and_phrases_is_siglips(tiny_checkpoint):
     """Brute force: a sigmoid for each pair of a phrase and a patch of its own picture."""
     torch.manual_seed(0)
