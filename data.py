@@ -40,7 +40,7 @@ from weights import ASSETS, sha256_of
 
 @dataclass
 class Example:
-    """One picture, one phrase, one mask. DESIGN: the front door of every data set."""
+    """One picture, one phrase, one mask: what every data set of phrases consists of."""
 
     image: Image.Image  # RGB, any size
     phrase: str  # the bare label or expression, without an instruction around it
@@ -53,7 +53,7 @@ class Example:
 
 @dataclass
 class Panoptic:
-    """One picture and all of its n segments. DESIGN: the front door of the data sets for PQ and AP."""
+    """One picture and all of its n segments: what the data sets for PQ and AP consist of."""
 
     image: Image.Image  # RGB, any size
     id: str  # unique in its split: the data set's own picture id
@@ -967,8 +967,8 @@ class Patches(Dataset):
         for i in range(first, first + self.batch_size):
             image, owner, objects, picked = self.scenes.scene(self.scenes.SPLITS["train"] - 1 - i)
             pictures.append(resize_pixels(np.array(image), self.size))
-            truth.append(patch_truth(owner, objects, self.scenes.world, self.grid, self.size // self.grid))
-            _, share = patch_view(owner, len(objects), self.grid, self.size // self.grid)
+            patches, share = patch_view(owner, len(objects), self.grid, self.size // self.grid)
+            truth.append(patch_truth(patches, share, owner, objects, self.scenes.world))
             for j, (phrase, _, _, indices) in enumerate(picked):  # every second one through a template, as in Batches
                 text.append(instruct(phrase, TEMPLATES[(i + j) % len(TEMPLATES)]) if j % 2 else phrase)
                 named.append(share[:, list(indices)].sum(1) > 0.02)

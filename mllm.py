@@ -157,9 +157,6 @@ def our_names(weights, llama=None):
     return ours
 
 
-janus_names = our_names  # as tests/tiny_janus.py calls it
-
-
 # ---- Janus-Pro ------------------------------------------------------------------------------------------------------
 
 

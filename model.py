@@ -5,14 +5,14 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
 
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
-The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back.
 With config.scales it writes them coarse to fine instead, all tokens of a scale at once (next-scale prediction).
+The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back.
 In the mask tokenizers that this repository trains, code 0 is plain background.
 
 Shapes used below, with their sizes in the preset scenes:
-    B batch, b pictures, L text tokens (24), N image tokens (64), M mask tokens (mask_grid squared, 64),
+    B batch, b pictures, L text tokens (24), N image tokens (144), M mask tokens (mask_grid squared, 144),
     T tokens of a sequence or of a pass, D width of the network at hand (256), K codebook size (4096),
-    S side of the picture in pixels (128), P side of a patch in pixels (16), nh heads, nkv key/value heads,
+    S side of the picture in pixels (192), P side of a patch in pixels (16), nh heads, nkv key/value heads,
     hd width of a head
 
 From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to decode, devices, SigLIP, configs, helpers.
@@ -891,7 +891,7 @@ def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft,
 
 
 def written_out_is_faster(q, k):
-    """Training in bfloat16 on a CPU, at the lengths of the small preset (154 tokens): the fused kernel's backward pass
+    """Training in bfloat16 on a CPU, at the lengths of the small presets (313 tokens): the fused kernel's backward pass
     is slower there than four plain lines. At 577 tokens those lines made the whole step 1.4 times as long."""
     training = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
     return training and q.shape[2] <= 384 and k.shape[1] == q.shape[1]

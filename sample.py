@@ -95,6 +95,8 @@ class Segmenter:
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
         if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
+            if encoder or any_weights:
+                raise BadUsage(f"{file}: an ARGenSeg checkpoint reads no --encoder and no --any-weights")
             model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype).to(device)
             model.fuse()
             return cls(model, model.mask_tokenizer, ARGenSegPrompt(file, model.config.image_tokens))
@@ -407,7 +409,7 @@ def load(args):
     """The Segmenter that the flags ask for."""
     segmenter = Segmenter.load(args.checkpoint, args.device, args.dtype, locate(args.encoder),
                                locate(args.mask_tokenizer), args.any_weights)
-    unread = {"confidence", "attention", "encoder", "any_weights"} if segmenter.answers else ANSWERS
+    unread = {"confidence", "attention"} if segmenter.answers else ANSWERS
     if given := [flag for flag in sorted(unread) if getattr(args, flag)]:
         raise BadUsage(f"--{given[0].replace('_', '-')} has no use with the checkpoint {args.checkpoint}")
     segmenter.tiles, segmenter.guidance = args.tiles or 1, args.cfg or 0.0

@@ -82,7 +82,7 @@ SYNONYMS = {"circle": ("ball", "disk"), "square": ("box",), "ring": ("hoop",), "
 
 @dataclass(frozen=True)
 class World:
-    """What a drawn world holds. Lists are drawn from with equal chances."""
+    """What a drawn world holds. Each entry of a tuple is as likely as the others."""
 
     seed: int  # worlds of different seeds show different scenes
     shapes: dict
@@ -193,7 +193,8 @@ def _background(height, width, world, rng):
         picture += rng.uniform(0.03, 0.15) * rng.standard_normal((height, width, 1), np.float32)
     elif style == "blotchy":
         for _ in range(int(rng.integers(1, 4))):
-            picture += rng.uniform(0.05, 0.25) * (_blotches(int(rng.integers(2, 24)), height, width, rng) - 0.5)
+            blotches = _blotches(int(rng.integers(2, 24)), height, width, rng)
+            picture += rng.uniform(0.05, 0.25) * (blotches - 0.5)
     elif style == "cloudy":  # as much contrast in every octave, as photographs have it
         strength = rng.uniform(0.1, 0.4)
         for octave in range(1, 6):
@@ -293,8 +294,7 @@ def draw_scene(rng, world, novel=False):
         _clutter(picture, rng)
     tint = picture.mean((0, 1))
     owner = np.full((height, width), -1, np.int8)
-    radii = world.radii[rng.integers(len(world.radii))] if world.varied else world.radii[0]
-    most = world.most_objects[rng.integers(len(world.most_objects))] if world.varied else world.most_objects[0]
+    radii, most = world.radii[rng.integers(len(world.radii))], world.most_objects[rng.integers(len(world.most_objects))]
     fills = (world.fills[rng.integers(len(world.fills))],) if world.varied and rng.random() < 0.5 else world.fills
 
     objects = []
@@ -313,8 +313,7 @@ def draw_scene(rng, world, novel=False):
     if rng.random() < 0.5:  # grain over everything
         picture += rng.uniform(0.005, 0.05) * rng.standard_normal((height, width, 1), np.float32)
     picture = (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
-    effect = world.effects[rng.integers(len(world.effects))] if world.varied else "none"
-    return _finish(picture, effect, rng), owner, objects
+    return _finish(picture, world.effects[rng.integers(len(world.effects))], rng), owner, objects
 
 
 def _finish(picture, effect, rng):
@@ -359,7 +358,7 @@ def _draw_shape(picture, owner, index, shape, world, tint, rng):
     solid = cover  # what belongs to the shape
     if shape.fill in ("outlined", "thin"):
         stroke = shape.radius * (rng.uniform(0.1, 0.2) if shape.fill == "outlined" else rng.uniform(0.04, 0.09))
-        cover = _stroke(outlines, region.shape, max(1.2, stroke)) * np.maximum(cover, 0.0)
+        cover = _stroke(outlines, region.shape, max(1.2, stroke)) * cover
     elif shape.fill == "soft":
         blur = ImageFilter.GaussianBlur(rng.uniform(0.05, 0.12) * shape.radius)
         cover = np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).filter(blur), np.float32) / 255.0
@@ -439,14 +438,14 @@ def patch_view(owner, count, grid, size=16):
     return patches, np.stack([(patches == index).mean(1) for index in range(count)], 1)
 
 
-def patch_truth(owner, objects, world, grid, size=16):
-    """What each patch of a picture shows: what an encoder can learn from a scene besides phrases. See patch_view.
+def patch_truth(patches, share, owner, objects, world):
+    """What each patch of a picture shows: what an encoder can learn from a scene besides phrases.
 
-    Returns float32 (N, n + 3 + 64 + 1): for each of the n colours and shapes, and for any object, whether it is in the
-    patch; of the object that fills most of it the centre as seen from the patch, in quarters of the picture, the log of
-    its radius, and its share of the 8 x 8 parts of the patch; whether there is one.
+    patches, share: what patch_view returns of owner (H, W). Returns float32 (N, n + 3 + 64 + 1): for each of the n
+    colours and shapes, and for any object, whether it is in the patch; of the object that fills most of it the centre
+    as seen from the patch, in quarters of the picture, the log of its radius, and its share of the 8 x 8 parts of the
+    patch; whether there is one.
     """
-    patches, share = patch_view(owner, len(objects), grid, size)
     names = [*world.colors, *world.shapes]
     things = np.zeros((len(share), len(names) + 1), np.float32)
     for index, shape in enumerate(objects):
@@ -455,6 +454,7 @@ def patch_truth(owner, objects, world, grid, size=16):
     height, width = owner.shape
     centers = np.array([((s.box[0] + s.box[2]) / 2 / width, (s.box[1] + s.box[3]) / 2 / height) for s in objects])
     radii = np.log([s.radius / min(owner.shape) / 0.15 for s in objects])
+    grid, size = (round(len(side) ** 0.5) for side in (patches, patches[0]))
     main, (y, x) = share.argmax(1), np.divmod(np.arange(len(share)), grid)
     offsets = 4 * (centers[main] - (np.stack([x, y], 1) + 0.5) / grid)
     cover = (patches == main[:, None]).reshape(-1, 8, size // 8, 8, size // 8).mean((2, 4)).reshape(-1, 64)
@@ -526,17 +526,21 @@ def scene_phrases(objects, height, width):
     else:
         named |= {"object": everything, "shape": everything}
     for noun, indices in named.items():
-        if len(indices) == 1:  # large or small in its picture
-            radius = objects[indices[0]].radius
-            words = (("large", "big") if radius > 0.28 * min(height, width) else
-                     ("small", "little") if radius < 0.18 * min(height, width) else ())
-            add("size", [f"the {word} {noun}" for word in words], "referring", None, indices)
-        else:
-            _add_sizes(add, noun, indices, objects)
-            _add_extremes(add, noun, indices, objects, centers, (width, height))
-            _add_ordinals(add, noun, indices, centers, (width, height))
-        _add_corners(add, noun, indices, centers, (width, height))
+        _add_sizes_and_places(add, noun, indices, objects, centers, (width, height))
     return groups
+
+
+def _add_sizes_and_places(add, noun, indices, objects, centers, extent):
+    """All phrases that tell the objects of a noun by their size or place; extent: (width, height) of the picture."""
+    if len(indices) == 1:  # large or small in its picture
+        share = objects[indices[0]].radius / min(extent)
+        words = ("large", "big") if share > 0.28 else ("small", "little") if share < 0.18 else ()
+        add("size", [f"the {word} {noun}" for word in words], "referring", None, indices)
+    else:
+        _add_sizes(add, noun, indices, objects)
+        _add_extremes(add, noun, indices, objects, centers, extent)
+        _add_ordinals(add, noun, indices, centers, extent)
+    _add_corners(add, noun, indices, centers, extent)
 
 
 def _plural(noun):
@@ -550,22 +554,25 @@ def _forms(noun):
 
 
 def _add_sizes(add, noun, indices, objects):
-    """ "the large circle": the one that is clearly the largest of several."""
-    areas = sorted(indices, key=lambda i: objects[i].area)
-    radii = sorted(indices, key=lambda i: objects[i].radius)
-    for first, second, words in ((-1, -2, ("large", "big", "biggest", "largest")),
-                                 (0, 1, ("small", "little", "smallest"))):
-        area = sorted(objects[areas[place]].area for place in (first, second))
-        radius = sorted(objects[radii[place]].radius for place in (first, second))
-        # A ring or a star has less area than a circle of its extent, so area and radius must say the same.
-        if areas[first] == radii[first] and area[1] > 1.35 * area[0] and radius[1] > 1.15 * radius[0]:
-            add("size", [f"the {word} {noun}" for word in words], "referring", None, [areas[first]])
-    if len(indices) > 2:
-        for pair, rest, words in ((slice(-2, None), -3, ("biggest", "largest")), (slice(2), 2, ("smallest",))):
-            area = sorted((objects[areas[pair][-1 if rest == 2 else 0]].area, objects[areas[rest]].area))
-            radius = sorted((objects[radii[pair][-1 if rest == 2 else 0]].radius, objects[radii[rest]].radius))
-            if set(areas[pair]) == set(radii[pair]) and area[1] > 1.35 * area[0] and radius[1] > 1.15 * radius[0]:
-                add("several", [f"the two {word} {_plural(noun)}" for word in words], "semantic", None, areas[pair])
+    """ "the large circle", "the two biggest circles": those that are clearly larger than all others, or smaller."""
+    for sign, words in ((-1, ("large", "big", "biggest", "largest")), (1, ("small", "little", "smallest"))):
+        areas = sorted((sign * objects[i].area, i) for i in indices)
+        radii = sorted((sign * objects[i].radius, i) for i in indices)
+        for count in (1, 2) if len(indices) > 2 else (1,):
+            first = {i for _, i in areas[:count]}
+            # A ring or a star has less area than a circle of its extent, so area and radius must say the same.
+            if first == {i for _, i in radii[:count]} and _apart(areas, count, 1.35) and _apart(radii, count, 1.15):
+                if count == 1:
+                    add("size", [f"the {word} {noun}" for word in words], "referring", None, first)
+                else:
+                    most = [f"the two {word} {_plural(noun)}" for word in words if word.endswith("st")]
+                    add("several", most, "semantic", None, sorted(first))
+
+
+def _apart(sizes, count, ratio):
+    """True if the first `count` of sorted (size, index) differ from the next one by more than a ratio."""
+    low, high = sorted(abs(size) for size, _ in sizes[count - 1:count + 1])
+    return high > ratio * low
 
 
 def _add_extremes(add, noun, indices, objects, centers, extent):

@@ -1,6 +1,6 @@
 """How often the default finds what is not there, and misses what is: 2,000 absent phrases and 2,000 present ones.
 
-    python tests/bench_absent.py                       # the embedded default, about 10 minutes on 2 cores
+    python tests/bench_absent.py                       # the embedded default, about 5 minutes on one core
     python tests/bench_absent.py --checkpoint out --count 400
 """
 

@@ -22,6 +22,15 @@ def drawn():
     return [dataset.scene(i)[1:3] for i in range(150)]
 
 
+def test_the_plain_world_stays_as_it_was():
+    """So that figures of different dates can be compared: phrases and pixels of the first test scenes."""
+    dataset = Scenes("test", "scenes-plain")
+    assert [(dataset[i].phrase, int(dataset[i].mask.sum())) for i in range(12)] == [
+        ("a cell of a honeycomb", 3014), ("everything yellow", 9718), ("orange hexagons", 2316), ("the green one", 496),
+        ("blue circle", 2296), ("purple things", 1890), ("a green triangle", 6858), ("the leftmost shape", 749),
+        ("purple things", 2394), ("triangles", 1037), ("blue circle", 5680), ("all crosses", 1213)]
+
+
 def same(a, b):
     return (a.phrase, a.id, a.task) == (b.phrase, b.id, b.task) and (a.mask == b.mask).all() and a.image == b.image
 
@@ -260,7 +269,7 @@ def test_patches_tell_what_the_picture_shows(drawn):
     names = [*world.colors, *world.shapes, "any"]
     for owner, objects in drawn[:20]:
         patches, share = patch_view(owner, len(objects), grid=6)
-        truth = patch_truth(owner, objects, world, grid=6)
+        truth = patch_truth(patches, share, owner, objects, world)
         assert patches.shape == (36, 256) and share.shape == (36, len(objects)) and truth.shape == (36, 17 + 3 + 64 + 1)
         things, places, cover, there = np.split(truth, [17, 20, 84], axis=1)
         for patch in range(36):

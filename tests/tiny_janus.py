@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPO))
 
 import tokenizer  # noqa: E402
 from data import Scenes, pad_mask, pad_picture, to_pixels  # noqa: E402
-from mllm import JanusPrompt, JanusSeg, janus_names  # noqa: E402
+from mllm import JanusPrompt, JanusSeg, our_names  # noqa: E402
 from scenes import COLORS, SHAPES  # noqa: E402
 from tokenizer import VQGAN, VQGANConfig  # noqa: E402
 
@@ -106,7 +106,7 @@ def main(folder):
     state = {name: w.detach() for name, w in model.state_dict().items()}
     for name, w in weights.items():
         if name.startswith(("vision_model.", "aligner.")):
-            ours = [state[key] for key in janus_names({name: w}) if key in state]  # three for a fused qkv
+            ours = [state[key] for key in our_names({name: w}) if key in state]  # three for a fused qkv
             weights[name] = torch.cat(ours).reshape(w.shape).contiguous() if ours else w
     save_file(weights, folder / "model.safetensors")
     print(f"wrote {folder}")
