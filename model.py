@@ -10,9 +10,9 @@ The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of
 In the mask tokenizers that this repository trains, code 0 is plain background.
 
 Shapes used below, with their sizes in the preset scenes:
-    B batch, b pictures, L text tokens (24), N image tokens (144), M mask tokens (mask_grid squared, 144),
+    B batch, b pictures, L text tokens (24), N image tokens (64), M mask tokens (mask_grid squared, 64),
     T tokens of a sequence or of a pass, D width of the network at hand (256), K codebook size (4096),
-    S side of the picture in pixels (192), P side of a patch in pixels (16), nh heads, nkv key/value heads,
+    S side of the picture in pixels (128), P side of a patch in pixels (16), nh heads, nkv key/value heads,
     hd width of a head
 
 From the top: MaskWriter and LlamaSeg, the LLaMA with its KV cache, ways to decode, devices, SigLIP, configs, helpers.
@@ -891,7 +891,7 @@ def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft,
 
 
 def written_out_is_faster(q, k):
-    """Training in bfloat16 on a CPU, at the lengths of the small presets (313 tokens): the fused kernel's backward pass
+    """Training in bfloat16 on a CPU, at the lengths of the small presets (153 tokens): the fused kernel's backward pass
     is slower there than four plain lines. At 577 tokens those lines made the whole step 1.4 times as long."""
     training = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
     return training and q.shape[2] <= 384 and k.shape[1] == q.shape[1]
@@ -1147,12 +1147,12 @@ PRESETS = {  # by name; mllm.py has its own
     # Drawn scenes, everything trained from scratch: 10.2 million parameters, 20 MB in float16.
     "scenes": LlamaSegConfig(
         siglip=SigLIPConfig(
-            image_size=192, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
+            image_size=128, patch_size=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=768,
             vocab_size=768, text_length=24, text_width=128, text_layers=2, text_heads=2, text_mlp=384,
         ),
-        # rope_theta: the sequence has 313 tokens; Llama's 10000 is meant for thousands
+        # rope_theta: the sequence has 153 tokens; Llama's 10000 is meant for thousands
         llama=LlamaConfig(width=256, layers=4, heads=4, mlp=704, rope_theta=1000.0),
-        codebook_size=4096, mask_grid=12, freeze_encoders=False, patch_head=True,
+        codebook_size=4096, mask_grid=8, freeze_encoders=False, patch_head=True,
     ),
     # The paper's models, at 256 px with 256 mask tokens and at 384 px with 576. Not trained here: README has the table.
     "llamaseg-b": _paper(layers=16, width=1920, heads=20, image_size=256),
@@ -1162,9 +1162,7 @@ PRESETS = {  # by name; mllm.py has its own
 }
 
 
-PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], patch_head=False, scales=(1, 2, 3, 4, 6, 9, 12))
-PRESETS["scenes-plain"] = replace(PRESETS["scenes"], patch_head=False, mask_grid=8,  # the embedded checkpoint's
-                                  siglip=replace(PRESETS["scenes"].siglip, image_size=128))
+PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], patch_head=False, scales=(1, 2, 3, 4, 6, 8))
 
 
 # ---- helpers: clock, memory, device, dtype --------------------------------------------------------------------------
