@@ -233,7 +233,6 @@ class JanusSeg(MLLM, MaskWriter):
         return self.gen_head(hidden)
 
     @torch.no_grad()
-    @torch.no_grad()
     def answer(self, text_ids, pixels, length=128, stop=()):
         """Words: one prompt (1,L) with a picture (1,3,S,S) -> the likeliest next tokens, a list of at most `length` ids
         that ends before one of `stop`."""

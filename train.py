@@ -78,13 +78,13 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
     "warmup_steps":      (100,           1000,         None,           0.01,              0.01),  # below 1: a share
     "hide":              (True,          False,        None,           None,              None),
     "background_weight": (0.4,           1.0,          None,           None,              None),
-    "encoder_steps":     (3000,          0,            0,              0,                 0),
+    "encoder_steps":     (1500,          0,            0,              0,                 0),
     "mask_tokenizer":    (ASSETS / "mask_tokenizer.safetensors", WEIGHTS / "vq_ds16_c2i", None, None, None),
     "text_tokenizer":    (ASSETS / "text.model", None, None, None, None),  # None: the encoder's
 }
 
 
-PATCH_BATCH = 16  # pictures in a step of learn_patches
+PATCH_BATCH = 32  # pictures in a step of learn_patches
 
 
 # ---- flags -----------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def flags():
     add("--weight-decay", type=float, help="on matrices (default: 0.05, the paper's; fine-tuning: 0)")
     add("--clip", type=float, default=1.0, help="gradient norm limit (default: 1)")
     add("--encoder-steps", type=int, help="steps in which the encoders learn from patches of drawn pictures before the "
-        "first mask (default: 3000; with --init-from and llamaseg-*: none)")
+        "first mask (default: 1500; with --init-from and llamaseg-*: none)")
     add("--hide", action=argparse.BooleanOptionalAction, help="hide a random share of the mask tokens from the model's "
         "input (default: on; llamaseg-*: off)")
     add("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain background in "
