@@ -833,6 +833,14 @@ def load_examples(name, split, root=None, **options):
     return load_dataset(name, split, root, **options)
 
 
+def load_segments(name, split, root=None):
+    """load_dataset for those who ask for all segments: BadUsage for a data set of Example."""
+    if name not in (*SEGMENTS, "scenes-instances"):
+        raise BadUsage(f"{name} has phrases and masks, not all segments of a picture: choose one of "
+                       f"scenes-instances, {', '.join(SEGMENTS)}")
+    return load_dataset(name, split, root)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------
 
 

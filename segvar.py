@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from data import (
-    Batches, load_dataset, open_picture, resize_mask, resize_picture, resize_pixels, rle_decode, rle_encode, to_pixels,
+    Batches, load_segments, open_picture, resize_mask, resize_picture, resize_pixels, rle_decode, rle_encode, to_pixels,
     to_rgb, write_picture,
 )
 from metrics import (
@@ -63,7 +63,8 @@ def palette(grid):
 
 def color_map(masks, grid):
     """Psi: masks bool (N, H, W) -> uint8 (H, W, 3), each instance in the color of its cell, see `cell_map`."""
-    return palette(grid)[cell_map(masks, grid)]
+    cells = cell_map(masks, grid)
+    return palette(grid)[cells]
 
 
 def cell_map(masks, grid):
@@ -132,9 +133,9 @@ def instances(picture, grid, size=None, least=1):
 class SegVARConfig:
     """Shape of a Seg-VAR; a checkpoint holds `asdict` of it as JSON. Paper: no size is stated; ours are small."""
 
-    siglip: SigLIPConfig = field(default_factory=SigLIPConfig)  # the image encoder; its phrase encoder is not made
-    llama: LlamaConfig = field(default_factory=LlamaConfig)
-    vq: VQGANConfig = field(default_factory=VQGANConfig)  # of the seglats; its scales are those of the prior
+    siglip: SigLIPConfig  # the image encoder; its phrase encoder is not made
+    llama: LlamaConfig
+    vq: VQGANConfig  # of the seglats; its scales are those of the prior
     classes: dict = field(default_factory=dict)  # {name: is it a thing?}
     grid: int = 8  # a
     width: int = 48  # channels of the latent encoder and decoder
@@ -147,6 +148,9 @@ class SegVARConfig:
         check_fields(self)
         if isinstance(self.vq, dict):
             self.vq = VQGANConfig(**self.vq)
+        side = self.vq.downsample * self.vq.scales[-1]
+        if side != self.siglip.image_size:
+            raise ValueError(f"pictures of {self.siglip.image_size} px, but the scales {self.vq.scales} are of {side} px")
 
     codebook_size = property(lambda self: self.vq.codebook_size)  # K
     scales = property(lambda self: self.vq.scales)
@@ -570,7 +574,7 @@ def score(args):
 
     rank, world_size, device = setup_ranks(args.device)
     with one_rank_first():
-        dataset = load_dataset(args.dataset, args.split, args.root)
+        dataset = load_segments(args.dataset, args.split, args.root)
     model = SegVAR.from_pretrained(args.checkpoint).to(device)
     if dataset.classes != model.config.classes:
         raise ValueError(f"{args.checkpoint}: knows {len(model.config.classes)} classes, {args.dataset} has "

@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (
-    TEMPLATES, Batches, LabelMaps, Mixture, Patches, contact_sheet, hold_out, load_dataset, load_mixture,
+    TEMPLATES, Batches, LabelMaps, Mixture, Patches, contact_sheet, hold_out, load_mixture, load_segments,
     paint_segments, rle_decode, to_pixels, write_picture,
 )
 from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
@@ -487,15 +487,21 @@ def load_parts(args, device, dtype):
 
 def load_segvar(args):
     """SegVAR with the weights of --init-from, or new ones, for the classes of --data; its --stage learns."""
-    classes = load_dataset(args.data, "train", args.root).classes
+    classes = load_segments(args.data, "train", args.root).classes
     config = replace(PRESETS[args.preset], classes=classes, temperature=args.temperature)
     if args.init_from:
         model = SegVAR.from_pretrained(args.init_from)
-    elif config.freeze_encoders:  # official weights, the mask tokenizer for seglats
-        model = SegVAR(config, SigLIP.from_pretrained(args.encoder), MultiScaleVQ.from_pretrained(args.mask_tokenizer))
+    elif config.freeze_encoders:  # official weights, the mask tokenizer for seglats; their files tell the shapes
+        encoder = SigLIP.from_pretrained(args.encoder)
+        del encoder.text_model
+        vq = MultiScaleVQ.from_pretrained(args.mask_tokenizer, config.scales)
+        config = replace(config, siglip=encoder.config, vq=vq.config)
+        model = SegVAR(config, encoder, vq)
     else:
         model = SegVAR(config)
     model.config.temperature = args.temperature
+    if args.init_from and config.freeze_encoders:
+        config = replace(config, siglip=model.config.siglip, vq=model.config.vq)
     if model.config != config:
         raise ValueError(f"{args.init_from}: its shape or classes are not those of --preset {args.preset} and "
                          f"--data {args.data}")
@@ -523,7 +529,7 @@ def load_model(args, dtype):
 def load_data(args):
     """(training Mixture, validation set) of --data and --val."""
     if args.preset in SEGVAR_PRESETS:
-        train_set, val_set = (load_dataset(name, split, args.root)
+        train_set, val_set = (load_segments(name, split, args.root)
                               for name, split in ((args.data, "train"), (args.val or args.data, "val")))
         return Mixture([train_set], [1]), val_set
     train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
@@ -896,7 +902,7 @@ def on_meta(args):
     config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
     if args.preset in SEGVAR_PRESETS:
         with torch.device("meta"):
-            model = SegVAR(replace(config, classes=load_dataset(args.data, "train", args.root).classes))
+            model = SegVAR(replace(config, classes=load_segments(args.data, "train", args.root).classes))
         return model.learn(args.stage), model.seglat_vq
     if janus:
         config = janus_config(args.encoder) if args.encoder.exists() else config
