@@ -66,6 +66,16 @@ class Panoptic:
     classes: dict | None = None  # all classes of the data set, in its order: {name: is it a thing?}
 
 
+@dataclass
+class Dialogue:
+    """A conversation about a picture, for MLLMs that answer in words and masks."""
+
+    image: Image.Image  # RGB, any size
+    messages: list  # words of the user, the answer, words of the user and so on; "<mask>" where a mask stands
+    masks: list  # bool (H, W), one for each "<mask>" of the answers
+    id: str
+
+
 # The paper's example is the first; the paper says there are ten and does not print the others.
 TEMPLATES = (
     "Produce a segmentation mask for {}.", "Segment {}.", "Please segment {} in this picture.",
@@ -277,6 +287,13 @@ def resize_mask(mask, size):
     if mask.flags.f_contiguous and not mask.flags.c_contiguous:  # as rle_decode gives it: no copy to turn it
         return resize_mask(mask.T, size).T
     return resize_pixels(mask.view(np.uint8)[:, :, None] * 255, size)[:, :, 0] >= 128
+
+
+def mask_levels(mask, size):
+    """bool (H, W) -> uint8 (size, size): the mask as ARGenSeg's training gives it to the mask tokenizer, resized with
+    PIL's bicubic to 512 px and from there."""
+    large = Image.fromarray(mask.view(np.uint8) * 255).resize((512, 512), Image.Resampling.BICUBIC)
+    return np.asarray(large.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def padded_box(width, height, size):
@@ -719,12 +736,15 @@ class JSONLines:
         {"image": "photos/1.jpg", "phrase": "the cup on the left", "mask": "masks/1.png"}
         {"image": "photos/1.jpg", "phrase": "the table", "mask": {"size": [480, 640], "counts": "..."}}
         {"image": "photos/2.jpg", "phrase": "dogs", "mask": [[10, 10, 60, 10, 60, 40]], "label": "dog"}
+        {"image": "photos/2.jpg", "conversations": [{"from": "human", "value": "Is there a dog?"},
+                                                    {"from": "gpt", "value": "Yes: <mask>."}], "mask": "masks/2.png"}
 
     image: a path, from the folder of the file (or from `root`). mask: a PNG of one channel, black where there is no
     object (metrics.read_mask), a COCO run-length mask, or COCO polygons [x0, y0, x1, y1, ...] in pixels.
     Optional: id, a string or a number (default: the line's number); task (default: referring); label, a string (the
     class name, for mIoU). Lines with the same label need different ids, which is checked when the file is opened.
-    A line that is broken in another way raises ValueError when it is read.
+    A line that is broken in another way raises ValueError when it is read. A line with conversations, as ARGenSeg's
+    have them, is a Dialogue; its mask may be a list of masks as above, one for each <mask>, or be left out.
     picture_of: int64 per line, a hash of `image`, the same in every process; 0 for a broken line.
 
     SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl of such lines, images from ROOT. There the mask is called
@@ -762,16 +782,34 @@ class JSONLines:
             with open(self.path, "rb") as file:
                 file.seek(self.starts[i])
                 record = _record(file.readline(), number)
-            image, phrase, task = record["image"], _words(record["phrase"]), record.get("task", "referring")
+            image, picture = record["image"], open_picture(self.root / record["image"])
+            if "conversations" in record:
+                return self._dialogue(record, picture)
+            phrase, task = _words(record["phrase"]), record.get("task", "referring")
             mask = record["segmentation"] if "segmentation" in record else record["mask"]
             if task not in ("semantic", "referring", "reasoning"):
                 raise ValueError(f"task {short(task)}: expected semantic, referring or reasoning")
-            picture = open_picture(self.root / image)
-            size = picture.size[::-1]
-            mask = read_mask(self.root / mask) if isinstance(mask, str) else polygons_to_mask(mask, *size)
-            if mask.shape != size:
-                raise ValueError(f"a mask of size {mask.shape[::-1]}, {image} has {picture.size}")
-        return Example(picture, phrase, mask, record["id"], task, record["label"])
+            return Example(picture, phrase, self._mask(mask, image, picture), record["id"], task, record["label"])
+
+    def _mask(self, mask, image, picture):
+        """What a line has as its mask -> bool (H, W)."""
+        size = picture.size[::-1]
+        mask = read_mask(self.root / mask) if isinstance(mask, str) else polygons_to_mask(mask, *size)
+        if mask.shape != size:
+            raise ValueError(f"a mask of size {mask.shape[::-1]}, {image} has {picture.size}")
+        return mask
+
+    def _dialogue(self, record, picture):
+        """The Dialogue of a line with conversations."""
+        turns, masks = record["conversations"], record.get("mask", [])
+        speakers, messages = [turn["from"] for turn in turns], [_words(turn["value"]) for turn in turns]
+        several = isinstance(masks, list) and all(isinstance(mask, (str, dict)) for mask in masks)
+        masks = [self._mask(mask, record["image"], picture) for mask in (masks if several else [masks])]
+        if speakers != ["human", "gpt"] * (len(turns) // 2) or not turns:
+            raise ValueError(f"speakers {short(speakers)}: expected human, gpt, human, gpt ...")
+        if (count := sum(words.count("<mask>") for words in messages[1::2])) != len(masks):
+            raise ValueError(f"{count} times <mask> in the answers beside {len(masks)} masks")
+        return Dialogue(picture, messages, masks, record["id"])
 
 
 def _record(line, number):
@@ -912,9 +950,7 @@ class Batches(Dataset):
         self._orders = {}  # of each data set: epoch, permutation
 
     def __getitem__(self, k):
-        step, micro = divmod(k, self.accumulation)
-        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        indices = [self._index(position) for position in range(first, first + self.micro_batch_size)]
+        first, indices = self._indices(k)
         pictures, masks, text, hidden, ids = [], [], [], [], []
         for position, i in enumerate(indices, first):
             rng = np.random.default_rng([self.seed, position])
@@ -937,6 +973,12 @@ class Batches(Dataset):
             return batch | {"masks": torch.from_numpy(np.array(masks))}
         return batch | {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}
 
+    def _indices(self, k):
+        """The first position of item k in the endless training sequence, and its examples from there on."""
+        step, micro = divmod(k, self.accumulation)
+        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
+        return first, [self._index(position) for position in range(first, first + self.micro_batch_size)]
+
     def _index(self, position):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
         turns, place = divmod(position // self.phrases, len(self.turn))
@@ -947,6 +989,39 @@ class Batches(Dataset):
             self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(count // self.phrases)
         start = self.mixture.cumulative_sizes[k] - count
         return start + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
+
+
+class Dialogues(Batches):
+    """Batches for ARGenSeg.forward, of Dialogue and of Example, which become conversations of one question. size and
+    mask_size: the sides of the pictures and of the mask pictures. text_tokenizer: an ARGenSegPrompt.
+
+    Items: text_ids and labels (b, T), padded at the right, pictures uint8 (b/P, S, S, 3) for mllm.normalize, masks
+    uint8 (n, m, m) of all conversations in turn, see mask_levels, ids list of b strings.
+    """
+
+    def __getitem__(self, k):
+        first, indices = self._indices(k)
+        prompt, pictures, masks, lessons, ids = self.text_tokenizer, [], [], [], []
+        for position, i in enumerate(indices, first):
+            talk = self.mixture[i]
+            if isinstance(talk, Example):  # officially these questions begin with a space
+                question = f" {prompt.instruction(talk.phrase, talk.task)}"
+                talk = Dialogue(talk.image, [question, prompt.answer], [talk.mask], talk.id)
+            lessons.append(prompt.lesson(talk.messages, self.tokens))
+            if len(lessons[-1][0]) > prompt.most:
+                raise ValueError(f"{talk.id}: a conversation of {len(lessons[-1][0])} tokens, the most are {prompt.most}")
+            if position % self.phrases == 0:  # PIL's bicubic, as mllm.tiles has it
+                square = to_rgb(talk.image).resize((self.size, self.size), Image.Resampling.BICUBIC)
+                pictures.append(np.asarray(square))
+            masks += [mask_levels(mask, self.mask_size) for mask in talk.masks]
+            ids.append(talk.id)
+        text_ids = torch.zeros(len(lessons), max(len(tokens) for tokens, _ in lessons), dtype=torch.long)
+        batch = {"text_ids": text_ids, "labels": text_ids - 100}
+        for row, lesson in enumerate(lessons):
+            for name, values in zip(batch, lesson):
+                batch[name][row, :len(values)] = torch.tensor(values)
+        masks = np.array(masks, np.uint8).reshape(-1, self.mask_size, self.mask_size)
+        return batch | {"pictures": torch.from_numpy(np.array(pictures)), "masks": torch.from_numpy(masks), "ids": ids}
 
 
 class Patches(Dataset):

@@ -331,9 +331,11 @@ class ARGenSegConfig:
     codebook_size: int = 4096
     code_width: int = 32  # C, of the rows of the codebook
     scales: tuple = VAR_SCALES
+    lora: dict | None = None  # as in JanusConfig; None: the whole language model is trained
     image_id: int = 92546  # <IMG_CONTEXT>
     start_id: int = 92554  # <ge_start>
     end_id: int = 92555  # <ge_end>
+    place_id: int = 92556  # <MASK_CONTEXT>, in training the places of all mask tokens but the last
     stop_id: int = 92542  # <|im_end|>
     pad_id: int = 2
 
@@ -449,6 +451,19 @@ class ARGenSeg(MLLM, nn.Module):
         self.lvl_embed = nn.Embedding(len(config.scales), D)  # of the scale,
         self.pos_1LC = nn.Parameter(torch.zeros(1, config.mask_tokens, D))  # and of the place among all mask tokens
 
+    def start_training(self):
+        """Let learn what config.lora says and the mask parts, or without LoRA all but the vision tower, as officially;
+        a model of no directory learns all. What is trained is in float32."""
+        lora = self.config.lora
+        if lora:
+            self.add_lora(**lora)
+        for name, part in self.named_children():
+            if name != "mask_tokenizer" and not (lora and name in ("token_embedding", "llama", "lm_head", "mlp1")):
+                part.requires_grad_(name != "vision" or not self.directory)
+        self.pos_1LC.requires_grad_()
+        for p in self.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+
     def encode_image(self, pixels):
         """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector."""
         return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:])).flatten(0, 1)
@@ -460,6 +475,23 @@ class ARGenSeg(MLLM, nn.Module):
         scale_idx = torch.tensor([i for i, s in enumerate(self.config.scales) for _ in range(s * s)])
         scale_idx = scale_idx[1:1 + maps.shape[1]].to(tokens.device)
         return self.word_embed(maps) + self.lvl_embed(scale_idx) + self.pos_1LC[:, 1:1 + maps.shape[1]]
+
+    def forward(self, text_ids, pixels, mask_tokens, labels):
+        """Teacher forcing: B conversations (B,T) of ARGenSegPrompt.lesson, the tile (b,3,S,S) of each picture, which
+        B/b of them share, the mask tokens (n,M) of all masks in them, in turn, and labels (B,T) -> logits (targets,V),
+        loss (): the mean cross-entropy of the words plus that of the mask tokens, both over the whole vocabulary."""
+        c, words = self.config, self.token_embedding(text_ids)
+        image = self.encode_image(pixels).unflatten(0, (len(pixels), -1))  # (b,N,D)
+        image = image.repeat_interleave(len(words) // len(image), dim=0).to(words.dtype)
+        words = words.masked_scatter((text_ids == c.image_id)[:, :, None], image)
+        masks = self.mask_inputs(mask_tokens)[:, :c.mask_tokens - 1].to(words.dtype)  # (n,M-1,D)
+        words = words.masked_scatter((text_ids == c.place_id)[:, :, None], masks)
+        labels = labels.masked_scatter(labels == c.place_id, mask_tokens + c.vocab_size - c.codebook_size)[:, 1:]
+        hidden, targets = self.llama(words)[:, :-1][labels >= 0], labels[labels >= 0]
+        logits = self.lm_head(hidden)
+        losses, coded = F.cross_entropy(logits.float(), targets, reduction="none"), targets > c.place_id
+        # of a batch without masks, or without words, that part is 0
+        return logits, sum((losses * part).sum() / part.sum().clamp(min=1) for part in (~coded, coded))
 
     def mask_head(self, hidden):
         """hidden (...,D) -> logits of the mask tokens (...,K): the last rows of the head."""
@@ -584,7 +616,8 @@ def argenseg_config(directory):
             codebook_size=sum(name.startswith("<visual token ") for name in names),
             max_positions=language["max_position_embeddings"] if rope else 2**20,
             rope_factor=rope["factor"] if rope else 1, image_id=names["<IMG_CONTEXT>"], start_id=names["<ge_start>"],
-            end_id=names["<ge_end>"], stop_id=names["<|im_end|>"], pad_id=names["</s>"])
+            end_id=names["<ge_end>"], place_id=names["<MASK_CONTEXT>"], stop_id=names["<|im_end|>"],
+            pad_id=names["</s>"])
 
 
 # pictures in, masks out, as the official evaluation does both
@@ -612,9 +645,18 @@ def tiles(image, side, most=1):
     cut = [grid.crop((x, y, x + side, y + side)) for y in range(0, side * j, side) for x in range(0, side * i, side)]
     if len(cut) > 1:
         cut.append(image.resize((side, side), Image.Resampling.BICUBIC))
-    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in cut])).float() / 255  # (n,S,S,3)
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((pixels - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+    return normalize(torch.from_numpy(np.stack([np.asarray(tile) for tile in cut])))
+
+
+def normalize(levels):
+    """uint8 (n,S,S,3) on any device -> float32 (n,3,S,S), normalized as ImageNet is."""
+    mean, deviation = levels.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32)
+    return ((levels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+
+
+def mask_pictures(levels):
+    """uint8 (n,m,m) of data.mask_levels -> float32 (n,3,m,m) in [-1,1] for the mask tokenizer."""
+    return (levels.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def picture_mask(decoded, size=None):
@@ -843,16 +885,29 @@ class ARGenSegPrompt(MLLMPrompt):
 
     system = ("你是书生·万象，英文名是InternVL，"
               "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。")
+    opening = f"<s><|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    picture = "<img><IMG_CONTEXT></img>\n"
+    to_answer, to_user = (f"<|im_end|>\n<|im_start|>{who}\n" for who in ("assistant", "user"))
+    instructions = {  # by the task of an Example: the official demonstration's, and those of the official training
+        "referring": "Given the following instructions: {}; please perform referring segmentation on this image.",
+        "semantic": "Please segment {} in this image.",
+        "reasoning": "Please perform instance segmentation following the instructions below: {}."}
+    answer = f"Sure, the segmentation result: {MASK}."  # that training gives to them
     nothing = "Please generate a picture about nothing."  # for guidance
-    length = 4096  # our limit: the model was trained with 8192 in all
+    length, most = 4096, 8192  # tokens of a message, our limit, and of a conversation in training, the official one
 
     def __init__(self, directory, image_tokens):
         self.image_tokens, self.special = image_tokens, added_tokens(Path(directory))
-        self.model, path = sentencepiece.SentencePieceProcessor(), Path(directory) / "tokenizer.model"
+        self.read_model(Path(directory) / "tokenizer.model")
+
+    def read_model(self, path):
+        """Take the SentencePiece model at `path`, and from the special tokens those that are needed by name."""
+        self.model = sentencepiece.SentencePieceProcessor()
         with reading(path, "a SentencePiece model"):
             self.model.LoadFromSerializedProto(path.read_bytes())
-        with reading(directory, "a text tokenizer with ARGenSeg's special tokens"):
-            self.pad, self.image, self.mask = (self.special[name] for name in ("</s>", "<IMG_CONTEXT>", "<ge_end>"))
+        with reading(path.parent, "a text tokenizer with ARGenSeg's special tokens"):
+            self.pad, self.image, self.mask, self.place = (
+                self.special[name] for name in ("</s>", "<IMG_CONTEXT>", "<ge_end>", "<MASK_CONTEXT>"))
         self.names, self.silent = finder(self.special), set(self.special.values())
 
     def words(self, text):
@@ -879,22 +934,36 @@ class ARGenSegPrompt(MLLMPrompt):
         int64 (1,L). The picture comes first, as if the first words began with the official "<image>\n". As
         officially, earlier masks are not in the prompt."""
         first, *rest = messages
-        picture = "<img><IMG_CONTEXT></img>\n" if tiles else ""
-        parts = [f"<s><|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n{picture}",
-                 first.removeprefix("<image>\n") if tiles else first]
+        parts = [self.opening + (self.picture if tiles else ""), first.removeprefix("<image>\n") if tiles else first]
         for i, words in enumerate(rest):
-            who, said = ("user", words) if i % 2 else ("assistant", clean_up(words.replace(MASK, "")))
-            parts += [f"<|im_end|>\n<|im_start|>{who}\n", said]
-        return self.ids(*parts, "<|im_end|>\n<|im_start|>assistant\n", tiles=tiles)
+            parts += [self.to_user, words] if i % 2 else [self.to_answer, clean_up(words.replace(MASK, ""))]
+        return self.ids(*parts, self.to_answer, tiles=tiles)
+
+    def lesson(self, messages, mask_tokens):
+        """A conversation about a picture that ends with an answer -> two lists, its ids and the labels of
+        ARGenSeg.forward: -100 but for the answers. A mask of M = mask_tokens takes M + 1 places: <ge_start>, M - 1 for
+        what is read of it, <ge_end>. In the labels <MASK_CONTEXT> stands for each mask token, the last one under
+        <ge_end>, so that <ge_end> is never learned."""
+        mask, ids, labels = "<ge_start>" + "<MASK_CONTEXT>" * (mask_tokens - 1) + "<ge_end>", [], []
+        for i, words in enumerate(messages):
+            if i % 2:
+                first, *rest = words.split(MASK)
+                new = self.encode("", first, *(part for piece in rest for part in (mask, piece)), "<|im_end|>")
+                labels += [self.place if id == self.mask else id for id in new]
+            else:  # <|im_end|> is of the answer before
+                new = (self.encode(self.to_user.removeprefix("<|im_end|>"), words, self.to_answer) if i else
+                       self.chat([words], 1)[0].tolist())
+                labels += [-100] * len(new)
+            ids += new
+        return ids, labels
 
     def __call__(self, phrases, tiles=1):
         """list of B phrases, each to be segmented in a picture -> int64 (B,L), padded at the left to the longest."""
         return self.pad_left([self.chat([self.instruction(phrase)], tiles) for phrase in phrases])
 
-    def instruction(self, phrase):
-        """The official demonstration's words around a phrase."""
-        return (f"Given the following instructions: {phrase.strip()}; "
-                "please perform referring segmentation on this image.")
+    def instruction(self, phrase, task="referring"):
+        """The words around a phrase."""
+        return self.instructions[task].format(phrase.strip())
 
     def decode(self, ids):
         """Ids of an answer -> its text: "<mask>" where a mask stands, and no other special token."""

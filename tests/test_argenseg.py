@@ -11,9 +11,10 @@ from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data import Dialogues, load_dataset
 from mllm import (
-    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, ChatCache, clean_up, picture_mask, shuffle_pixels, tile_grid,
-    tiles,
+    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, ChatCache, clean_up, mask_pictures, normalize, our_names,
+    picture_mask, shuffle_pixels, tile_grid, tiles,
 )
 from sample import Segmenter
 from tokenizer import MultiScaleVQ
@@ -261,6 +262,81 @@ def test_a_mask_as_the_very_first_token_is_no_special_case(model, prompt, watch,
     finally:
         model.lm_head.weight.copy_(weight)
     assert found.tolist() == [[model.config.end_id]] and masks[0].shape == (1, 30)
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def lessons():
+    """The official training tensors, and the micro-batches that ours makes of the same lines: line 1, lines 1 to 3."""
+    dataset = load_dataset(f"jsonl:{FIXTURE / 'train.jsonl'}", "train")
+    model = ARGenSeg.from_pretrained(CHECKPOINT)
+    prompt = ARGenSegPrompt(CHECKPOINT, model.config.image_tokens)
+    batches = {}
+    for name, count in (("one", 1), ("batch", 3)):
+        item = Dialogues([dataset[i] for i in range(count)], prompt, 56, 30, count, count, mask_size=64)
+        item._index = lambda position: position  # in the order of the file
+        batches[name] = item[0]
+    return load_file(FIXTURE / "train.safetensors"), batches, model
+
+
+def test_training_batches_are_the_official_ones(lessons):
+    official, batches, model = lessons
+    for name, item in batches.items():
+        want = official[f"{name}_input_ids"][:, :-1], official[f"{name}_labels"][:, :-1]  # ours have no last newline
+        attended = official[f"{name}_attention_mask"]
+        for row, length in enumerate(attended.sum(1).tolist()):
+            assert item["text_ids"][row, :length - 1].equal(want[0][row, :length - 1])
+            assert item["labels"][row, :length - 1].equal(want[1][row, :length - 1])
+            assert (item["labels"][row, length - 1:] == -100).all()
+        count = len(item["masks"])
+        assert item["masks"].equal(official["masks_uint8"][:count])
+        tokens = model.mask_tokenizer.encode(mask_pictures(item["masks"]))
+        assert tokens.equal(official["mask_codes"][:count])
+        close(model.mask_tokenizer.teacher_inputs(tokens), official["mask_var_input"][:count], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["one", "batch"])
+def test_losses_and_gradients_are_the_official_ones(lessons, io, name):
+    official, batches, model = lessons
+    item, want = batches[name], io["train"][name]
+    tokens = model.mask_tokenizer.encode(mask_pictures(item["masks"]))
+    model.start_training()
+    model.zero_grad()
+    logits, loss = model(item["text_ids"], normalize(item["pictures"]), tokens, item["labels"])
+    assert len(logits) == want["text_targets"] + want["mask_targets"]
+    assert loss.item() == pytest.approx(want["loss"], abs=2e-4)
+    loss.backward()
+    norms = dict.fromkeys(want["grad_norm"], 0.0)
+    for official_name in norms:
+        parts = our_names({official_name: torch.zeros(1)}) if "wqkv" not in official_name else {
+            official_name.replace("language_model.model", "llama").replace("attention.wqkv", f"self_attn.{p}_proj"): 0
+            for p in "qkv"}
+        norms[official_name] = sum(model.get_parameter(ours).grad.pow(2).sum().item() for ours in parts) ** 0.5
+    assert norms == pytest.approx(want["grad_norm"], rel=1e-3)
+    assert not any(p.grad is not None for part in (model.vision, model.mask_tokenizer) for p in part.parameters())
+    if name == "one":
+        close(model.word_embed.weight.grad, official["one_grad_word_embed_weight"], 3e-5)
+        close(model.lvl_embed.weight.grad, official["one_grad_lvl_embed"], 3e-5)
+        close(model.pos_1LC.grad, official["one_grad_pos_1LC"], 3e-5)
+        coded = logits[8:38]  # of 7 words and <ge_start>, the mask, a full stop and the end
+        close(coded[:, -64:], official["one_mask_logits"], 3e-4)
+        close(coded.logsumexp(1), official["one_mask_logsumexp"], 3e-4)
+        close(torch.cat([logits[:8], logits[38:]]), official["one_text_logits"], 5e-4)
+
+
+def test_a_batch_without_masks_still_reaches_every_parameter(lessons):
+    """Else DistributedDataParallel would wait for the gradients of the mask parts."""
+    _, batches, model = lessons
+    item = batches["batch"]
+    ids, labels = item["text_ids"][2:], item["labels"][2:]
+    model.start_training()
+    model.zero_grad()
+    none = torch.zeros(0, 30, dtype=torch.long)
+    loss = model(ids, normalize(item["pictures"][2:]), none, labels)[1]
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # --- text
