@@ -1009,7 +1009,7 @@ class Dialogues(Batches):
                 talk = Dialogue(talk.image, [question, prompt.answer], [talk.mask], talk.id)
             lessons.append(prompt.lesson(talk.messages, self.tokens))
             if len(lessons[-1][0]) > prompt.most:
-                raise ValueError(f"{talk.id}: a conversation of {len(lessons[-1][0])} tokens, the most are {prompt.most}")
+                raise ValueError(f"{talk.id}: has {len(lessons[-1][0])} tokens, the limit is {prompt.most}")
             if position % self.phrases == 0:  # PIL's bicubic, as mllm.tiles has it
                 square = to_rgb(talk.image).resize((self.size, self.size), Image.Resampling.BICUBIC)
                 pictures.append(np.asarray(square))

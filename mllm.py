@@ -23,7 +23,7 @@ from model import (
     UNSEEN, KVCache, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPBlock, SigLIPConfig, check_fields, llama_config,
     rope_tables,
 )
-from tokenizer import UNUSED, VAR_SCALES, MultiScaleVQ, var_names, vqgan_config
+from tokenizer import UNUSED, VAR_SCALES, VQGAN, MultiScaleVQ, var_names, vqgan_config
 from weights import (
     WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights, reading,
     sha256_of, weight_files,
@@ -348,8 +348,23 @@ class ARGenSegConfig:
         return self.siglip.image_tokens // 4  # N, of a tile
 
     @property
+    def mask_grid(self):
+        return self.scales[-1]
+
+    @property
     def mask_tokens(self):
         return sum(s * s for s in self.scales)  # M
+
+
+PRESETS |= {
+    "argenseg-8b": ARGenSegConfig(),  # read from the official directory, too
+    # All trained from nothing on the drawn world: 10.8 million parameters. Words are those of assets/text.model.
+    "argenseg-scenes": ARGenSegConfig(
+        siglip=SigLIPConfig(image_size=128, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4,
+                            vision_mlp=768, gelu="none"),
+        llama=LlamaConfig(width=256, layers=6, heads=4, mlp=704, rope_theta=1000.0), vocab_size=776 + 4096,
+        scales=(1, 2, 3, 4, 6, 8), image_id=768, start_id=769, end_id=770, place_id=771, stop_id=772, pad_id=1),
+}
 
 
 class InternViTBlock(SigLIPBlock):
@@ -438,6 +453,8 @@ class ARGenSeg(MLLM, nn.Module):
     float32, frozen.
     """
 
+    file_format = "argenseg"
+
     def __init__(self, config: ARGenSegConfig):
         super().__init__()
         D, vision = config.llama.width, 4 * config.siglip.vision_width  # of the image tokens, see shuffle_pixels
@@ -466,7 +483,8 @@ class ARGenSeg(MLLM, nn.Module):
 
     def encode_image(self, pixels):
         """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector."""
-        return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:])).flatten(0, 1)
+        patches = shuffle_pixels(self.vision(pixels)[:, 1:])
+        return self.mlp1(patches.to(self.mlp1[1].weight.dtype)).flatten(0, 1)
 
     def mask_inputs(self, tokens):
         """All tokens of the first scales (B,m) -> what is read for the scales up to the next one, (B,m',D), as in
@@ -474,7 +492,8 @@ class ARGenSeg(MLLM, nn.Module):
         maps = self.mask_tokenizer.teacher_inputs(tokens).to(self.word_embed.weight.dtype)  # (B,m',C)
         scale_idx = torch.tensor([i for i, s in enumerate(self.config.scales) for _ in range(s * s)])
         scale_idx = scale_idx[1:1 + maps.shape[1]].to(tokens.device)
-        return self.word_embed(maps) + self.lvl_embed(scale_idx) + self.pos_1LC[:, 1:1 + maps.shape[1]]
+        inputs = self.word_embed(maps) + self.lvl_embed(scale_idx) + self.pos_1LC[:, 1:1 + maps.shape[1]]
+        return inputs.to(self.token_embedding.weight.dtype)
 
     def forward(self, text_ids, pixels, mask_tokens, labels):
         """Teacher forcing: B conversations (B,T) of ARGenSegPrompt.lesson, the tile (b,3,S,S) of each picture, which
@@ -484,7 +503,7 @@ class ARGenSeg(MLLM, nn.Module):
         image = self.encode_image(pixels).unflatten(0, (len(pixels), -1))  # (b,N,D)
         image = image.repeat_interleave(len(words) // len(image), dim=0).to(words.dtype)
         words = words.masked_scatter((text_ids == c.image_id)[:, :, None], image)
-        masks = self.mask_inputs(mask_tokens)[:, :c.mask_tokens - 1].to(words.dtype)  # (n,M-1,D)
+        masks = self.mask_inputs(mask_tokens)[:, :c.mask_tokens - 1]  # (n,M-1,D)
         words = words.masked_scatter((text_ids == c.place_id)[:, :, None], masks)
         labels = labels.masked_scatter(labels == c.place_id, mask_tokens + c.vocab_size - c.codebook_size)[:, 1:]
         hidden, targets = self.llama(words)[:, :-1][labels >= 0], labels[labels >= 0]
@@ -547,6 +566,12 @@ class ARGenSeg(MLLM, nn.Module):
             tokens = torch.cat([tokens, logits.argmax(-1)[:1]], dim=1)
         return tokens
 
+    def trained_state(self):
+        """What start_training lets learn, which is all that a checkpoint holds."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    save_pretrained, load_trained_state = MaskWriter.save_pretrained, MaskWriter.load_trained_state
+
     @cached_property
     def frozen(self):
         """{"mllm": {"name", "sha256"}} of the directory; hashed when it is asked for, which reads all files again."""
@@ -554,23 +579,63 @@ class ARGenSeg(MLLM, nn.Module):
         return {"mllm": {"name": self.directory.absolute().name, "sha256": hashlib.sha256(files.encode()).hexdigest()}}
 
     @classmethod
-    def from_pretrained(cls, directory, mask_tokenizer=None, dtype=torch.float32):
+    def from_nothing(cls, config, mask_tokenizer):
+        """New weights, N(0, 0.02) as GPT-2's; ValueError if the mask tokenizer does not fit."""
+        model = cls(config_for(config, mask_tokenizer, mask_tokenizer.source["name"]))
+        for p in model.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+        model.frozen, model.mask_tokenizer = {}, mask_tokenizer.requires_grad_(False)
+        model.start_training()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path, mask_tokenizer=None, dtype=torch.float32, base=None, any_weights=False):
         """Load an official directory, strictly, in `dtype`; frozen, in eval mode. It never takes more memory than the
         weights in `dtype` and one tensor. mask_tokenizer: VAR's file, to take it instead of the one in the checkpoint.
-        The mask tokenizer is in float32. FileNotFoundError, or ValueError in one line."""
-        directory = Path(directory)
+        The mask tokenizer is in float32.
+
+        Or a file of `save_pretrained`, as JanusSeg has it: on the directory `base`, by default that of its name below
+        WEIGHTS; if it names none it is whole but for the mask tokenizer, by default mask_tokenizer.safetensors beside
+        it. FileNotFoundError, or ValueError in one line."""
+        path = Path(path)
+        if path.is_dir() or not path.suffix:
+            return cls._from_directory(path, mask_tokenizer, dtype)
+        config, frozen, weights = read_own(path, cls.file_format, ARGenSegConfig, torch.float32)
+        if "mllm" in frozen:
+            model = cls._from_directory(Path(base or WEIGHTS / frozen["mllm"]["name"]), mask_tokenizer, dtype)
+        else:
+            vq = VQGAN.from_pretrained(mask_tokenizer or path.with_name("mask_tokenizer.safetensors"))
+            model = cls.from_nothing(config, vq)
+        for part, source in (model.frozen | {"mask_tokenizer": model.mask_tokenizer.source}).items():
+            if not any_weights:
+                check_source(path, part, frozen, source)
+        with reading(path, "weights for its ARGenSeg"):
+            model.config.lora = config.lora
+            model.start_training()
+            model.load_trained_state(weights)
+        model.frozen = frozen
+        return model.eval()
+
+    @classmethod
+    def _from_directory(cls, directory, mask_tokenizer, dtype):
         config = argenseg_config(directory)
         vq = read_mask_tokenizer(directory, mask_tokenizer, config.scales)
-        want, found = (config.scales, config.codebook_size), (vq.scales, vq.config.codebook_size)
-        if want != found:
-            raise ValueError(f"{directory}: scales and mask tokens {want}, but {found} in its mask tokenizer")
-        config.code_width = vq.config.codebook_dim
+        config = config_for(config, vq, directory)
         weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
         with reading(directory, "the tensors of an ARGenSeg"):
             weights = our_names(weights, config.llama)
             model = build_from(lambda: cls(config), weights, directory, dtype)
         model.directory, model.mask_tokenizer = directory, vq
         return model.requires_grad_(False)
+
+
+def config_for(config, vq, path):
+    """`config` with the code width of a mask tokenizer; ValueError with `path` if its other fields do not fit."""
+    want, found = (config.scales, config.codebook_size), (vq.config.scales, vq.config.codebook_size)
+    if want != found:
+        raise ValueError(f"{path}: scales and mask tokens {want}, but {found} in its mask tokenizer")
+    return replace(config, code_width=vq.config.codebook_dim)
 
 
 def read_mask_tokenizer(directory, path, scales):
@@ -974,3 +1039,23 @@ class ARGenSegPrompt(MLLMPrompt):
             elif id not in self.silent:
                 parts[-1].append(id)
         return clean_up(MASK.join(self.model.decode(part) if part else "" for part in parts))
+
+
+class ScenesPrompt(ARGenSegPrompt):
+    """The same for argenseg-scenes, in few tokens of our own. path: a text.model of SentencePiece with 768 pieces."""
+
+    special = {name: 768 + i for i, name in enumerate((
+        "<IMG_CONTEXT>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>", "<|im_end|>", "<answer>", "<img>", "</img>"))}
+    special["</s>"] = 1
+    opening, picture, to_answer, to_user, nothing = "", "<img><IMG_CONTEXT></img>", "<answer>", "<|im_end|>", "nothing"
+    instructions = dict.fromkeys(ARGenSegPrompt.instructions, "{}")
+    answer, length, most = MASK, 64, 1024
+
+    def __init__(self, path, image_tokens):
+        self.image_tokens = image_tokens
+        self.read_model(Path(path))
+        if self.model.vocab_size() != 768:
+            raise ValueError(f"{path}: has {self.model.vocab_size()} pieces, argenseg-scenes has 768")
+
+    def words(self, text):
+        return self.model.encode(text.lower())

@@ -43,7 +43,7 @@ from data import (
     rle_decode, rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, picture_mask, tiles
+from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, ScenesPrompt, picture_mask, tiles
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
 from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
@@ -94,12 +94,15 @@ class Segmenter:
         """
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
-        if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
-            if encoder or any_weights:
+        official = file.is_dir() and read_config(file).get("model_type") == "internvl_chat"
+        if official or not file.is_dir() and read_header(file).get("format") == ARGenSeg.file_format:
+            if official and (encoder or any_weights):
                 raise BadUsage(f"{file}: an ARGenSeg checkpoint reads no --encoder and no --any-weights")
-            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype).to(device)
+            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype, encoder, any_weights).to(device)
             model.fuse()
-            return cls(model, model.mask_tokenizer, ARGenSegPrompt(file, model.config.image_tokens))
+            prompt = (ARGenSegPrompt(model.directory, model.config.image_tokens) if model.directory else
+                      ScenesPrompt(file.with_name("text.model"), model.config.image_tokens))
+            return cls(model, model.mask_tokenizer, prompt)
         janus = file.is_dir() or read_header(file).get("format") == "janusseg"
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
@@ -133,14 +136,15 @@ class Segmenter:
                 raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, the limit is {self.text_tokenizer.length}")
 
     @torch.inference_mode()
-    def many(self, images, prompts, inside=None, **decoding):
+    def many(self, images, prompts, inside=None, tasks=None, **decoding):
         """b pictures and for each a list of n prompts, which are not checked -> for each n bool arrays (H, W).
 
+        tasks: of each picture, which instruction ARGenSeg gets around its prompts (default: "referring").
         inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M), and
         with "prompts" and "unknown" of `read` for each of them. A phrase with an unknown word has an empty mask.
         """
         if self.answers:
-            return self.many_answers(images, prompts, inside, decoding)
+            return self.many_answers(images, prompts, inside, tasks or ["referring"] * len(images), decoding)
         n, pixels = len(prompts[0]), self.pixels(images)  # (b,3,S,S)
         prompts, unknown = zip(*(self.read(prompt) for asked in prompts for prompt in asked))
         text_ids = self.text_tokenizer(list(prompts)).to(self.device)  # (b*n,L)
@@ -153,14 +157,14 @@ class Segmenter:
         masks = [np.zeros_like(mask) if words else mask for mask, words in zip(masks, unknown)]
         return [masks[i:i + n] for i in range(0, len(masks), n)]
 
-    def many_answers(self, images, prompts, inside, decoding):
+    def many_answers(self, images, prompts, inside, tasks, decoding):
         """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
         none. inside: "answers" are its words."""
         usual = {**USUAL, "decode": "greedy"}
         if given := {name: value for name, value in decoding.items() if value != usual.get(name)}:
             raise BadUsage(f"{given} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt)) for prompt in row]
-                   for image, row in zip(images, prompts)]
+        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt, task)) for prompt in row]
+                   for image, row, task in zip(images, prompts, tasks)]
         if inside is not None:
             words = [words for row in answers for words, _ in row]
             inside.update(prompts=[p for row in prompts for p in row], unknown=[[]] * len(words), answers=words)
@@ -601,7 +605,7 @@ def run_header(args, options, count, lines, segmenter):
     file, dtype = checkpoint_file(args.checkpoint), next(segmenter.model.parameters()).dtype
     same = {"draft", "compiled"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on them
     classes = "every class" if args.classes == "all" else "the classes present in each picture"
-    asked = "the official instruction around a phrase" if segmenter.answers else "the bare phrases"
+    asked = "the official instruction of its task around a phrase" if segmenter.answers else "the bare phrases"
     return {
         "dataset": printable(args.dataset), "split": args.split, **options, "root": args.root and printable(args.root),
         "data": sha256_of(lines[0]) if lines else None,
@@ -687,7 +691,8 @@ def score_batch(segmenter, dataset, indices, args):
 
 def score_examples(segmenter, examples, **decoding):
     """Masks of examples, [(index, Example), ...], against the truth at the pictures' own sizes; a record for each."""
-    masks, records = segmenter.many([e.image for _, e in examples], [[e.phrase] for _, e in examples], **decoding), []
+    asked, tasks, records = [[e.phrase] for _, e in examples], [e.task for _, e in examples], []
+    masks = segmenter.many([e.image for _, e in examples], asked, tasks=tasks, **decoding)
     for (i, example), (mask,) in zip(examples, masks):
         intersection, union, _, ahd = SegmentationMetrics().update(mask, example.mask, ignore=example.ignore)
         records.append({"index": i, "id": example.id, "phrase": example.phrase, "task": example.task,

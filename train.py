@@ -44,9 +44,15 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TEMPLATES, Batches, LabelMaps, Mixture, Patches, hold_out, load_mixture, to_pixels, write_picture
+from data import (
+    TEMPLATES, Batches, Dialogue, Dialogues, LabelMaps, Mixture, Patches, hold_out, load_mixture, to_pixels,
+    write_picture,
+)
 from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
-from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
+from mllm import (
+    LORA_TARGETS, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, JanusConfig, JanusPrompt, JanusSeg, ScenesPrompt,
+    argenseg_config, janus_config, mask_pictures, normalize,
+)
 from mllm import PRESETS as MLLM_PRESETS
 from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, siglip_config
 from model import PRESETS as MODEL_PRESETS
@@ -84,6 +90,8 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
 }
 
 
+# the shape of VAR's mask tokenizer, which lies in ARGenSeg's directory
+VAR = VQGANConfig(channels=160, latent_channels=32, codebook_size=4096, codebook_dim=32)
 PATCH_BATCH = 32  # pictures in a step of learn_patches
 
 
@@ -103,8 +111,8 @@ def flags():
     add("--mask-tokens", type=Path, metavar="FILE", help="mask tokens of the training split, by tokenizer.py encode")
     add("--phrases", type=int, help="phrases asked about each drawn picture (default: 4)")
     add("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that "
-        "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the "
-        "Janus directory (default: janus-pro-1b), tokenizers included")
+        "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus, "
+        "argenseg-8b: the official directory (default: janus-pro-1b, argenseg-8b), tokenizers included")
     add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN (default: embedded; llamaseg-*: vq_ds16_c2i)")
     add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the encoder's own)")
     add("--any-weights", action="store_true", help="take other frozen parts than the weights were trained with")
@@ -127,7 +135,8 @@ def flags():
     add("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain background in "
         "the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
     add("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
-    add("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
+    add("--lora-rank", type=int, default=16, help="of llamaseg-janus and argenseg-8b (default: 16); 0: argenseg-8b's "
+        "language model itself is trained, officially with --lr 4e-5 --batch-size 128 --warmup-steps 0.03")
     add("--lora-alpha", type=float, default=32.0, help="default: 32")
     add("--lora-dropout", type=float, default=0.0, help="default: 0")
     add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, help="linear layers (default: all)")
@@ -159,17 +168,19 @@ def parse_args(argv=None):
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
             of_stage = values[COLUMNS.index(args.stage)] if args.stage else None
-            setattr(args, name, values[not args.preset.startswith("scenes")] if of_stage is None else of_stage)
+            setattr(args, name, values["scenes" not in args.preset] if of_stage is None else of_stage)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
     if args.preset == "llamaseg-janus":
         args.encoder = args.mask_tokenizer = args.encoder or Path("janus-pro-1b")
-    elif preset.freeze_encoders:
+    elif args.preset == "argenseg-8b":
+        args.encoder, args.mask_tokenizer = args.encoder or Path(args.preset), given.mask_tokenizer
+    elif getattr(preset, "freeze_encoders", False):
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{preset.siglip.image_size}")
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     args.init_from = args.init_from and checkpoint_file(args.init_from)
-    if args.data not in WORLDS or args.init_from:
+    if args.data not in WORLDS or args.init_from or isinstance(preset, ARGenSegConfig):
         args.encoder_steps = 0
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
@@ -182,15 +193,18 @@ def parse_args(argv=None):
 def refuse_unread(parser, given, data):
     """A usage error for a flag that the asked job would not read. given: the flags as typed; data: all data sets."""
     janus, lora = given.preset == "llamaseg-janus", {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    argenseg, official = given.preset.startswith("argenseg"), janus or given.preset == "argenseg-8b"
     sets = {re.sub(r":\d+$", "", part.strip()) for part in data.split(",") if part.strip()}
     for holds, job, unread in (
             (given.plot, "--plot", vars(given).keys() - {"plot"}),
             (given.merge, "--merge", vars(given).keys() - {"merge", "encoder", "any_weights"}),
             (given.max_steps, "--max-steps", {"epochs"}),
-            (not janus, f"--preset {given.preset}", lora),
+            (not official, f"--preset {given.preset}", lora),
+            (argenseg, f"--preset {given.preset}", {"hide", "background_weight", "mask_tokens", "encoder_steps"}),
+            (given.preset == "argenseg-8b", f"--preset {given.preset}: its directory has one", {"text_tokenizer"}),
             (given.init_from, "--init-from", lora),
             (janus, "--preset llamaseg-janus: its directory has both tokenizers", {"mask_tokenizer", "text_tokenizer"}),
-            (not (janus or given.merge or PRESETS[given.preset].freeze_encoders),
+            (not (official or given.merge or getattr(PRESETS[given.preset], "freeze_encoders", False)),
              f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
             (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
             (not sets <= WORLDS.keys(), f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
@@ -436,6 +450,8 @@ def make_optimizers(model, args):
 
 def load_parts(args, device, dtype):
     """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
+    if isinstance(PRESETS[args.preset], ARGenSegConfig):
+        return load_argenseg(args, device, dtype)
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
     model = load_model(args, dtype)
     if isinstance(model, JanusSeg):
@@ -457,6 +473,28 @@ def load_parts(args, device, dtype):
     return model, mask_tokenizer, text_tokenizer
 
 
+def load_argenseg(args, device, dtype):
+    """The same for ARGenSeg, whose mask tokenizer is a part of it."""
+    start, drawn = args.init_from, args.preset == "argenseg-scenes"
+    if start:
+        model = ARGenSeg.from_pretrained(start, args.mask_tokenizer, dtype, args.encoder, args.any_weights)
+    elif drawn:
+        model = ARGenSeg.from_nothing(PRESETS[args.preset], VQGAN.from_pretrained(args.mask_tokenizer))
+    else:
+        model = ARGenSeg.from_pretrained(args.encoder, args.mask_tokenizer, dtype)
+        model.config.lora = lora_of(args)
+        model.start_training()
+    model.frozen |= {"mask_tokenizer": model.mask_tokenizer.source}
+    words = (ScenesPrompt if drawn else ARGenSegPrompt)(args.text_tokenizer, model.config.image_tokens)
+    return model.train().to(device), model.mask_tokenizer.eval(), words
+
+
+def lora_of(args):
+    """The arguments of add_lora; None: the whole language model is trained."""
+    return {name: getattr(args, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")
+            } if args.lora_rank else None
+
+
 def load_model(args, dtype):
     """LlamaSeg or JanusSeg with new weights or those of --init-from, on the frozen parts of the preset."""
     preset, start = PRESETS[args.preset], args.init_from
@@ -464,7 +502,7 @@ def load_model(args, dtype):
         if start:
             return JanusSeg.from_pretrained(start, args.encoder, dtype, args.any_weights)
         model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
-        model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        model.add_lora(**lora_of(args) or {"rank": 0})
     elif start:
         model = LlamaSeg.from_pretrained(start, args.encoder, any_weights=args.any_weights)
         if replace(model.config, siglip=preset.siglip, hide=preset.hide, words=(), names=()) != preset:
@@ -500,9 +538,10 @@ def make_batches(args, segmenter, train_set, rank, world_size):
         cached = read_tokens(args.mask_tokens, (count, config.mask_tokens), mask_tokenizer.source, data=args.data,
                              split="train", files=train_set.file_hashes(), size=mask_size, padded=segmenter.padded)
         cached = cached if len(train_set) == count else cached[np.concatenate(rows)]
-    return Batches(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
-                   args.micro_batch_size or args.batch_size // world_size, args.phrases, rank, world_size, args.seed,
-                   args.hide, mask_size, cached, segmenter.padded)
+    kind = Dialogues if segmenter.answers else Batches
+    return kind(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
+                args.micro_batch_size or args.batch_size // world_size, args.phrases, rank, world_size, args.seed,
+                args.hide, mask_size, cached, segmenter.padded)
 
 
 def start_loader(args, batches, first_step, device, at_end):
@@ -536,6 +575,9 @@ def next_batch(run):
         return None, None
     ids = item.pop("ids")
     item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
+    if run.segmenter.answers:
+        pictures, masks = normalize(item.pop("pictures")), mask_pictures(item.pop("masks"))
+        return {**item, "pixels": pictures, "mask_tokens": run.segmenter.mask_tokenizer.encode(masks)}, ids
     if "mask_tokens" not in item:  # in float32: in bfloat16 codes that lie close together would be mixed up
         # phrases about one picture often have the same mask: each is encoded once
         masks, places = torch.unique(item["masks"].flatten(1), dim=0, return_inverse=True)  # (n,m*m), (b,)
@@ -602,9 +644,9 @@ def fill_folder(args, text_tokenizer, done):
     for path in args.out_dir.glob(".*.tmp"):
         if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
             path.unlink()
-    if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
+    if args.mask_tokenizer and args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
         write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
-    if isinstance(text_tokenizer, TextTokenizer):
+    if isinstance(text_tokenizer, (TextTokenizer, ScenesPrompt)):
         write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
     write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
 
@@ -649,7 +691,7 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
 
 def save_weights(model, path):
     """The weights alone: in float16, or whole where they are LoRA's few."""
-    model.save_pretrained(path, dtype=None if isinstance(model, JanusSeg) else torch.float16)
+    model.save_pretrained(path, dtype=None if getattr(model.config, "lora", None) else torch.float16)
 
 
 def load_checkpoint(path, model, optimizers, args):
@@ -819,6 +861,15 @@ def print_config(args):
 def on_meta(args):
     """(model, mask_tokenizer) as --preset, --encoder and --mask-tokenizer have them, with shapes but no weights."""
     config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
+    if isinstance(config, ARGenSegConfig):
+        vqgan = VAR if args.preset == "argenseg-8b" else VQGAN.from_pretrained(args.mask_tokenizer).config
+        with torch.device("meta"):
+            model, mask_tokenizer = ARGenSeg(config), MultiScaleVQ(replace(vqgan, scales=config.scales))
+            model.config.lora, model.directory = None, args.encoder
+            if args.encoder:
+                model.config.lora = lora_of(args)
+            model.start_training()
+        return model, mask_tokenizer.requires_grad_(False)
     if janus:
         config = janus_config(args.encoder) if args.encoder.exists() else config
     elif config.freeze_encoders:
@@ -830,7 +881,7 @@ def on_meta(args):
         mask_tokenizer = (MultiScaleVQ if vqgan.scales else VQGAN)(vqgan).requires_grad_(False)
         model.quantizer = mask_tokenizer.quantize if config.scales else None
         if janus:
-            model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+            model.add_lora(**lora_of(args) or {"rank": 0})
     return model, mask_tokenizer
 
 
@@ -873,14 +924,20 @@ def activation_bytes(config, samples, recompute=False):
     each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
     encoders keep nothing; scenes' small ones are left out.
     """
-    c, s = config.llama, config.siglip
+    c, answers = config.llama, isinstance(config, ARGenSegConfig)
     # <BOI> and <BOM> join them, and the last mask token is only predicted
-    tokens = samples * (s.text_length + s.image_tokens + config.mask_tokens + 1)
+    tokens = samples * (prefix_tokens(config) + config.mask_tokens - 1)
     layer = 18 * c.width + 4 * (c.heads + c.kv_heads) * c.head_dim + 8 * c.mlp
     mask_tokens, layers = samples * config.mask_tokens, c.layers * layer
     if recompute:
-        mask_tokens, layers = min(mask_tokens, HEAD_PART), c.layers * 4 * c.width + layer
-    return tokens * layers + mask_tokens * config.codebook_size * 10
+        mask_tokens, layers = mask_tokens if answers else min(mask_tokens, HEAD_PART), c.layers * 4 * c.width + layer
+    return tokens * layers + mask_tokens * (config.vocab_size if answers else config.codebook_size) * 10
+
+
+def prefix_tokens(config):
+    """How many tokens stand before the first mask token; ARGenSeg's conversations have about 128 words."""
+    s = config.siglip
+    return 128 + config.image_tokens if isinstance(config, ARGenSegConfig) else s.text_length + s.image_tokens + 2
 
 
 def training_flops(model, phrases):
@@ -889,9 +946,21 @@ def training_flops(model, phrases):
     PyTorch counts them in a forward and a backward pass without data, two per multiply-add. Elementwise work and the
     mask tokenizer do not count.
     """
-    weights = {name: torch.empty_like(p, dtype=torch.float32, device="meta").requires_grad_(p.requires_grad)
+    weights = {name: torch.empty(p.shape, device="meta").requires_grad_(p.requires_grad)
                for name, p in model.named_parameters()}
     s, M = model.config.siglip, model.config.mask_tokens
+    if isinstance(model, ARGenSeg):  # part by part, for which places have a target is data
+        inputs = {"vision": (1, 3, s.image_size, s.image_size), "mlp1": (model.config.image_tokens, 4 * s.vision_width),
+                  "llama": (1, prefix_tokens(model.config) + M, model.config.llama.width),
+                  "lm_head": (M, model.config.llama.width)}
+        with FlopCounterMode(display=False) as counter:
+            for part, shape in inputs.items():
+                own = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
+                x = torch.zeros(shape, device="meta", requires_grad=part in ("llama", "lm_head"))
+                y = functional_call(model.get_submodule(part), own, x)
+                if y.requires_grad:
+                    y.sum().backward()
+        return counter.get_total_flops()
     L = s.text_length if isinstance(model, LlamaSeg) else s.text_length + s.image_tokens + 2  # Janus' prompt has all
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         shapes = (phrases, L), (1, 3, s.image_size, s.image_size), (phrases, M)
