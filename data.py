@@ -32,7 +32,9 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
-from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, patch_view, pick_phrases
+from scenes import (
+    ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, patch_view, pick_phrases, scene_questions,
+)
 from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
@@ -376,6 +378,33 @@ class Scenes:
         image, owner, _, picked = self.scene(i // self.phrases)
         phrase, task, label, indices = picked[i % self.phrases]
         return Example(image, phrase, np.isin(owner, indices), f"{self.split}-{i:07d}", task, label)
+
+
+class SceneQuestions(Scenes):
+    """Conversations about the pictures of `scenes`: half are phrases, answered with a mask, or with "none." where there
+    is nothing, and half are questions of scenes.scene_questions."""
+
+    SPLITS = {split: Scenes.SPLITS[split] for split in ("train", "val", "test")}
+    talks = True
+
+    def __init__(self, split, name, root=None, phrases=1):
+        super().__init__(split, "scenes", phrases=phrases)
+
+    def _phrases(self, index, owner, objects, rng):
+        picked = [(phrase, "<mask>" if which else "none.", which)
+                  for phrase, _, _, which in super()._phrases(index, owner, objects, rng)]
+        kinds = list(scene_questions(objects, self.world, *owner.shape).values())
+        for i in range(len(picked)):
+            if rng.random() < 0.5:
+                questions = kinds[rng.integers(len(kinds))]
+                picked[i] = questions[rng.integers(len(questions))]
+        return picked
+
+    def __getitem__(self, i):
+        image, owner, _, picked = self.scene(i // self.phrases)
+        question, answer, which = picked[i % self.phrases]
+        masks = [np.isin(owner, which)] if "<mask>" in answer else []
+        return Dialogue(image, [question, answer], masks, f"{self.split}-{i:07d}")
 
 
 class SceneInstances(Scenes):
@@ -753,7 +782,7 @@ class JSONLines:
 
     def __init__(self, split, name, root=None):
         path = root / f"{split}.jsonl" if name == "sa-ovrs" else Path(name.removeprefix("jsonl:"))
-        self.path, self.root = path, root or path.parent
+        self.path, self.root, self.talks = path, root or path.parent, False  # talks: some lines are conversations
         rows, start = array("q"), 0  # 32 bytes per line
         with _reading(path, "file"), open(regular(path), "rb") as file:
             for number, line in enumerate(file, 1):
@@ -761,6 +790,7 @@ class JSONLines:
                     try:
                         record = _record(line, number)
                         picture, key = _hash(record["image"]), _hash(repr((record["id"], record["label"])))
+                        self.talks |= "conversations" in record
                     except (ValueError, KeyError):
                         picture = key = 0
                     rows.extend((start, number, picture, key))
@@ -833,7 +863,8 @@ def _hash(text):
 
 DATASETS = {**dict.fromkeys(WORLDS, Scenes), **dict.fromkeys(LAYOUTS, LabelMaps),
             **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines,
-            "scenes-instances": SceneInstances, **dict.fromkeys(SEGMENTS, Segments)}
+            "scenes-questions": SceneQuestions, "scenes-instances": SceneInstances, **dict.fromkeys(SEGMENTS, Segments)}
+DRAWN = (*WORLDS, "scenes-questions")
 
 
 def load_dataset(name, split, root=None, **options):
@@ -845,6 +876,7 @@ def load_dataset(name, split, root=None, **options):
         refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them; split_by=
         sa-ovrs                              any split of which ROOT holds SPLIT.jsonl
         jsonl:PATH                           your own data, see JSONLines; the split is not used
+        scenes-questions                     train val test; conversations (Dialogue); phrases=
         scenes-instances                     train val test novel
         coco-panoptic coco-instances ade20k-panoptic cityscapes             train val
     root: the folder in which the official archives were unpacked; the drawn worlds need none.
@@ -864,11 +896,14 @@ def load_dataset(name, split, root=None, **options):
     return DATASETS[kind](split, name, root and Path(root), **options)
 
 
-def load_examples(name, split, root=None, **options):
-    """load_dataset for those who ask for phrases: BadUsage for a data set of Panoptic."""
+def load_examples(name, split, root=None, talks=False, **options):
+    """load_dataset for those who ask for phrases, and, with `talks`, for conversations: BadUsage for another one."""
     if name in (*SEGMENTS, "scenes-instances"):
         raise BadUsage(f"{name} has all segments of a picture and no phrases: choose a data set of phrases and masks")
-    return load_dataset(name, split, root, **options)
+    dataset = load_dataset(name, split, root, **options)
+    if getattr(dataset, "talks", False) and not talks:
+        raise BadUsage(f"{name} has conversations, which only --preset argenseg-... reads, to train")
+    return dataset
 
 
 # ---- batches ---------------------------------------------------------------------------------------------
@@ -891,12 +926,12 @@ class Mixture(ConcatDataset):
         return [[part.path.name, sha256_of(part.path)] for part in parts if isinstance(part, JSONLines)]
 
 
-def load_mixture(text, split, root=None, **options):
+def load_mixture(text, split, root=None, talks=False, **options):
     """"refcoco" or "ade20k:1,refcoco:2", names with weights -> Mixture of one split. `options`: of drawn worlds."""
     datasets, weights = [], []
     for part in text.split(","):
         name, weight = re.fullmatch(r"(.*?)(?::([1-9]\d{0,2}))?", part.strip()).groups()  # a weight is 1 to 999
-        datasets.append(load_examples(name, split, root, **(options if name in WORLDS else {})))
+        datasets.append(load_examples(name, split, root, talks, **(options if name in DRAWN else {})))
         weights.append(int(weight or 1))
         if len(datasets[-1]) == 0:
             raise ValueError(f"{name}:{split} has no examples")
@@ -1130,6 +1165,7 @@ def preview(args):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
     cells = [(", ".join(e.labels), [e.image, paint_segments(e)]) if isinstance(e, Panoptic) else
+             (" ".join(e.messages), [e.image, *e.masks]) if isinstance(e, Dialogue) else
              (e.phrase, [e.image, e.mask]) for e in chosen]
     contact_sheet(cells, args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1

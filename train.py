@@ -45,13 +45,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (
-    TEMPLATES, Batches, Dialogue, Dialogues, LabelMaps, Mixture, Patches, hold_out, load_mixture, to_pixels,
+    DRAWN, TEMPLATES, Batches, Dialogues, LabelMaps, Mixture, Patches, hold_out, load_mixture, to_pixels,
     write_picture,
 )
-from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
+from metrics import BadUsage, Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import (
     LORA_TARGETS, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, JanusConfig, JanusPrompt, JanusSeg, ScenesPrompt,
-    argenseg_config, janus_config, mask_pictures, normalize,
+    janus_config, mask_pictures, normalize,
 )
 from mllm import PRESETS as MLLM_PRESETS
 from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, siglip_config
@@ -186,7 +186,7 @@ def parse_args(argv=None):
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
                                 1, 9_999_999), ("lr clip background_weight epochs", 1e-9, 1e9),
                  ("weight_decay warmup_steps encoder_steps", 0, 1e9), ("seed", 0, 2**32 - 1), ("workers", -1, 999))
-    args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
+    args.phrases = args.phrases or (4 if args.data in DRAWN else 1)
     return args
 
 
@@ -207,9 +207,9 @@ def refuse_unread(parser, given, data):
             (not (official or given.merge or getattr(PRESETS[given.preset], "freeze_encoders", False)),
              f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
             (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
-            (not sets <= WORLDS.keys(), f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
+            (not sets <= {*DRAWN}, f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
             (given.init_from or not given.preset.startswith("scenes"), "a run without new encoders", {"encoder_steps"}),
-            (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
+            (sets <= {*DRAWN}, "drawn scenes", {"root"})):
         if holds:
             parser.check_read(given, job, vars(given).keys() - unread)
 
@@ -515,10 +515,13 @@ def load_model(args, dtype):
 
 def load_data(args):
     """(training Mixture, validation set) of --data and --val."""
-    train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
-    first = args.data.split(",")[0].strip()
+    talks = isinstance(PRESETS[args.preset], ARGenSegConfig)
+    train_set = load_mixture(args.data, "train", args.root, talks, phrases=args.phrases)
+    first = args.data.split(",")[0].strip().replace("scenes-questions", "scenes")  # only masks are scored
     if args.val or not first.startswith("jsonl:"):
         return train_set, load_mixture(args.val or first, "val", args.root)
+    if train_set.datasets[0].talks:
+        raise BadUsage(f"{first} has conversations, whose words are not scored: give phrases and masks with --val")
     count = len(train_set.datasets[0])
     parts, val_set = hold_out(train_set.datasets)
     say(f"validation: {len(val_set)} of the {count} lines of {first}; --val gives others")
