@@ -1036,7 +1036,7 @@ class ARGenSegPrompt(MLLMPrompt):
         for id in ids:
             if id == self.mask:
                 parts.append([])
-            elif id not in self.silent:
+            elif id not in self.silent and id < self.model.vocab_size():  # a mask token is no word
                 parts[-1].append(id)
         return clean_up(MASK.join(self.model.decode(part) if part else "" for part in parts))
 

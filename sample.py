@@ -163,7 +163,7 @@ class Segmenter:
         usual = {**USUAL, "decode": "greedy"}
         if given := {name: value for name, value in decoding.items() if value != usual.get(name)}:
             raise BadUsage(f"{given} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt, task)) for prompt in row]
+        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt, task), 128) for prompt in row]
                    for image, row, task in zip(images, prompts, tasks)]
         if inside is not None:
             words = [words for row in answers for words, _ in row]

@@ -38,8 +38,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -51,7 +55,7 @@ from data import (
 from metrics import BadUsage, Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import (
     LORA_TARGETS, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, JanusConfig, JanusPrompt, JanusSeg, ScenesPrompt,
-    janus_config, mask_pictures, normalize,
+    argenseg_config, janus_config, mask_pictures, normalize,
 )
 from mllm import PRESETS as MLLM_PRESETS
 from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, siglip_config
@@ -145,6 +149,8 @@ def flags():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of autocast (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--activation-checkpointing", action="store_true", help="a third more arithmetic, a fraction of the memory")
+    add("--shard", action="store_true", help="under torchrun: each rank keeps its share of weights, gradients and "
+        "optimizer (FSDP2), for models that do not fit a GPU; with --print-config: of WORLD_SIZE ranks (default: 8)")
     add("--workers", type=int, default=-1, help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
     add = parser.add_argument_group("what is kept").add_argument
     add("--out-dir", type=Path, default=Path("out"), help="default: out")
@@ -182,6 +188,8 @@ def parse_args(argv=None):
     args.init_from = args.init_from and checkpoint_file(args.init_from)
     if args.data not in WORLDS or args.init_from or isinstance(preset, ARGenSegConfig):
         args.encoder_steps = 0
+    if args.shard and (args.encoder_steps or args.compile):
+        parser.error("--shard needs --encoder-steps 0 and no --compile")
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
                                 1, 9_999_999), ("lr clip background_weight epochs", 1e-9, 1e9),
@@ -225,14 +233,14 @@ def train(args, at_end):
     goes_on = True
     if args.encoder_steps and not run.first_step:
         goes_on = learn_patches(run, stop)
-    elif run.evaluation_left_out:
+    elif run.evaluation_left_out and not args.shard:  # FSDP2 is set up by the first step
         goes_on = evaluate_after(run, run.first_step)
     started, (batch, ids) = time.perf_counter(), next_batch(run)
     for step in range(run.first_step, args.max_steps if goes_on else 0):
         torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
         sums, seen = torch.zeros(3, device=run.device), []  # loss, gradient norm, ranks that were asked to stop
         for micro in range(run.accumulation):
-            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32, cache_enabled=not args.shard):
                 if dist.is_initialized():  # gradients are summed over ranks only once per step
                     model.require_backward_grad_sync = micro == run.accumulation - 1
                 loss = model(**batch)[1]
@@ -241,7 +249,7 @@ def train(args, at_end):
             seen.append((ids, loss.detach()))
             batch, ids = next_batch(run)  # meanwhile a GPU works on the last one
         lr = learning_rate(step, args)
-        sums[1] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)  # the norm before clipping
+        sums[1] = gathered(nn.utils.clip_grad_norm_(model.parameters(), args.clip))  # the norm before clipping
         sums[2] = len(stop)
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -256,9 +264,9 @@ def train(args, at_end):
         done, evaluation_is_due = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.max_steps
         if run.log:
             log_step(run, done, mean_loss, grad_norm, lr, time.perf_counter() - started)
-            # before the evaluation, which may take longer than torchrun waits after a signal
-            if done % args.save_every == 0 or evaluation_is_due or stopping:
-                save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
+        # before the evaluation, which may take longer than torchrun waits after a signal
+        if (run.log or args.shard) and (done % args.save_every == 0 or evaluation_is_due or stopping):
+            save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
         if stopping:
             say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
             break
@@ -291,7 +299,8 @@ def set_up(args, at_end):
         at_end.enter_context(only_one(args.out_dir / "lock"))
     first_step = open_run(args, segmenter, optimizers, rank)
 
-    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(model, args.phrases)
+    flops = training_flops(on_meta(args)[0] if args.shard else model, args.phrases)
+    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * flops
     say(f"{args.init_from or args.preset}: {describe(args)}")
     say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {batches.accumulation} micro-batches x "
@@ -378,12 +387,54 @@ def parallel(run):
     if run.args.compile:
         say("compiling, about a minute: the first step takes that much longer")
         model = torch.compile(model)
+    if isinstance(model, FSDPModule):
+        return model
     if dist.is_initialized():  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None,
                                         gradient_as_bucket_view=True)
     return model
+
+
+def shard(model, device):
+    """--shard: from here on each rank holds its share of every parameter but the mask tokenizer's. The layers of the
+    LLaMA are gathered one by one when they run, all else once per pass (Zhao et al. 2023; PyTorch's FSDP2)."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = set(model.mask_tokenizer.parameters()) if isinstance(model, ARGenSeg) else None
+    for layer in model.llama.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+
+
+def gathered(value):
+    """Nested values with every sharded tensor in them whole again, on the CPU of the first rank alone; all must ask."""
+    def whole(x):
+        if not isinstance(x, DTensor):
+            return x
+        x = x.full_tensor()
+        return x.cpu() if dist.get_rank() == 0 or x.dim() == 0 else None
+    return tree_map(whole, value)
+
+
+def spread(tensor, like):
+    """This rank's share of a tensor, if `like` is a sharded one of its shape."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.dtype), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def unsharded(model):
+    """In the block every rank has the whole model, which it can then use as it likes."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
 
 
 def say(line):
@@ -429,7 +480,7 @@ def make_optimizers(model, args):
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inner = p.dim() == 2 and "embedding" not in name and name != "head.weight"
+            inner = p.dim() == 2 and "embed" not in name and name not in ("head.weight", "lm_head.weight")
             (matrices if inner else tables if p.dim() > 1 else vectors).append(p)
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
@@ -467,10 +518,16 @@ def load_parts(args, device, dtype):
         model.config.names, model.config.words = names, tuple(sorted({*words, *around}))
     if isinstance(model, LlamaSeg) and not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
-    model.train().to(device)
     if isinstance(model, LlamaSeg) and model.config.freeze_encoders:
         model.encoder.to(dtype)
-    return model, mask_tokenizer, text_tokenizer
+    return place(model.train(), args, device), mask_tokenizer, text_tokenizer
+
+
+def place(model, args, device):
+    """The model on its device, sharded if asked for."""
+    if args.shard and dist.is_initialized():
+        shard(model, device)
+    return model.to(device)
 
 
 def load_argenseg(args, device, dtype):
@@ -486,7 +543,7 @@ def load_argenseg(args, device, dtype):
         model.start_training()
     model.frozen |= {"mask_tokenizer": model.mask_tokenizer.source}
     words = (ScenesPrompt if drawn else ARGenSegPrompt)(args.text_tokenizer, model.config.image_tokens)
-    return model.train().to(device), model.mask_tokenizer.eval(), words
+    return place(model.train(), args, device), model.mask_tokenizer.eval(), words
 
 
 def lora_of(args):
@@ -677,8 +734,10 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
     """
     path = out_dir / f"checkpoint-{step:07d}.pt"
-    state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}
+    state = gathered({"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+                      "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen})
+    if dist.is_initialized() and dist.get_rank():
+        return
     try:
         with whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
@@ -687,14 +746,14 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
     except (RuntimeError, OSError) as error:  # RuntimeError: what torch.save makes of a full disk
         why = getattr(error, "strerror", None) or "No space left on device"
         raise OSError(f"{path}: {why}; --resume auto goes on from the checkpoint before it") from None
-    save_weights(model, out_dir / "model.safetensors")
+    save_weights(model, out_dir / "model.safetensors", state["model"])
     for old in saved_steps(out_dir)[args.keep:]:
         old.unlink()
 
 
-def save_weights(model, path):
+def save_weights(model, path, weights):
     """The weights alone: in float16, or whole where they are LoRA's few."""
-    model.save_pretrained(path, dtype=None if getattr(model.config, "lora", None) else torch.float16)
+    model.save_pretrained(path, None if getattr(model.config, "lora", None) else torch.float16, weights)
 
 
 def load_checkpoint(path, model, optimizers, args):
@@ -717,10 +776,13 @@ def load_checkpoint(path, model, optimizers, args):
         if not args.any_weights:
             check_source(path, part, frozen, source)
     try:
-        model.load_trained_state(state["model"])
+        model.load_trained_state(state["model"], spread=spread)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in saved["state"].items():
+                saved["state"][i] = {name: spread(value, parameters[i]) for name, value in values.items()}
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({error!s:.200})") from None
     return step
@@ -748,7 +810,7 @@ def log_step(run, step, loss, grad_norm, lr, seconds):
 def evaluate_after(run, step):
     """Evaluate, log the scores, and keep the weights if they are the best. False if a signal ended it."""
     try:
-        with on_signal(signal.default_int_handler):
+        with on_signal(signal.default_int_handler), unsharded(run.segmenter.model):
             records = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
     except KeyboardInterrupt:
         say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
@@ -761,9 +823,11 @@ def evaluate_after(run, step):
         contact_sheet_of(records, run.val_set, run.args.out_dir / f"grid-{step:06d}.png")
         shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
         say(f"step {step}: {' '.join(shown)}")
-        if (scores[run.metric] or 0.0) > run.best:
-            run.best = scores[run.metric] or 0.0
-            save_weights(run.segmenter.model, run.args.out_dir / "best.safetensors")
+    if from_all_ranks((scores[run.metric] or 0.0) > run.best)[0]:  # only the first rank is sure to know the best
+        run.best = scores[run.metric] or 0.0
+        weights = gathered(run.segmenter.model.trained_state())
+        if run.log:
+            save_weights(run.segmenter.model, run.args.out_dir / "best.safetensors", weights)
     return True
 
 
@@ -854,7 +918,8 @@ def print_config(args):
         trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name:22}{trainable:14,}{sum(p.numel() for p in part.parameters()) - trainable:14,}")
     args.micro_batch_size = args.micro_batch_size or min(args.batch_size, 32)  # as DEFAULTS has it
-    print(f"\nmemory of a rank with micro-batches of {args.micro_batch_size} phrases")
+    shared = f" of {ranks_of(args)}" * args.shard
+    print(f"\nmemory of a rank{shared} with micro-batches of {args.micro_batch_size} phrases")
     for name, size in memory_of_a_rank(model, mask_tokenizer, args).items():
         print(f"  {name:22}{size / 1e9:10.2f} GB")
     print(f"\nGFLOP per sample        {training_flops(model, args.phrases) / 1e9:14,.0f}")
@@ -865,12 +930,13 @@ def on_meta(args):
     """(model, mask_tokenizer) as --preset, --encoder and --mask-tokenizer have them, with shapes but no weights."""
     config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
     if isinstance(config, ARGenSegConfig):
-        vqgan = VAR if args.preset == "argenseg-8b" else VQGAN.from_pretrained(args.mask_tokenizer).config
+        official = args.preset == "argenseg-8b"
+        config = argenseg_config(args.encoder) if official and args.encoder.exists() else config
+        vqgan = VAR if official else VQGAN.from_pretrained(args.mask_tokenizer).config
         with torch.device("meta"):
-            model, mask_tokenizer = ARGenSeg(config), MultiScaleVQ(replace(vqgan, scales=config.scales))
-            model.config.lora, model.directory = None, args.encoder
-            if args.encoder:
-                model.config.lora = lora_of(args)
+            model = ARGenSeg(replace(config, lora=lora_of(args) if official else None))
+            mask_tokenizer = MultiScaleVQ(replace(vqgan, scales=config.scales))
+            model.directory = args.encoder
             model.start_training()
         return model, mask_tokenizer.requires_grad_(False)
     if janus:
@@ -898,10 +964,16 @@ def describe(args):
 # ---- what a run costs ------------------------------------------------------------------------------------
 
 
+def ranks_of(args):
+    """How many ranks share a model with --shard, or would do so."""
+    return int(os.environ.get("WORLD_SIZE", 8)) if args.shard else 1
+
+
 def memory_of_a_rank(model, mask_tokenizer, args):
     """{what: bytes} of one rank in training, and their sum, the peak; the modules may be on the meta device.
 
-    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak.
+    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak. With
+    --shard each rank has its share, and gathered are two layers of the LLaMA, one of them on its way, and all else.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
@@ -909,11 +981,17 @@ def memory_of_a_rank(model, mask_tokenizer, args):
     moments = sum(p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)  # Muon has one
                   for optimizer in make_optimizers(model, args)
                   for group in optimizer.param_groups for p in group["params"])
-    memory = {"trainable weights": 4 * count,  # float32
+    layer, layers, parts = (sum(p.numel() * (4 if p.requires_grad else 2) for p in part.parameters())
+                            for part in (model.llama.layers[0], model.llama.layers, model))
+    ranks, recomputed = ranks_of(args), args.shard and args.activation_checkpointing
+    memory = {"trainable weights": 4 * count // ranks,  # float32
               # encoder bfloat16, mask tokenizer float32
-              "frozen weights": 2 * frozen + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),
-              "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
-              "gradients": 4 * count, "optimizer": 4 * moments,
+              "frozen weights": 2 * frozen // ranks + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),
+              # autocast's, for a step; where they are made again, those of one layer and of what is no layer
+              "bfloat16 copies": 2 * sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and
+                                         p.dim() > 1 and not (recomputed and re.match(r"llama.layers.[1-9]", name))),
+              "gathered weights": (2 * layer + parts - layers) * args.shard,
+              "gradients": 4 * count // ranks, "optimizer": 4 * moments // ranks,
               "activations": activation_bytes(model.config, args.micro_batch_size, args.activation_checkpointing)}
     return memory | {"peak": sum(memory.values())}
 
