@@ -1059,3 +1059,6 @@ class ScenesPrompt(ARGenSegPrompt):
 
     def words(self, text):
         return self.model.encode(text.lower())
+
+    def decode(self, ids):  # these pieces hold no space before a mask
+        return super().decode(ids).replace(f":{MASK}", f": {MASK}")

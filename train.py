@@ -188,8 +188,8 @@ def parse_args(argv=None):
     args.init_from = args.init_from and checkpoint_file(args.init_from)
     if args.data not in WORLDS or args.init_from or isinstance(preset, ARGenSegConfig):
         args.encoder_steps = 0
-    if args.shard and (args.encoder_steps or args.compile):
-        parser.error("--shard needs --encoder-steps 0 and no --compile")
+    if args.shard and (args.encoder_steps or args.compile or args.optimizer != "adamw"):
+        parser.error("--shard needs --optimizer adamw, --encoder-steps 0 and no --compile")
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
                                 1, 9_999_999), ("lr clip background_weight epochs", 1e-9, 1e9),
