@@ -23,7 +23,7 @@ from model import (
     UNSEEN, KVCache, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPBlock, SigLIPConfig, check_fields, llama_config,
     rope_tables,
 )
-from tokenizer import UNUSED, VAR_SCALES, VQGAN, MultiScaleVQ, var_names, vqgan_config
+from tokenizer import UNUSED, VAR_SCALES, VQGAN, MultiScaleVQ, VQGANConfig, var_names, vqgan_config
 from weights import (
     WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights, reading,
     sha256_of, weight_files,
@@ -356,6 +356,8 @@ class ARGenSegConfig:
         return sum(s * s for s in self.scales)  # M
 
 
+# the shape of its mask tokenizer, VAR's
+VAR = VQGANConfig(channels=160, latent_channels=32, codebook_size=4096, codebook_dim=32, scales=VAR_SCALES)
 PRESETS |= {
     "argenseg-8b": ARGenSegConfig(),  # read from the official directory, too
     # All trained from nothing on the drawn world: 10.8 million parameters. Words are those of assets/text.model.

@@ -26,8 +26,10 @@ import re
 import signal
 import sys
 import time
+import timeit
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
@@ -43,9 +45,12 @@ from data import (
     rle_decode, rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, ScenesPrompt, picture_mask, tiles
+from mllm import (
+    MASK, VAR, ARGenSeg, ARGenSegPrompt, ChatCache, JanusPrompt, JanusSeg, ScenesPrompt, picture_mask, tiles,
+)
+from mllm import PRESETS as MLLM_PRESETS
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
-from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
+from tokenizer import VQGAN, MultiScaleVQ, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
 
 KINDS = ("mask", "overlay")  # the two pictures of each mask
@@ -747,6 +752,8 @@ def print_table(rows, file, digits=4):
 def bench(args):
     """Measure the checkpoint on drawn test scenes, plain and drafted; a table and JSON."""
     check_outputs(args, [], [])
+    if args.bench is not True:
+        return bench_answers(args)
     segmenter = load(args)
     if segmenter.padded or segmenter.answers:
         raise BadUsage(f"--bench measures a LlamaSeg, not Janus or ARGenSeg as in {args.checkpoint}")
@@ -756,8 +763,13 @@ def bench(args):
     pixels = segmenter.pixels([e.image for e in examples])
     runs = [(batch, draft) for batch in (1, 8, 32) for draft in ("none", "jacobi", "hidden")]
     rows = [bench_row(segmenter, text_ids, pixels, *run) for run in tqdm(runs, desc="bench")]
-    head = {"model": str(args.checkpoint or "default"), "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    report_bench(args, str(args.checkpoint or "default"), device, dtype, rows)
+
+
+def report_bench(args, name, device, dtype, rows):
+    """Print and write what was measured."""
+    head = {"model": name, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in head.items()), file=lines_to(args))
     print_table(rows, lines_to(args), digits=2)
     print(json.dumps(head | {"rows": rows}), file=lines_to(args))
@@ -781,6 +793,62 @@ def bench_row(segmenter, text_ids, pixels, batch, draft, rounds=8):
             "ms_per_pass": middle["decode_ms"] / middle["passes"], "passes_per_mask": middle["mask_passes"],
             "decode_ms": middle["decode_ms"], "vqgan_ms": middle["vqgan_ms"], "masks_per_s": 1000 * batch / ms,
             "peak_gb": peak_memory(segmenter.device) / 1e9}
+
+
+def bench_answers(args, words=128, rounds=3):
+    """Measure random weights of an ARGenSeg's shape on a prompt of so many words and one picture, whatever they write.
+
+    The floor of a step is the longer of two times: of its multiplications at matmul_rate, and of reading once per pass
+    the weights that it needs, at the rate at which a large tensor is copied.
+    """
+    device = pick_device(args.device)
+    config, dtype = MLLM_PRESETS[args.bench], compute_dtype(device, args.dtype)[0]
+    with torch.device("meta"):
+        model = ARGenSeg(config)
+    model.to(dtype).to_empty(device=device).eval().fuse()
+    for p in model.parameters():
+        p.normal_(std=0.02)
+    code = {"codebook_size": config.codebook_size, "codebook_dim": config.code_width, "scales": config.scales}
+    model.mask_tokenizer = MultiScaleVQ(replace(VAR, **code)).to(device)
+    text_ids = torch.full((1, words + config.image_tokens), 5, device=device)
+    text_ids[:, 40:40 + config.image_tokens] = config.image_id
+    pixels, start, measured = torch.zeros(1, 3, *[config.siglip.image_size] * 2, device=device), [config.start_id], []
+    for _ in range(1 + rounds):  # the first one warms up
+        cache, times = ChatCache(model, 1), [clock(device)]
+        model.lm_head(model.read(model.prefix(text_ids, pixels), cache)[:, -1])
+        times.append(clock(device))
+        codes = model.write_mask(torch.tensor(start, device=device), cache, 0.0)
+        times.append(clock(device))
+        model.mask_tokenizer.decode(codes)
+        times.append(clock(device))
+        for _ in range(words):
+            model.lm_head(model.read(model.token_embedding(text_ids[:, :1]), cache)).argmax(-1)
+        times.append(clock(device))
+        measured.append(np.diff(times))
+    ms = 1000 * np.median(measured[1:], axis=0)
+    copied = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    bytes_per_ms = 8 * copied.numel() / 1000 / min(timeit.repeat(lambda: (copied.clone(), clock(device)), number=1))
+    flop_per_ms, size = matmul_rate(device, dtype) / 1000, dtype.itemsize
+    llama, seen = (sum(p.numel() for p in part.parameters()) for part in (model.llama, model.vision))
+    head, patches, L = model.lm_head.weight.numel(), config.siglip.image_tokens, text_ids.shape[1]
+    needs = {  # passes, weights that each reads, multiplications of all
+        "prefill": (1, llama + seen + head, llama * L + seen * patches + head),
+        "mask": (len(config.scales), llama, (llama + config.codebook_size * config.llama.width) * config.mask_tokens),
+        "mask tokenizer": None, "words": (words, llama + head, (llama + head) * words)}
+    rows = []
+    for (step, need), took in zip(needs.items(), ms.tolist()):
+        floor = need and max(need[0] * need[1] * size / bytes_per_ms, 2 * need[2] / flop_per_ms)
+        rows.append({"step": step, "passes": need and need[0], "ms": took, "floor_ms": floor,
+                     "per_s": 1000 * (words if step == "words" else 1) / took, "peak_gb": peak_memory(device) / 1e9})
+    report_bench(args, args.bench, device, dtype, rows)
+
+
+@torch.no_grad()
+def matmul_rate(device, dtype):
+    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a, clock(device)), number=1))  # clock waits for a GPU
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -810,7 +878,8 @@ def make_parser():
     add("--json", metavar="FILE", help="also write JSON with COCO run-length masks, FILE.json; - for standard output")
     add("--confidence", metavar="FILE", help="PNG of how sure each place of the mask is; for one picture and prompt")
     add("--attention", metavar="FILE", help="PNG of what mask tokens look at among mask tokens, last layer, log scale")
-    add("--bench", action="store_true", help="measure the checkpoint instead, plain and drafted")
+    add("--bench", nargs="?", const=True, choices=("argenseg-8b", "argenseg-scenes"), help="measure the checkpoint "
+        "instead, plain and drafted; or random weights of such a shape, each step beside the least time it could take")
     add = parser.add_argument_group("scoring a data set").add_argument
     add("--dataset", metavar="NAME", help="scenes, ade20k, refcoco, jsonl:PATH ... (README has the table); "
         "goes on when typed again, and runs under torchrun")
@@ -856,6 +925,8 @@ def check_flags(parser, args):
     if job == "dataset":
         kind = args.dataset.split(":")[0]
         read, name = read - {{"scenes": "root", "jsonl": "split"}.get(kind)}, f"--dataset {kind}"
+    if job == "bench" and args.bench is not True:  # no checkpoint is loaded
+        read, name = {"bench", "json", "device", "dtype"}, f"--bench {args.bench}"
     parser.check_read(args, name, read)
     if "decode" in read:
         parser.check_read(args, f"--decode {args.decode}", read - set(USUAL) | set(DECODING[args.decode]))

@@ -24,7 +24,6 @@ import re
 import signal
 import sys
 import time
-import timeit
 import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -54,15 +53,15 @@ from data import (
 )
 from metrics import BadUsage, Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import (
-    LORA_TARGETS, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, JanusConfig, JanusPrompt, JanusSeg, ScenesPrompt,
+    LORA_TARGETS, VAR, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, JanusConfig, JanusPrompt, JanusSeg, ScenesPrompt,
     argenseg_config, janus_config, mask_pictures, normalize,
 )
 from mllm import PRESETS as MLLM_PRESETS
-from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, siglip_config
+from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, compute_dtype, peak_memory, siglip_config
 from model import PRESETS as MODEL_PRESETS
 from sample import (
     SCORE_BATCH, Segmenter, check_parts, check_ranges, checkpoint_file, contact_sheet_of, from_all_ranks,
-    one_rank_first, score_examples, setup_ranks, words_of,
+    matmul_rate, one_rank_first, score_examples, setup_ranks, words_of,
 )
 from scenes import WORLDS, vocabulary
 from tokenizer import VQGAN, MultiScaleVQ, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
@@ -94,8 +93,6 @@ DEFAULTS = {  #           preset scenes  llamaseg-*    stage pretrain  finetune-
 }
 
 
-# the shape of VAR's mask tokenizer, which lies in ARGenSeg's directory
-VAR = VQGANConfig(channels=160, latent_channels=32, codebook_size=4096, codebook_dim=32)
 PATCH_BATCH = 32  # pictures in a step of learn_patches
 
 
@@ -1048,14 +1045,6 @@ def training_flops(model, phrases):
         batch = [torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.long) for shape in shapes]
         functional_call(model, weights, tuple(batch))[1].backward()
     return counter.get_total_flops() / phrases
-
-
-@torch.no_grad()
-def matmul_rate(device, dtype):
-    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
-    n = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a, clock(device)), number=1))  # clock waits for a GPU
 
 
 # ---- the command -----------------------------------------------------------------------------------------

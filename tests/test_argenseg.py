@@ -731,6 +731,15 @@ def test_flags_that_are_of_other_checkpoints_are_refused(sample, tiny_checkpoint
         assert done.stderr.count(b"\n") == 1
 
 
+def test_the_bench_of_a_shape_needs_no_weights(sample, tmp_path):
+    done = sample("sample.py", "--bench", "argenseg-scenes", "--device", "cpu", "--json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["step"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    assert [rows[step]["passes"] for step in ("prefill", "mask", "mask tokenizer", "words")] == [1, 6, None, 128]
+    assert all(row["ms"] > 0 and row["per_s"] > 0 for row in rows.values()) and rows["words"]["floor_ms"] > 0
+    assert sample("sample.py", "--bench", "argenseg-8b", "--checkpoint", CHECKPOINT).returncode == 2
+
+
 def test_scores_name_what_is_not_usual(sample, tmp_path):
     done = sample("sample.py", "--checkpoint", CHECKPOINT, "--dataset", "scenes", "--count", 2, "--cfg", 2,
                   "--out", tmp_path)
