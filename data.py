@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
@@ -1050,13 +1051,11 @@ class Dialogues(Batches):
                 pictures.append(np.asarray(square))
             masks += [mask_levels(mask, self.mask_size) for mask in talk.masks]
             ids.append(talk.id)
-        text_ids = torch.zeros(len(lessons), max(len(tokens) for tokens, _ in lessons), dtype=torch.long)
-        batch = {"text_ids": text_ids, "labels": text_ids - 100}
-        for row, lesson in enumerate(lessons):
-            for name, values in zip(batch, lesson):
-                batch[name][row, :len(values)] = torch.tensor(values)
+        text_ids, labels = (pad_sequence([torch.tensor(row) for row in rows], True, padding)
+                            for rows, padding in zip(zip(*lessons), (0, -100)))
         masks = np.array(masks, np.uint8).reshape(-1, self.mask_size, self.mask_size)
-        return batch | {"pictures": torch.from_numpy(np.array(pictures)), "masks": torch.from_numpy(masks), "ids": ids}
+        return {"text_ids": text_ids, "labels": labels, "pictures": torch.from_numpy(np.array(pictures)),
+                "masks": torch.from_numpy(masks), "ids": ids}
 
 
 class Patches(Dataset):

@@ -7,6 +7,7 @@
     python sample.py --checkpoint janus-pro-1b --image x.jpg --chat "What is on the table?"   # words
     python sample.py --checkpoint argenseg-8b --image x.jpg --chat "Segment the cat, please."  # words and masks
     python sample.py --bench                                     # where the time goes, plain and drafted
+    python sample.py --bench argenseg-8b --dtype bfloat16        # of random weights, beside the least time
     python sample.py --dataset scenes --split test               # score a checkpoint on a data set
     torchrun --nproc_per_node=8 sample.py --dataset refcoco --split testA --root data --checkpoint out
 
@@ -812,20 +813,23 @@ def bench_answers(args, words=128, rounds=3):
     model.mask_tokenizer = MultiScaleVQ(replace(VAR, **code)).to(device)
     text_ids = torch.full((1, words + config.image_tokens), 5, device=device)
     text_ids[:, 40:40 + config.image_tokens] = config.image_id
-    pixels, start, measured = torch.zeros(1, 3, *[config.siglip.image_size] * 2, device=device), [config.start_id], []
-    for _ in range(1 + rounds):  # the first one warms up
-        cache, times = ChatCache(model, 1), [clock(device)]
+    pixels = torch.zeros(1, 3, *[config.siglip.image_size] * 2, device=device)
+
+    def steps():
+        cache, start = ChatCache(model, 1), torch.tensor([config.start_id], device=device)
+        yield
         model.lm_head(model.read(model.prefix(text_ids, pixels), cache)[:, -1])
-        times.append(clock(device))
-        codes = model.write_mask(torch.tensor(start, device=device), cache, 0.0)
-        times.append(clock(device))
+        yield
+        codes = model.write_mask(start, cache, 0.0)
+        yield
         model.mask_tokenizer.decode(codes)
-        times.append(clock(device))
+        yield
         for _ in range(words):
             model.lm_head(model.read(model.token_embedding(text_ids[:, :1]), cache)).argmax(-1)
-        times.append(clock(device))
-        measured.append(np.diff(times))
-    ms = 1000 * np.median(measured[1:], axis=0)
+        yield
+
+    measured = [np.diff([clock(device) for _ in steps()]) for _ in range(1 + rounds)]
+    ms = 1000 * np.median(measured[1:], axis=0)  # the first one warms up
     copied = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
     bytes_per_ms = 8 * copied.numel() / 1000 / min(timeit.repeat(lambda: (copied.clone(), clock(device)), number=1))
     flop_per_ms, size = matmul_rate(device, dtype) / 1000, dtype.itemsize

@@ -7,6 +7,9 @@
     python train.py --preset llamaseg-b --print-config    # sizes, memory, hyper-parameters; trains nothing
     torchrun --nproc_per_node=8 train.py --preset llamaseg-b --stage pretrain --root data   # the paper, first stage
     torchrun --nproc_per_node=8 train.py --preset llamaseg-janus --stage pretrain --root data    # LoRA on Janus-Pro
+    torchrun --nproc_per_node=8 train.py --preset argenseg-8b --data refcoco --root data    # LoRA on ARGenSeg
+    torchrun --nproc_per_node=8 train.py --preset argenseg-8b --lora-rank 0 --shard ...     # all of its language model
+    python train.py --preset argenseg-scenes --data scenes-questions --mask-tokenizer FILE   # a small one from nothing
     python train.py --merge out                       # LoRA into a whole Janus directory: out/merged
 
 OUT_DIR gets log.jsonl (one object per step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
