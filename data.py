@@ -28,11 +28,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from metrics import BadUsage, Parser, parse_json, printable, read_mask, regular, values_in, whole
-from scenes import ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, patch_view, pick_phrases
+from scenes import (
+    ABSENT, WORLDS, absent_phrases, draw_scene, measure, patch_truth, patch_view, pick_phrases, scene_questions,
+)
 from weights import ASSETS, sha256_of
 
 # ---- Example: what every data set yields -----------------------------------------------------------------
@@ -64,6 +67,16 @@ class Panoptic:
     ignore: np.ndarray | None = None  # bool (H, W): pixels that are not scored
     areas: list | None = None  # COCO's areas, by which AP parts small from large objects; None: the masks' pixels
     classes: dict | None = None  # all classes of the data set, in its order: {name: is it a thing?}
+
+
+@dataclass
+class Dialogue:
+    """A conversation about a picture, for MLLMs that answer in words and masks."""
+
+    image: Image.Image  # RGB, any size
+    messages: list  # words of the user, the answer, words of the user and so on; "<mask>" where a mask stands
+    masks: list  # bool (H, W), one for each "<mask>" of the answers
+    id: str
 
 
 # The paper's example is the first; the paper says there are ten and does not print the others.
@@ -279,6 +292,13 @@ def resize_mask(mask, size):
     return resize_pixels(mask.view(np.uint8)[:, :, None] * 255, size)[:, :, 0] >= 128
 
 
+def mask_levels(mask, size):
+    """bool (H, W) -> uint8 (size, size): the mask as ARGenSeg's training gives it to the mask tokenizer, resized with
+    PIL's bicubic to 512 px and from there."""
+    large = Image.fromarray(mask.view(np.uint8) * 255).resize((512, 512), Image.Resampling.BICUBIC)
+    return np.asarray(large.resize((size, size), Image.Resampling.BICUBIC))
+
+
 def padded_box(width, height, size):
     """Where a picture stands in a square of `size` with its longer side filling it: (left, top, width, height).
 
@@ -359,6 +379,33 @@ class Scenes:
         image, owner, _, picked = self.scene(i // self.phrases)
         phrase, task, label, indices = picked[i % self.phrases]
         return Example(image, phrase, np.isin(owner, indices), f"{self.split}-{i:07d}", task, label)
+
+
+class SceneQuestions(Scenes):
+    """Conversations about the pictures of `scenes`: half are phrases, answered with a mask, or with "none." where there
+    is nothing, and half are questions of scenes.scene_questions."""
+
+    SPLITS = {split: Scenes.SPLITS[split] for split in ("train", "val", "test")}
+    talks = True
+
+    def __init__(self, split, name, root=None, phrases=1):
+        super().__init__(split, "scenes", phrases=phrases)
+
+    def _phrases(self, index, owner, objects, rng):
+        picked = [(phrase, "<mask>" if which else "none.", which)
+                  for phrase, _, _, which in super()._phrases(index, owner, objects, rng)]
+        kinds = list(scene_questions(objects, self.world, *owner.shape).values())
+        for i in range(len(picked)):
+            if rng.random() < 0.5:
+                questions = kinds[rng.integers(len(kinds))]
+                picked[i] = questions[rng.integers(len(questions))]
+        return picked
+
+    def __getitem__(self, i):
+        image, owner, _, picked = self.scene(i // self.phrases)
+        question, answer, which = picked[i % self.phrases]
+        masks = [np.isin(owner, which)] if "<mask>" in answer else []
+        return Dialogue(image, [question, answer], masks, f"{self.split}-{i:07d}")
 
 
 class SceneInstances(Scenes):
@@ -719,12 +766,15 @@ class JSONLines:
         {"image": "photos/1.jpg", "phrase": "the cup on the left", "mask": "masks/1.png"}
         {"image": "photos/1.jpg", "phrase": "the table", "mask": {"size": [480, 640], "counts": "..."}}
         {"image": "photos/2.jpg", "phrase": "dogs", "mask": [[10, 10, 60, 10, 60, 40]], "label": "dog"}
+        {"image": "photos/2.jpg", "conversations": [{"from": "human", "value": "Is there a dog?"},
+                                                    {"from": "gpt", "value": "Yes: <mask>."}], "mask": "masks/2.png"}
 
     image: a path, from the folder of the file (or from `root`). mask: a PNG of one channel, black where there is no
     object (metrics.read_mask), a COCO run-length mask, or COCO polygons [x0, y0, x1, y1, ...] in pixels.
     Optional: id, a string or a number (default: the line's number); task (default: referring); label, a string (the
     class name, for mIoU). Lines with the same label need different ids, which is checked when the file is opened.
-    A line that is broken in another way raises ValueError when it is read.
+    A line that is broken in another way raises ValueError when it is read. A line with conversations, as ARGenSeg's
+    have them, is a Dialogue; its mask may be a list of masks as above, one for each <mask>, or be left out.
     picture_of: int64 per line, a hash of `image`, the same in every process; 0 for a broken line.
 
     SA-OVRS, as annotate.py writes it, is ROOT/SPLIT.jsonl of such lines, images from ROOT. There the mask is called
@@ -733,7 +783,7 @@ class JSONLines:
 
     def __init__(self, split, name, root=None):
         path = root / f"{split}.jsonl" if name == "sa-ovrs" else Path(name.removeprefix("jsonl:"))
-        self.path, self.root = path, root or path.parent
+        self.path, self.root, self.talks = path, root or path.parent, False  # talks: some lines are conversations
         rows, start = array("q"), 0  # 32 bytes per line
         with _reading(path, "file"), open(regular(path), "rb") as file:
             for number, line in enumerate(file, 1):
@@ -741,6 +791,7 @@ class JSONLines:
                     try:
                         record = _record(line, number)
                         picture, key = _hash(record["image"]), _hash(repr((record["id"], record["label"])))
+                        self.talks |= "conversations" in record
                     except (ValueError, KeyError):
                         picture = key = 0
                     rows.extend((start, number, picture, key))
@@ -762,16 +813,34 @@ class JSONLines:
             with open(self.path, "rb") as file:
                 file.seek(self.starts[i])
                 record = _record(file.readline(), number)
-            image, phrase, task = record["image"], _words(record["phrase"]), record.get("task", "referring")
+            image, picture = record["image"], open_picture(self.root / record["image"])
+            if "conversations" in record:
+                return self._dialogue(record, picture)
+            phrase, task = _words(record["phrase"]), record.get("task", "referring")
             mask = record["segmentation"] if "segmentation" in record else record["mask"]
             if task not in ("semantic", "referring", "reasoning"):
                 raise ValueError(f"task {short(task)}: expected semantic, referring or reasoning")
-            picture = open_picture(self.root / image)
-            size = picture.size[::-1]
-            mask = read_mask(self.root / mask) if isinstance(mask, str) else polygons_to_mask(mask, *size)
-            if mask.shape != size:
-                raise ValueError(f"a mask of size {mask.shape[::-1]}, {image} has {picture.size}")
-        return Example(picture, phrase, mask, record["id"], task, record["label"])
+            return Example(picture, phrase, self._mask(mask, image, picture), record["id"], task, record["label"])
+
+    def _mask(self, mask, image, picture):
+        """What a line has as its mask -> bool (H, W)."""
+        size = picture.size[::-1]
+        mask = read_mask(self.root / mask) if isinstance(mask, str) else polygons_to_mask(mask, *size)
+        if mask.shape != size:
+            raise ValueError(f"a mask of size {mask.shape[::-1]}, {image} has {picture.size}")
+        return mask
+
+    def _dialogue(self, record, picture):
+        """The Dialogue of a line with conversations."""
+        turns, masks = record["conversations"], record.get("mask", [])
+        speakers, messages = [turn["from"] for turn in turns], [_words(turn["value"]) for turn in turns]
+        several = isinstance(masks, list) and all(isinstance(mask, (str, dict)) for mask in masks)
+        masks = [self._mask(mask, record["image"], picture) for mask in (masks if several else [masks])]
+        if speakers != ["human", "gpt"] * (len(turns) // 2) or not turns:
+            raise ValueError(f"speakers {short(speakers)}: expected human, gpt, human, gpt ...")
+        if (count := sum(words.count("<mask>") for words in messages[1::2])) != len(masks):
+            raise ValueError(f"{count} times <mask> in the answers beside {len(masks)} masks")
+        return Dialogue(picture, messages, masks, record["id"])
 
 
 def _record(line, number):
@@ -795,7 +864,8 @@ def _hash(text):
 
 DATASETS = {**dict.fromkeys(WORLDS, Scenes), **dict.fromkeys(LAYOUTS, LabelMaps),
             **dict.fromkeys(Refer.SPLITTERS, Refer), "sa-ovrs": JSONLines, "jsonl:PATH": JSONLines,
-            "scenes-instances": SceneInstances, **dict.fromkeys(SEGMENTS, Segments)}
+            "scenes-questions": SceneQuestions, "scenes-instances": SceneInstances, **dict.fromkeys(SEGMENTS, Segments)}
+DRAWN = (*WORLDS, "scenes-questions")
 
 
 def load_dataset(name, split, root=None, **options):
@@ -807,6 +877,7 @@ def load_dataset(name, split, root=None, **options):
         refcoco refcoco+ refcocog refclef    train val test testA testB testC, as the splitter has them; split_by=
         sa-ovrs                              any split of which ROOT holds SPLIT.jsonl
         jsonl:PATH                           your own data, see JSONLines; the split is not used
+        scenes-questions                     train val test; conversations (Dialogue); phrases=
         scenes-instances                     train val test novel
         coco-panoptic coco-instances ade20k-panoptic cityscapes             train val
     root: the folder in which the official archives were unpacked; the drawn worlds need none.
@@ -826,11 +897,14 @@ def load_dataset(name, split, root=None, **options):
     return DATASETS[kind](split, name, root and Path(root), **options)
 
 
-def load_examples(name, split, root=None, **options):
-    """load_dataset for those who ask for phrases: BadUsage for a data set of Panoptic."""
+def load_examples(name, split, root=None, talks=False, **options):
+    """load_dataset for those who ask for phrases, and, with `talks`, for conversations: BadUsage for another one."""
     if name in (*SEGMENTS, "scenes-instances"):
         raise BadUsage(f"{name} has all segments of a picture and no phrases: choose a data set of phrases and masks")
-    return load_dataset(name, split, root, **options)
+    dataset = load_dataset(name, split, root, **options)
+    if getattr(dataset, "talks", False) and not talks:
+        raise BadUsage(f"{name} has conversations, which only --preset argenseg-... reads, to train")
+    return dataset
 
 
 def load_segments(name, split, root=None):
@@ -861,12 +935,12 @@ class Mixture(ConcatDataset):
         return [[part.path.name, sha256_of(part.path)] for part in parts if isinstance(part, JSONLines)]
 
 
-def load_mixture(text, split, root=None, **options):
+def load_mixture(text, split, root=None, talks=False, **options):
     """"refcoco" or "ade20k:1,refcoco:2", names with weights -> Mixture of one split. `options`: of drawn worlds."""
     datasets, weights = [], []
     for part in text.split(","):
         name, weight = re.fullmatch(r"(.*?)(?::([1-9]\d{0,2}))?", part.strip()).groups()  # a weight is 1 to 999
-        datasets.append(load_examples(name, split, root, **(options if name in WORLDS else {})))
+        datasets.append(load_examples(name, split, root, talks, **(options if name in DRAWN else {})))
         weights.append(int(weight or 1))
         if len(datasets[-1]) == 0:
             raise ValueError(f"{name}:{split} has no examples")
@@ -919,14 +993,8 @@ class Batches(Dataset):
         self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches per rank and step
         self._orders = {}  # of each data set: epoch, permutation
 
-    def indices(self, k):
-        """The examples of item k, and the position of the first one in the endless training sequence."""
-        step, micro = divmod(k, self.accumulation)
-        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        return [self._index(position) for position in range(first, first + self.micro_batch_size)], first
-
     def __getitem__(self, k):
-        indices, first = self.indices(k)
+        first, indices = self._indices(k)
         pictures, masks, text, hidden, ids = [], [], [], [], []
         for position, i in enumerate(indices, first):
             rng = np.random.default_rng([self.seed, position])
@@ -949,6 +1017,12 @@ class Batches(Dataset):
             return batch | {"masks": torch.from_numpy(np.array(masks))}
         return batch | {"mask_tokens": torch.from_numpy(self.mask_tokens[indices].astype(np.int64))}
 
+    def _indices(self, k):
+        """The first position of item k in the endless training sequence, and its examples from there on."""
+        step, micro = divmod(k, self.accumulation)
+        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
+        return first, [self._index(position) for position in range(first, first + self.micro_batch_size)]
+
     def _index(self, position):
         """The example at a position of the endless training sequence: each epoch is a new order of pictures."""
         turns, place = divmod(position // self.phrases, len(self.turn))
@@ -959,6 +1033,37 @@ class Batches(Dataset):
             self._orders[k] = epoch, np.random.default_rng([self.seed, epoch, k]).permutation(count // self.phrases)
         start = self.mixture.cumulative_sizes[k] - count
         return start + int(self._orders[k][1][group]) * self.phrases + position % self.phrases
+
+
+class Dialogues(Batches):
+    """Batches for ARGenSeg.forward, of Dialogue and of Example, which become conversations of one question. size and
+    mask_size: the sides of the pictures and of the mask pictures. text_tokenizer: an ARGenSegPrompt.
+
+    Items: text_ids and labels (b, T), padded at the right, pictures uint8 (b/P, S, S, 3) for mllm.normalize, masks
+    uint8 (n, m, m) of all conversations in turn, see mask_levels, ids list of b strings.
+    """
+
+    def __getitem__(self, k):
+        first, indices = self._indices(k)
+        prompt, pictures, masks, lessons, ids = self.text_tokenizer, [], [], [], []
+        for position, i in enumerate(indices, first):
+            talk = self.mixture[i]
+            if isinstance(talk, Example):  # officially these questions begin with a space
+                question = f" {prompt.instruction(talk.phrase, talk.task)}"
+                talk = Dialogue(talk.image, [question, prompt.answer], [talk.mask], talk.id)
+            lessons.append(prompt.lesson(talk.messages, self.tokens))
+            if len(lessons[-1][0]) > prompt.most:
+                raise ValueError(f"{talk.id}: has {len(lessons[-1][0])} tokens, the limit is {prompt.most}")
+            if position % self.phrases == 0:  # PIL's bicubic, as mllm.tiles has it
+                square = to_rgb(talk.image).resize((self.size, self.size), Image.Resampling.BICUBIC)
+                pictures.append(np.asarray(square))
+            masks += [mask_levels(mask, self.mask_size) for mask in talk.masks]
+            ids.append(talk.id)
+        text_ids, labels = (pad_sequence([torch.tensor(row) for row in rows], True, padding)
+                            for rows, padding in zip(zip(*lessons), (0, -100)))
+        masks = np.array(masks, np.uint8).reshape(-1, self.mask_size, self.mask_size)
+        return {"text_ids": text_ids, "labels": labels, "pictures": torch.from_numpy(np.array(pictures)),
+                "masks": torch.from_numpy(masks), "ids": ids}
 
 
 class Patches(Dataset):
@@ -1067,6 +1172,7 @@ def preview(args):
         raise ValueError(f"--first {args.first}: {args.name}:{args.split} has {len(dataset)} examples")
     chosen = [dataset[i] for i in range(args.first, min(args.first + args.count, len(dataset)))]
     cells = [(", ".join(e.labels), [e.image, paint_segments(e)]) if isinstance(e, Panoptic) else
+             (" ".join(e.messages), [e.image, *e.masks]) if isinstance(e, Dialogue) else
              (e.phrase, [e.image, e.mask]) for e in chosen]
     contact_sheet(cells, args.out, headings=("picture", "mask"))
     last = args.first + len(chosen) - 1

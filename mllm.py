@@ -23,7 +23,7 @@ from model import (
     UNSEEN, KVCache, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPBlock, SigLIPConfig, check_fields, llama_config,
     rope_tables,
 )
-from tokenizer import UNUSED, VAR_SCALES, MultiScaleVQ, var_names, vqgan_config
+from tokenizer import UNUSED, VAR_SCALES, VQGAN, MultiScaleVQ, VQGANConfig, var_names, vqgan_config
 from weights import (
     WEIGHTS, build_from, check_config, check_source, fingerprint, read_config, read_own, read_weights, reading,
     sha256_of, weight_files,
@@ -331,9 +331,11 @@ class ARGenSegConfig:
     codebook_size: int = 4096
     code_width: int = 32  # C, of the rows of the codebook
     scales: tuple = VAR_SCALES
+    lora: dict | None = None  # as in JanusConfig; None: the whole language model is trained
     image_id: int = 92546  # <IMG_CONTEXT>
     start_id: int = 92554  # <ge_start>
     end_id: int = 92555  # <ge_end>
+    place_id: int = 92556  # <MASK_CONTEXT>, in training the places of all mask tokens but the last
     stop_id: int = 92542  # <|im_end|>
     pad_id: int = 2
 
@@ -346,8 +348,25 @@ class ARGenSegConfig:
         return self.siglip.image_tokens // 4  # N, of a tile
 
     @property
+    def mask_grid(self):
+        return self.scales[-1]
+
+    @property
     def mask_tokens(self):
         return sum(s * s for s in self.scales)  # M
+
+
+# the shape of its mask tokenizer, VAR's
+VAR = VQGANConfig(channels=160, latent_channels=32, codebook_size=4096, codebook_dim=32, scales=VAR_SCALES)
+PRESETS |= {
+    "argenseg-8b": ARGenSegConfig(),  # read from the official directory, too
+    # All trained from nothing on the drawn world: 10.8 million parameters. Words are those of assets/text.model.
+    "argenseg-scenes": ARGenSegConfig(
+        siglip=SigLIPConfig(image_size=128, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4,
+                            vision_mlp=768, gelu="none"),
+        llama=LlamaConfig(width=256, layers=6, heads=4, mlp=704, rope_theta=1000.0), vocab_size=776 + 4096,
+        scales=(1, 2, 3, 4, 6, 8), image_id=768, start_id=769, end_id=770, place_id=771, stop_id=772, pad_id=1),
+}
 
 
 class InternViTBlock(SigLIPBlock):
@@ -436,6 +455,8 @@ class ARGenSeg(MLLM, nn.Module):
     float32, frozen.
     """
 
+    file_format = "argenseg"
+
     def __init__(self, config: ARGenSegConfig):
         super().__init__()
         D, vision = config.llama.width, 4 * config.siglip.vision_width  # of the image tokens, see shuffle_pixels
@@ -449,9 +470,23 @@ class ARGenSeg(MLLM, nn.Module):
         self.lvl_embed = nn.Embedding(len(config.scales), D)  # of the scale,
         self.pos_1LC = nn.Parameter(torch.zeros(1, config.mask_tokens, D))  # and of the place among all mask tokens
 
+    def start_training(self):
+        """Let learn what config.lora says and the mask parts, or without LoRA all but the vision tower, as officially;
+        a model of no directory learns all. What is trained is in float32."""
+        lora = self.config.lora
+        if lora:
+            self.add_lora(**lora)
+        for name, part in self.named_children():
+            if name != "mask_tokenizer" and not (lora and name in ("token_embedding", "llama", "lm_head", "mlp1")):
+                part.requires_grad_(name != "vision" or not self.directory)
+        self.pos_1LC.requires_grad_()
+        for p in self.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+
     def encode_image(self, pixels):
         """Tiles (n,3,S,S) of a picture, normalized -> (n*N,D): vision tower, pixel shuffle, projector."""
-        return self.mlp1(shuffle_pixels(self.vision(pixels)[:, 1:])).flatten(0, 1)
+        patches = shuffle_pixels(self.vision(pixels)[:, 1:])
+        return self.mlp1(patches.to(self.mlp1[1].weight.dtype)).flatten(0, 1)
 
     def mask_inputs(self, tokens):
         """All tokens of the first scales (B,m) -> what is read for the scales up to the next one, (B,m',D), as in
@@ -459,7 +494,25 @@ class ARGenSeg(MLLM, nn.Module):
         maps = self.mask_tokenizer.teacher_inputs(tokens).to(self.word_embed.weight.dtype)  # (B,m',C)
         scale_idx = torch.tensor([i for i, s in enumerate(self.config.scales) for _ in range(s * s)])
         scale_idx = scale_idx[1:1 + maps.shape[1]].to(tokens.device)
-        return self.word_embed(maps) + self.lvl_embed(scale_idx) + self.pos_1LC[:, 1:1 + maps.shape[1]]
+        inputs = self.word_embed(maps) + self.lvl_embed(scale_idx) + self.pos_1LC[:, 1:1 + maps.shape[1]]
+        return inputs.to(self.token_embedding.weight.dtype)
+
+    def forward(self, text_ids, pixels, mask_tokens, labels):
+        """Teacher forcing: B conversations (B,T) of ARGenSegPrompt.lesson, the tile (b,3,S,S) of each picture, which
+        B/b of them share, the mask tokens (n,M) of all masks in them, in turn, and labels (B,T) -> logits (targets,V),
+        loss (): the mean cross-entropy of the words plus that of the mask tokens, both over the whole vocabulary."""
+        c, words = self.config, self.token_embedding(text_ids)
+        image = self.encode_image(pixels).unflatten(0, (len(pixels), -1))  # (b,N,D)
+        image = image.repeat_interleave(len(words) // len(image), dim=0).to(words.dtype)
+        words = words.masked_scatter((text_ids == c.image_id)[:, :, None], image)
+        masks = self.mask_inputs(mask_tokens)[:, :c.mask_tokens - 1]  # (n,M-1,D)
+        words = words.masked_scatter((text_ids == c.place_id)[:, :, None], masks)
+        labels = labels.masked_scatter(labels == c.place_id, mask_tokens + c.vocab_size - c.codebook_size)[:, 1:]
+        hidden, targets = self.llama(words)[:, :-1][labels >= 0], labels[labels >= 0]
+        logits = self.lm_head(hidden)
+        losses, coded = F.cross_entropy(logits.float(), targets, reduction="none"), targets > c.place_id
+        # of a batch without masks, or without words, that part is 0
+        return logits, sum((losses * part).sum() / part.sum().clamp(min=1) for part in (~coded, coded))
 
     def mask_head(self, hidden):
         """hidden (...,D) -> logits of the mask tokens (...,K): the last rows of the head."""
@@ -515,6 +568,12 @@ class ARGenSeg(MLLM, nn.Module):
             tokens = torch.cat([tokens, logits.argmax(-1)[:1]], dim=1)
         return tokens
 
+    def trained_state(self):
+        """What start_training lets learn, which is all that a checkpoint holds."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    save_pretrained, load_trained_state = MaskWriter.save_pretrained, MaskWriter.load_trained_state
+
     @cached_property
     def frozen(self):
         """{"mllm": {"name", "sha256"}} of the directory; hashed when it is asked for, which reads all files again."""
@@ -522,23 +581,63 @@ class ARGenSeg(MLLM, nn.Module):
         return {"mllm": {"name": self.directory.absolute().name, "sha256": hashlib.sha256(files.encode()).hexdigest()}}
 
     @classmethod
-    def from_pretrained(cls, directory, mask_tokenizer=None, dtype=torch.float32):
+    def from_nothing(cls, config, mask_tokenizer):
+        """New weights, N(0, 0.02) as GPT-2's; ValueError if the mask tokenizer does not fit."""
+        model = cls(config_for(config, mask_tokenizer, mask_tokenizer.source["name"]))
+        for p in model.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+        model.frozen, model.mask_tokenizer = {}, mask_tokenizer.requires_grad_(False)
+        model.start_training()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path, mask_tokenizer=None, dtype=torch.float32, base=None, any_weights=False):
         """Load an official directory, strictly, in `dtype`; frozen, in eval mode. It never takes more memory than the
         weights in `dtype` and one tensor. mask_tokenizer: VAR's file, to take it instead of the one in the checkpoint.
-        The mask tokenizer is in float32. FileNotFoundError, or ValueError in one line."""
-        directory = Path(directory)
+        The mask tokenizer is in float32.
+
+        Or a file of `save_pretrained`, as JanusSeg has it: on the directory `base`, by default that of its name below
+        WEIGHTS; if it names none it is whole but for the mask tokenizer, by default mask_tokenizer.safetensors beside
+        it. FileNotFoundError, or ValueError in one line."""
+        path = Path(path)
+        if path.is_dir() or not path.suffix:
+            return cls._from_directory(path, mask_tokenizer, dtype)
+        config, frozen, weights = read_own(path, cls.file_format, ARGenSegConfig, torch.float32)
+        if "mllm" in frozen:
+            model = cls._from_directory(Path(base or WEIGHTS / frozen["mllm"]["name"]), mask_tokenizer, dtype)
+        else:
+            vq = VQGAN.from_pretrained(mask_tokenizer or path.with_name("mask_tokenizer.safetensors"))
+            model = cls.from_nothing(config, vq)
+        for part, source in (model.frozen | {"mask_tokenizer": model.mask_tokenizer.source}).items():
+            if not any_weights:
+                check_source(path, part, frozen, source)
+        with reading(path, "weights for its ARGenSeg"):
+            model.config.lora = config.lora
+            model.start_training()
+            model.load_trained_state(weights)
+        model.frozen = frozen
+        return model.eval()
+
+    @classmethod
+    def _from_directory(cls, directory, mask_tokenizer, dtype):
         config = argenseg_config(directory)
         vq = read_mask_tokenizer(directory, mask_tokenizer, config.scales)
-        want, found = (config.scales, config.codebook_size), (vq.scales, vq.config.codebook_size)
-        if want != found:
-            raise ValueError(f"{directory}: scales and mask tokens {want}, but {found} in its mask tokenizer")
-        config.code_width = vq.config.codebook_dim
+        config = config_for(config, vq, directory)
         weights = read_weights(directory, lambda name: not name.startswith(IMAGE_TOKENIZER), dtype)
         with reading(directory, "the tensors of an ARGenSeg"):
             weights = our_names(weights, config.llama)
             model = build_from(lambda: cls(config), weights, directory, dtype)
         model.directory, model.mask_tokenizer = directory, vq
         return model.requires_grad_(False)
+
+
+def config_for(config, vq, path):
+    """`config` with the code width of a mask tokenizer; ValueError with `path` if its other fields do not fit."""
+    want, found = (config.scales, config.codebook_size), (vq.config.scales, vq.config.codebook_size)
+    if want != found:
+        raise ValueError(f"{path}: scales and mask tokens {want}, but {found} in its mask tokenizer")
+    return replace(config, code_width=vq.config.codebook_dim)
 
 
 def read_mask_tokenizer(directory, path, scales):
@@ -584,7 +683,8 @@ def argenseg_config(directory):
             codebook_size=sum(name.startswith("<visual token ") for name in names),
             max_positions=language["max_position_embeddings"] if rope else 2**20,
             rope_factor=rope["factor"] if rope else 1, image_id=names["<IMG_CONTEXT>"], start_id=names["<ge_start>"],
-            end_id=names["<ge_end>"], stop_id=names["<|im_end|>"], pad_id=names["</s>"])
+            end_id=names["<ge_end>"], place_id=names["<MASK_CONTEXT>"], stop_id=names["<|im_end|>"],
+            pad_id=names["</s>"])
 
 
 # pictures in, masks out, as the official evaluation does both
@@ -612,9 +712,18 @@ def tiles(image, side, most=1):
     cut = [grid.crop((x, y, x + side, y + side)) for y in range(0, side * j, side) for x in range(0, side * i, side)]
     if len(cut) > 1:
         cut.append(image.resize((side, side), Image.Resampling.BICUBIC))
-    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in cut])).float() / 255  # (n,S,S,3)
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((pixels - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+    return normalize(torch.from_numpy(np.stack([np.asarray(tile) for tile in cut])))
+
+
+def normalize(levels):
+    """uint8 (n,S,S,3) on any device -> float32 (n,3,S,S), normalized as ImageNet is."""
+    mean, deviation = levels.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32)
+    return ((levels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+
+
+def mask_pictures(levels):
+    """uint8 (n,m,m) of data.mask_levels -> float32 (n,3,m,m) in [-1,1] for the mask tokenizer."""
+    return (levels.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def picture_mask(decoded, size=None):
@@ -843,16 +952,29 @@ class ARGenSegPrompt(MLLMPrompt):
 
     system = ("你是书生·万象，英文名是InternVL，"
               "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。")
+    opening = f"<s><|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    picture = "<img><IMG_CONTEXT></img>\n"
+    to_answer, to_user = (f"<|im_end|>\n<|im_start|>{who}\n" for who in ("assistant", "user"))
+    instructions = {  # by the task of an Example: the official demonstration's, and those of the official training
+        "referring": "Given the following instructions: {}; please perform referring segmentation on this image.",
+        "semantic": "Please segment {} in this image.",
+        "reasoning": "Please perform instance segmentation following the instructions below: {}."}
+    answer = f"Sure, the segmentation result: {MASK}."  # that training gives to them
     nothing = "Please generate a picture about nothing."  # for guidance
-    length = 4096  # our limit: the model was trained with 8192 in all
+    length, most = 4096, 8192  # tokens of a message, our limit, and of a conversation in training, the official one
 
     def __init__(self, directory, image_tokens):
         self.image_tokens, self.special = image_tokens, added_tokens(Path(directory))
-        self.model, path = sentencepiece.SentencePieceProcessor(), Path(directory) / "tokenizer.model"
+        self.read_model(Path(directory) / "tokenizer.model")
+
+    def read_model(self, path):
+        """Take the SentencePiece model at `path`, and from the special tokens those that are needed by name."""
+        self.model = sentencepiece.SentencePieceProcessor()
         with reading(path, "a SentencePiece model"):
             self.model.LoadFromSerializedProto(path.read_bytes())
-        with reading(directory, "a text tokenizer with ARGenSeg's special tokens"):
-            self.pad, self.image, self.mask = (self.special[name] for name in ("</s>", "<IMG_CONTEXT>", "<ge_end>"))
+        with reading(path.parent, "a text tokenizer with ARGenSeg's special tokens"):
+            self.pad, self.image, self.mask, self.place = (
+                self.special[name] for name in ("</s>", "<IMG_CONTEXT>", "<ge_end>", "<MASK_CONTEXT>"))
         self.names, self.silent = finder(self.special), set(self.special.values())
 
     def words(self, text):
@@ -879,22 +1001,36 @@ class ARGenSegPrompt(MLLMPrompt):
         int64 (1,L). The picture comes first, as if the first words began with the official "<image>\n". As
         officially, earlier masks are not in the prompt."""
         first, *rest = messages
-        picture = "<img><IMG_CONTEXT></img>\n" if tiles else ""
-        parts = [f"<s><|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n{picture}",
-                 first.removeprefix("<image>\n") if tiles else first]
+        parts = [self.opening + (self.picture if tiles else ""), first.removeprefix("<image>\n") if tiles else first]
         for i, words in enumerate(rest):
-            who, said = ("user", words) if i % 2 else ("assistant", clean_up(words.replace(MASK, "")))
-            parts += [f"<|im_end|>\n<|im_start|>{who}\n", said]
-        return self.ids(*parts, "<|im_end|>\n<|im_start|>assistant\n", tiles=tiles)
+            parts += [self.to_user, words] if i % 2 else [self.to_answer, clean_up(words.replace(MASK, ""))]
+        return self.ids(*parts, self.to_answer, tiles=tiles)
+
+    def lesson(self, messages, mask_tokens):
+        """A conversation about a picture that ends with an answer -> two lists, its ids and the labels of
+        ARGenSeg.forward: -100 but for the answers. A mask of M = mask_tokens takes M + 1 places: <ge_start>, M - 1 for
+        what is read of it, <ge_end>. In the labels <MASK_CONTEXT> stands for each mask token, the last one under
+        <ge_end>, so that <ge_end> is never learned."""
+        mask, ids, labels = "<ge_start>" + "<MASK_CONTEXT>" * (mask_tokens - 1) + "<ge_end>", [], []
+        for i, words in enumerate(messages):
+            if i % 2:
+                first, *rest = words.split(MASK)
+                new = self.encode("", first, *(part for piece in rest for part in (mask, piece)), "<|im_end|>")
+                labels += [self.place if id == self.mask else id for id in new]
+            else:  # <|im_end|> is of the answer before
+                new = (self.encode(self.to_user.removeprefix("<|im_end|>"), words, self.to_answer) if i else
+                       self.chat([words], 1)[0].tolist())
+                labels += [-100] * len(new)
+            ids += new
+        return ids, labels
 
     def __call__(self, phrases, tiles=1):
         """list of B phrases, each to be segmented in a picture -> int64 (B,L), padded at the left to the longest."""
         return self.pad_left([self.chat([self.instruction(phrase)], tiles) for phrase in phrases])
 
-    def instruction(self, phrase):
-        """The official demonstration's words around a phrase."""
-        return (f"Given the following instructions: {phrase.strip()}; "
-                "please perform referring segmentation on this image.")
+    def instruction(self, phrase, task="referring"):
+        """The words around a phrase."""
+        return self.instructions[task].format(phrase.strip())
 
     def decode(self, ids):
         """Ids of an answer -> its text: "<mask>" where a mask stands, and no other special token."""
@@ -902,6 +1038,29 @@ class ARGenSegPrompt(MLLMPrompt):
         for id in ids:
             if id == self.mask:
                 parts.append([])
-            elif id not in self.silent:
+            elif id not in self.silent and id < self.model.vocab_size():  # a mask token is no word
                 parts[-1].append(id)
         return clean_up(MASK.join(self.model.decode(part) if part else "" for part in parts))
+
+
+class ScenesPrompt(ARGenSegPrompt):
+    """The same for argenseg-scenes, in few tokens of our own. path: a text.model of SentencePiece with 768 pieces."""
+
+    special = {name: 768 + i for i, name in enumerate((
+        "<IMG_CONTEXT>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>", "<|im_end|>", "<answer>", "<img>", "</img>"))}
+    special["</s>"] = 1
+    opening, picture, to_answer, to_user, nothing = "", "<img><IMG_CONTEXT></img>", "<answer>", "<|im_end|>", "nothing"
+    instructions = dict.fromkeys(ARGenSegPrompt.instructions, "{}")
+    answer, length, most = MASK, 64, 1024
+
+    def __init__(self, path, image_tokens):
+        self.image_tokens = image_tokens
+        self.read_model(Path(path))
+        if self.model.vocab_size() != 768:
+            raise ValueError(f"{path}: has {self.model.vocab_size()} pieces, argenseg-scenes has 768")
+
+    def words(self, text):
+        return self.model.encode(text.lower())
+
+    def decode(self, ids):  # these pieces hold no space before a mask
+        return super().decode(ids).replace(f":{MASK}", f": {MASK}")

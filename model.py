@@ -264,19 +264,22 @@ class MaskWriter(nn.Module):
         weights = attention(q.float(), k.float(), values, context["causal"], context["mask"]).mean(1)  # (B,T,T)
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
-    def save_pretrained(self, path, dtype=None):
-        """Write `trained_state` to one .safetensors whose header holds the config and, with name and hash, the frozen
-        parts that are not written. dtype: store the weights so; None keeps them. ValueError after `fuse`."""
+    def save_pretrained(self, path, dtype=None, weights=None):
+        """Write `trained_state`, or `weights` that were gathered from several ranks, to one .safetensors whose header
+        holds the config and, with name and hash, the frozen parts that are not written. dtype: store the weights so;
+        None keeps them. ValueError after `fuse`."""
         if self.llama.fused or not self.trained_state():
             raise ValueError(f"{path}: fused or merged weights are not saved: load the model again")
-        write_weights(self, path, self.file_format, dtype)
+        write_weights(self, path, self.file_format, dtype, weights)
 
-    def load_trained_state(self, weights, assign=False):
+    def load_trained_state(self, weights, assign=False, spread=lambda tensor, like: tensor):
         """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: take the tensors
-        themselves as the parameters instead of copying them."""
-        problems = compare_weights(self.trained_state(), weights)
+        themselves as the parameters instead of copying them. spread: train.spread, if the model may be sharded."""
+        own = self.trained_state()
+        problems = compare_weights(own, weights)
         if problems:
             raise ValueError(f"weights do not fit the model: {problems}")
+        weights = {name: spread(w, own[name]) for name, w in weights.items()}
         self.load_state_dict(weights, strict=False, assign=assign)  # checked above: only what is frozen is absent
 
 

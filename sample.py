@@ -7,6 +7,7 @@
     python sample.py --checkpoint janus-pro-1b --image x.jpg --chat "What is on the table?"   # words
     python sample.py --checkpoint argenseg-8b --image x.jpg --chat "Segment the cat, please."  # words and masks
     python sample.py --bench                                     # where the time goes, plain and drafted
+    python sample.py --bench argenseg-8b --dtype bfloat16        # of random weights, beside the least time
     python sample.py --dataset scenes --split test               # score a checkpoint on a data set
     torchrun --nproc_per_node=8 sample.py --dataset refcoco --split testA --root data --checkpoint out
 
@@ -26,8 +27,10 @@ import re
 import signal
 import sys
 import time
+import timeit
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
@@ -43,9 +46,12 @@ from data import (
     rle_decode, rle_encode, to_pixels, to_rgb, write_picture,
 )
 from metrics import BadUsage, Parser, SegmentationMetrics, add_up, printable, read_records, whole, write_json
-from mllm import MASK, ARGenSeg, ARGenSegPrompt, JanusPrompt, JanusSeg, picture_mask, tiles
+from mllm import (
+    MASK, VAR, ARGenSeg, ARGenSegPrompt, ChatCache, JanusPrompt, JanusSeg, ScenesPrompt, picture_mask, tiles,
+)
+from mllm import PRESETS as MLLM_PRESETS
 from model import DECODES, DRAFTS, LlamaSeg, clock, compute_dtype, peak_memory, pick_device
-from tokenizer import VQGAN, TextTokenizer, decode_masks, mask_to_image
+from tokenizer import VQGAN, MultiScaleVQ, TextTokenizer, decode_masks, mask_to_image
 from weights import ASSETS, WEIGHTS, check_source, locate, only_one, read_config, read_header, sha256_of
 
 KINDS = ("mask", "overlay")  # the two pictures of each mask
@@ -94,12 +100,15 @@ class Segmenter:
         """
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
-        if file.is_dir() and read_config(file).get("model_type") == "internvl_chat":
-            if encoder or any_weights:
+        official = file.is_dir() and read_config(file).get("model_type") == "internvl_chat"
+        if official or not file.is_dir() and read_header(file).get("format") == ARGenSeg.file_format:
+            if official and (encoder or any_weights):
                 raise BadUsage(f"{file}: an ARGenSeg checkpoint reads no --encoder and no --any-weights")
-            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype).to(device)
+            model = ARGenSeg.from_pretrained(file, mask_tokenizer, dtype, encoder, any_weights).to(device)
             model.fuse()
-            return cls(model, model.mask_tokenizer, ARGenSegPrompt(file, model.config.image_tokens))
+            prompt = (ARGenSegPrompt(model.directory, model.config.image_tokens) if model.directory else
+                      ScenesPrompt(file.with_name("text.model"), model.config.image_tokens))
+            return cls(model, model.mask_tokenizer, prompt)
         janus = file.is_dir() or read_header(file).get("format") == "janusseg"
         model = (JanusSeg if janus else LlamaSeg).from_pretrained(file, encoder, dtype, any_weights)
         if janus:
@@ -133,14 +142,15 @@ class Segmenter:
                 raise BadUsage(f"prompt {prompt[:40]!r} has {needed} tokens, the limit is {self.text_tokenizer.length}")
 
     @torch.inference_mode()
-    def many(self, images, prompts, inside=None, **decoding):
+    def many(self, images, prompts, inside=None, tasks=None, **decoding):
         """b pictures and for each a list of n prompts, which are not checked -> for each n bool arrays (H, W).
 
+        tasks: of each picture, which instruction ARGenSeg gets around its prompts (default: "referring").
         inside: a dict to fill with what the model saw and wrote: "text_ids" (b*n, L), "pixels", "tokens" (b*n, M), and
         with "prompts" and "unknown" of `read` for each of them. A phrase with an unknown word has an empty mask.
         """
         if self.answers:
-            return self.many_answers(images, prompts, inside, decoding)
+            return self.many_answers(images, prompts, inside, tasks or ["referring"] * len(images), decoding)
         n, pixels = len(prompts[0]), self.pixels(images)  # (b,3,S,S)
         prompts, unknown = zip(*(self.read(prompt) for asked in prompts for prompt in asked))
         text_ids = self.text_tokenizer(list(prompts)).to(self.device)  # (b*n,L)
@@ -153,14 +163,14 @@ class Segmenter:
         masks = [np.zeros_like(mask) if words else mask for mask, words in zip(masks, unknown)]
         return [masks[i:i + n] for i in range(0, len(masks), n)]
 
-    def many_answers(self, images, prompts, inside, decoding):
+    def many_answers(self, images, prompts, inside, tasks, decoding):
         """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
         none. inside: "answers" are its words."""
         usual = {**USUAL, "decode": "greedy"}
         if given := {name: value for name, value in decoding.items() if value != usual.get(name)}:
             raise BadUsage(f"{given} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt)) for prompt in row]
-                   for image, row in zip(images, prompts)]
+        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt, task), 128) for prompt in row]
+                   for image, row, task in zip(images, prompts, tasks)]
         if inside is not None:
             words = [words for row in answers for words, _ in row]
             inside.update(prompts=[p for row in prompts for p in row], unknown=[[]] * len(words), answers=words)
@@ -601,7 +611,7 @@ def run_header(args, options, count, lines, segmenter):
     file, dtype = checkpoint_file(args.checkpoint), next(segmenter.model.parameters()).dtype
     same = {"draft", "compiled"} if dtype == torch.float32 else set()  # in float32 the mask does not depend on them
     classes = "every class" if args.classes == "all" else "the classes present in each picture"
-    asked = "the official instruction around a phrase" if segmenter.answers else "the bare phrases"
+    asked = "the official instruction of its task around a phrase" if segmenter.answers else "the bare phrases"
     return {
         "dataset": printable(args.dataset), "split": args.split, **options, "root": args.root and printable(args.root),
         "data": sha256_of(lines[0]) if lines else None,
@@ -688,7 +698,8 @@ def score_batch(segmenter, dataset, indices, args):
 
 def score_examples(segmenter, examples, **decoding):
     """Masks of examples, [(index, Example), ...], against the truth at the pictures' own sizes; a record for each."""
-    masks, records = segmenter.many([e.image for _, e in examples], [[e.phrase] for _, e in examples], **decoding), []
+    asked, tasks, records = [[e.phrase] for _, e in examples], [e.task for _, e in examples], []
+    masks = segmenter.many([e.image for _, e in examples], asked, tasks=tasks, **decoding)
     for (i, example), (mask,) in zip(examples, masks):
         intersection, union, _, ahd = SegmentationMetrics().update(mask, example.mask, ignore=example.ignore)
         records.append({"index": i, "id": example.id, "phrase": example.phrase, "task": example.task,
@@ -743,6 +754,8 @@ def print_table(rows, file, digits=4):
 def bench(args):
     """Measure the checkpoint on drawn test scenes, plain and drafted; a table and JSON."""
     check_outputs(args, [], [])
+    if args.bench is not True:
+        return bench_answers(args)
     segmenter = load(args)
     if segmenter.padded or segmenter.answers:
         raise BadUsage(f"--bench measures a LlamaSeg, not Janus or ARGenSeg as in {args.checkpoint}")
@@ -752,8 +765,13 @@ def bench(args):
     pixels = segmenter.pixels([e.image for e in examples])
     runs = [(batch, draft) for batch in (1, 8, 32) for draft in ("none", "jacobi", "hidden")]
     rows = [bench_row(segmenter, text_ids, pixels, *run) for run in tqdm(runs, desc="bench")]
-    head = {"model": str(args.checkpoint or "default"), "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    report_bench(args, str(args.checkpoint or "default"), device, dtype, rows)
+
+
+def report_bench(args, name, device, dtype, rows):
+    """Print and write what was measured."""
+    head = {"model": name, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in head.items()), file=lines_to(args))
     print_table(rows, lines_to(args), digits=2)
     print(json.dumps(head | {"rows": rows}), file=lines_to(args))
@@ -777,6 +795,65 @@ def bench_row(segmenter, text_ids, pixels, batch, draft, rounds=8):
             "ms_per_pass": middle["decode_ms"] / middle["passes"], "passes_per_mask": middle["mask_passes"],
             "decode_ms": middle["decode_ms"], "vqgan_ms": middle["vqgan_ms"], "masks_per_s": 1000 * batch / ms,
             "peak_gb": peak_memory(segmenter.device) / 1e9}
+
+
+def bench_answers(args, words=128, rounds=3):
+    """Measure random weights of an ARGenSeg's shape on a prompt of so many words and one picture, whatever they write.
+
+    The floor of a step is the longer of two times: of its multiplications at matmul_rate, and of reading once per pass
+    the weights that it needs, at the rate at which a large tensor is copied.
+    """
+    device = pick_device(args.device)
+    config, dtype = MLLM_PRESETS[args.bench], compute_dtype(device, args.dtype)[0]
+    with torch.device("meta"):
+        model = ARGenSeg(config)
+    model.to(dtype).to_empty(device=device).eval().fuse()
+    for p in model.parameters():
+        p.normal_(std=0.02)
+    code = {"codebook_size": config.codebook_size, "codebook_dim": config.code_width, "scales": config.scales}
+    model.mask_tokenizer = MultiScaleVQ(replace(VAR, **code)).to(device)
+    text_ids = torch.full((1, words + config.image_tokens), 5, device=device)
+    text_ids[:, 40:40 + config.image_tokens] = config.image_id
+    pixels = torch.zeros(1, 3, *[config.siglip.image_size] * 2, device=device)
+
+    def steps():
+        cache, start = ChatCache(model, 1), torch.tensor([config.start_id], device=device)
+        yield
+        model.lm_head(model.read(model.prefix(text_ids, pixels), cache)[:, -1])
+        yield
+        codes = model.write_mask(start, cache, 0.0)
+        yield
+        model.mask_tokenizer.decode(codes)
+        yield
+        for _ in range(words):
+            model.lm_head(model.read(model.token_embedding(text_ids[:, :1]), cache)).argmax(-1)
+        yield
+
+    measured = [np.diff([clock(device) for _ in steps()]) for _ in range(1 + rounds)]
+    ms = 1000 * np.median(measured[1:], axis=0)  # the first one warms up
+    copied = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    bytes_per_ms = 8 * copied.numel() / 1000 / min(timeit.repeat(lambda: (copied.clone(), clock(device)), number=1))
+    flop_per_ms, size = matmul_rate(device, dtype) / 1000, dtype.itemsize
+    llama, seen = (sum(p.numel() for p in part.parameters()) for part in (model.llama, model.vision))
+    head, patches, L = model.lm_head.weight.numel(), config.siglip.image_tokens, text_ids.shape[1]
+    needs = {  # passes, weights that each reads, multiplications of all
+        "prefill": (1, llama + seen + head, llama * L + seen * patches + head),
+        "mask": (len(config.scales), llama, (llama + config.codebook_size * config.llama.width) * config.mask_tokens),
+        "mask tokenizer": None, "words": (words, llama + head, (llama + head) * words)}
+    rows = []
+    for (step, need), took in zip(needs.items(), ms.tolist()):
+        floor = need and max(need[0] * need[1] * size / bytes_per_ms, 2 * need[2] / flop_per_ms)
+        rows.append({"step": step, "passes": need and need[0], "ms": took, "floor_ms": floor,
+                     "per_s": 1000 * (words if step == "words" else 1) / took, "peak_gb": peak_memory(device) / 1e9})
+    report_bench(args, args.bench, device, dtype, rows)
+
+
+@torch.no_grad()
+def matmul_rate(device, dtype):
+    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a, clock(device)), number=1))  # clock waits for a GPU
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -806,7 +883,8 @@ def make_parser():
     add("--json", metavar="FILE", help="also write JSON with COCO run-length masks, FILE.json; - for standard output")
     add("--confidence", metavar="FILE", help="PNG of how sure each place of the mask is; for one picture and prompt")
     add("--attention", metavar="FILE", help="PNG of what mask tokens look at among mask tokens, last layer, log scale")
-    add("--bench", action="store_true", help="measure the checkpoint instead, plain and drafted")
+    add("--bench", nargs="?", const=True, choices=("argenseg-8b", "argenseg-scenes"), help="measure the checkpoint "
+        "instead, plain and drafted; or random weights of such a shape, each step beside the least time it could take")
     add = parser.add_argument_group("scoring a data set").add_argument
     add("--dataset", metavar="NAME", help="scenes, ade20k, refcoco, jsonl:PATH ... (README has the table); "
         "goes on when typed again, and runs under torchrun")
@@ -852,6 +930,8 @@ def check_flags(parser, args):
     if job == "dataset":
         kind = args.dataset.split(":")[0]
         read, name = read - {{"scenes": "root", "jsonl": "split"}.get(kind)}, f"--dataset {kind}"
+    if job == "bench" and args.bench is not True:  # no checkpoint is loaded
+        read, name = {"bench", "json", "device", "dtype"}, f"--bench {args.bench}"
     parser.check_read(args, name, read)
     if "decode" in read:
         parser.check_read(args, f"--decode {args.decode}", read - set(USUAL) | set(DECODING[args.decode]))

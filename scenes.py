@@ -680,6 +680,39 @@ def absent_phrases(objects, world, height, width, rng):
     return {kind: found[kind] for kind in ABSENT if kind in found}
 
 
+def scene_questions(objects, world, height, width):
+    """Questions about the scene: {kind: [(question, answer, indices of the objects of the answer's mask)]}. An answer
+    is words, or has one "<mask>". As in training's phrases, no pair of NOVEL is named."""
+    found = {kind: [] for kind in ("count", "color", "shape", "yes", "no", "relation")}
+    nouns = {(color, kind): [i for i, s in enumerate(objects) if color in ("", s.color) and kind in ("object", s.kind)]
+             for color in ("", *world.colors) for kind in (*world.shapes, "object") if (color, kind) not in NOVEL}
+    for (color, kind), indices in nouns.items():
+        noun = f"{color} {kind}".strip()
+        a = _forms(noun)[1][-1]
+        found["yes" if indices else "no"] += [
+            (f"is there {a}?", "yes." if indices else "no.", ()),
+            (f"is there {a}? where?", "yes: <mask>." if indices else "no.", tuple(indices))]
+        if indices or not color:
+            found["count"].append((f"how many {_plural(noun)} are there?", f"{len(indices)}.", ()))
+    single = {phrase: indices[0] for group in scene_phrases(objects, height, width).values()
+              for phrase, _, _, indices in group if len(indices) == 1 and phrase.startswith("the ")}
+    for phrase, i in single.items():
+        if not set(phrase.split()) & world.colors.keys():
+            found["color"].append((f"what color is {phrase}?", f"{objects[i].color}.", ()))
+        if phrase.split()[-1] == "object":
+            found["shape"].append((f"what shape is {phrase}?", f"{objects[i].kind}.", ()))
+    for (color, kind), indices in nouns.items():
+        anchor = objects[indices[0]] if len(indices) == 1 else None
+        for words, (axis, sign) in RELATIONS.items() if anchor else ():
+            apart = [sign * ((s.box[axis] + s.box[axis + 2]) - (anchor.box[axis] + anchor.box[axis + 2])) / 2
+                     / (width, height)[axis] for s in objects]
+            there = [s for s, far in zip(objects, apart) if far > 0.12]
+            if len(there) == 1 and all(abs(far) > 0.12 for s, far in zip(objects, apart) if s is not anchor):
+                answer = f"{_forms(f'{there[0].color} {there[0].kind}')[1][-1]}."
+                found["relation"].append((f"what is {words[0]} the {f'{color} {kind}'.strip()}?", answer, ()))
+    return {kind: questions for kind, questions in found.items() if questions}
+
+
 def vocabulary(world):
     """(names, words): words that name shapes, colours, sizes and places in phrases of a World, and all of its words."""
     shapes = [*world.shapes, *(word for kind in world.shapes for word in SYNONYMS.get(kind, ())), "object", "shape"]

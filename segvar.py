@@ -416,7 +416,7 @@ class SegmentBatches(Batches):
         self.config = config
 
     def __getitem__(self, k):
-        examples = [self.mixture[i] for i in self.indices(k)[0]]
+        examples = [self.mixture[i] for i in self._indices(k)[1]]
         pictures = [resize_pixels(np.array(to_rgb(example.image)), self.size) for example in examples]
         cells, classes = zip(*(maps_of(example, self.config) for example in examples))
         return {"pictures": torch.from_numpy(np.array(pictures)), "cells": torch.from_numpy(np.array(cells)),

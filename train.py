@@ -7,6 +7,9 @@
     python train.py --preset llamaseg-b --print-config    # sizes, memory, hyper-parameters; trains nothing
     torchrun --nproc_per_node=8 train.py --preset llamaseg-b --stage pretrain --root data   # the paper, first stage
     torchrun --nproc_per_node=8 train.py --preset llamaseg-janus --stage pretrain --root data    # LoRA on Janus-Pro
+    torchrun --nproc_per_node=8 train.py --preset argenseg-8b --data refcoco --root data    # LoRA on ARGenSeg
+    torchrun --nproc_per_node=8 train.py --preset argenseg-8b --lora-rank 0 --shard ...     # all of its language model
+    python train.py --preset argenseg-scenes --data scenes-questions --mask-tokenizer FILE   # a small one from nothing
     python train.py --merge out                       # LoRA into a whole Janus directory: out/merged
     python train.py --preset segvar --stage seglat    # Seg-VAR, then --stage latent and align with --init-from
 
@@ -25,7 +28,6 @@ import re
 import signal
 import sys
 import time
-import timeit
 import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -39,24 +41,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (
-    TEMPLATES, Batches, LabelMaps, Mixture, Patches, contact_sheet, hold_out, load_mixture, load_segments,
-    paint_segments, rle_decode, to_pixels, write_picture,
+    DRAWN, TEMPLATES, Batches, Dialogues, LabelMaps, Mixture, Patches, contact_sheet, hold_out, load_mixture,
+    load_segments, paint_segments, rle_decode, to_pixels, write_picture,
 )
-from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
-from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
+from metrics import BadUsage, Parser, add_up, parse_json, printable, regular, whole, write_json
+from mllm import (
+    LORA_TARGETS, VAR, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, JanusConfig, JanusPrompt, JanusSeg, ScenesPrompt,
+    argenseg_config, janus_config, mask_pictures, normalize,
+)
 from mllm import PRESETS as MLLM_PRESETS
-from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, clock, compute_dtype, peak_memory, siglip_config
+from model import HEAD_PART, SIGLIP2, LlamaSeg, SigLIP, compute_dtype, peak_memory, siglip_config
 from model import PRESETS as MODEL_PRESETS
 from sample import (
     SCORE_BATCH, Segmenter, check_parts, check_ranges, checkpoint_file, contact_sheet_of, from_all_ranks,
-    one_rank_first, score_examples, setup_ranks, words_of,
+    matmul_rate, one_rank_first, score_examples, setup_ranks, words_of,
 )
 from scenes import WORLDS, vocabulary
 from segvar import PRESETS as SEGVAR_PRESETS
@@ -110,8 +119,8 @@ def flags():
     add("--mask-tokens", type=Path, metavar="FILE", help="mask tokens of the training split, by tokenizer.py encode")
     add("--phrases", type=int, help="phrases asked about each drawn picture (default: 4)")
     add("--encoder", type=Path, metavar="DIR", help="frozen SigLIP or SigLIP2, a Hugging Face directory or a name that "
-        "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus: the "
-        "Janus directory (default: janus-pro-1b), tokenizers included")
+        "weights.py downloads (default: none for scenes, siglip2-large for llamaseg-b and -l); llamaseg-janus, "
+        "argenseg-8b: the official directory (default: janus-pro-1b, argenseg-8b), tokenizers included")
     add("--mask-tokenizer", type=Path, metavar="FILE", help="frozen VQGAN (default: embedded; llamaseg-*: vq_ds16_c2i)")
     add("--text-tokenizer", type=Path, metavar="FILE", help="tokenizer.model or .json (default: the encoder's own)")
     add("--any-weights", action="store_true", help="take other frozen parts than the weights were trained with")
@@ -136,7 +145,8 @@ def flags():
     add("--temperature", type=float, metavar="T", help="of segvar's posterior in the stage align (default: the nearest "
         "code alone, whose KL is a cross-entropy)")
     add("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
-    add("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
+    add("--lora-rank", type=int, default=16, help="of llamaseg-janus and argenseg-8b (default: 16); 0: argenseg-8b's "
+        "language model itself is trained, officially with --lr 4e-5 --batch-size 128 --warmup-steps 0.03")
     add("--lora-alpha", type=float, default=32.0, help="default: 32")
     add("--lora-dropout", type=float, default=0.0, help="default: 0")
     add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, help="linear layers (default: all)")
@@ -145,6 +155,8 @@ def flags():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of autocast (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--activation-checkpointing", action="store_true", help="a third more arithmetic, a fraction of the memory")
+    add("--shard", action="store_true", help="under torchrun: each rank keeps its share of weights, gradients and "
+        "optimizer (FSDP2), for models that do not fit a GPU; with --print-config: of WORLD_SIZE ranks (default: 8)")
     add("--workers", type=int, default=-1, help="processes that draw batches (default: 0 on CPU, 4 on a GPU)")
     add = parser.add_argument_group("what is kept").add_argument
     add("--out-dir", type=Path, default=Path("out"), help="default: out")
@@ -173,26 +185,30 @@ def parse_args(argv=None):
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
             of_stage = values[COLUMNS.index(args.stage)] if args.stage in COLUMNS else None
-            small = args.preset.startswith("scenes") or args.preset == "segvar"
+            small = "scenes" in args.preset or args.preset == "segvar"
             setattr(args, name, values[not small] if of_stage is None else of_stage)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
     if args.preset == "llamaseg-janus":
         args.encoder = args.mask_tokenizer = args.encoder or Path("janus-pro-1b")
-    elif preset.freeze_encoders:
+    elif args.preset == "argenseg-8b":
+        args.encoder, args.mask_tokenizer = args.encoder or Path(args.preset), given.mask_tokenizer
+    elif getattr(preset, "freeze_encoders", False):
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{preset.siglip.image_size}")
-    if segvar and given.mask_tokenizer is None:
-        args.mask_tokenizer = WEIGHTS / "var-vq"
+    if segvar:
+        args.mask_tokenizer = given.mask_tokenizer or (WEIGHTS / "var-vq" if preset.freeze_encoders else None)
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     args.init_from = args.init_from and checkpoint_file(args.init_from)
-    if args.data not in WORLDS or args.init_from:
+    if args.data not in WORLDS or args.init_from or isinstance(preset, ARGenSegConfig):
         args.encoder_steps = 0
+    if args.shard and (args.encoder_steps or args.compile or args.optimizer != "adamw"):
+        parser.error("--shard needs --optimizer adamw, --encoder-steps 0 and no --compile")
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
                                 1, 9_999_999), ("lr clip background_weight epochs temperature", 1e-9, 1e9),
                  ("weight_decay warmup_steps encoder_steps", 0, 1e9), ("seed", 0, 2**32 - 1), ("workers", -1, 999))
-    args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
+    args.phrases = args.phrases or (4 if args.data in DRAWN else 1)
     return args
 
 
@@ -200,24 +216,27 @@ def refuse_unread(parser, given, data):
     """A usage error for a flag that the asked job would not read. given: the flags as typed; data: all data sets."""
     janus, lora = given.preset == "llamaseg-janus", {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
     segvar = given.preset in SEGVAR_PRESETS
+    argenseg, official = given.preset.startswith("argenseg"), janus or given.preset == "argenseg-8b"
     sets = {re.sub(r":\d+$", "", part.strip()) for part in data.split(",") if part.strip()}
     for holds, job, unread in (
             (given.plot, "--plot", vars(given).keys() - {"plot"}),
             (given.merge, "--merge", vars(given).keys() - {"merge", "encoder", "any_weights"}),
             (given.max_steps, "--max-steps", {"epochs"}),
-            (not janus, f"--preset {given.preset}", lora),
+            (not official, f"--preset {given.preset}", lora),
+            (argenseg, f"--preset {given.preset}", {"hide", "background_weight", "mask_tokens", "encoder_steps"}),
+            (given.preset == "argenseg-8b", f"--preset {given.preset}: its directory has one", {"text_tokenizer"}),
             (given.init_from, "--init-from", lora),
             (janus, "--preset llamaseg-janus: its directory has both tokenizers", {"mask_tokenizer", "text_tokenizer"}),
-            (not (janus or given.merge or PRESETS[given.preset].freeze_encoders),
+            (not (official or given.merge or getattr(PRESETS[given.preset], "freeze_encoders", False)),
              f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
             (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
             (segvar, f"--preset {given.preset}", {"phrases", "mask_tokens", "text_tokenizer", "hide",
                                                   "background_weight", "encoder_steps"}),
             (given.preset == "segvar", "--preset segvar: it trains its own tokenizer", {"mask_tokenizer"}),
             (given.stage != "align", f"--stage {given.stage}", {"temperature"}),
-            (not sets <= WORLDS.keys(), f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
+            (not sets <= {*DRAWN}, f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
             (given.init_from or not given.preset.startswith("scenes"), "a run without new encoders", {"encoder_steps"}),
-            (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
+            (sets <= {*DRAWN}, "drawn scenes", {"root"})):
         if holds:
             parser.check_read(given, job, vars(given).keys() - unread)
 
@@ -233,14 +252,14 @@ def train(args, at_end):
     goes_on = True
     if args.encoder_steps and not run.first_step:
         goes_on = learn_patches(run, stop)
-    elif run.evaluation_left_out:
+    elif run.evaluation_left_out and not args.shard:  # FSDP2 is set up by the first step
         goes_on = evaluate_after(run, run.first_step)
     started, (batch, ids) = time.perf_counter(), next_batch(run)
     for step in range(run.first_step, args.max_steps if goes_on else 0):
         torch.manual_seed((args.seed * args.max_steps + step) * run.world_size + run.rank)  # of LoRA's dropout, if any
         sums, seen = torch.zeros(3, device=run.device), []  # loss, gradient norm, ranks that were asked to stop
         for micro in range(run.accumulation):
-            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32, cache_enabled=not args.shard):
                 if dist.is_initialized():  # gradients are summed over ranks only once per step
                     model.require_backward_grad_sync = micro == run.accumulation - 1
                 logits, loss = model(**batch)  # of a segvar the terms of its loss, by name
@@ -249,7 +268,7 @@ def train(args, at_end):
             seen.append((ids, loss.detach()))
             batch, ids = next_batch(run)  # meanwhile a GPU works on the last one
         lr = learning_rate(step, args)
-        sums[1] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)  # the norm before clipping
+        sums[1] = gathered(nn.utils.clip_grad_norm_(model.parameters(), args.clip))  # the norm before clipping
         sums[2] = len(stop)
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -265,9 +284,9 @@ def train(args, at_end):
         if run.log:
             terms = {name: value.item() for name, value in logits.items()} if isinstance(logits, dict) else {}
             log_step(run, done, mean_loss, grad_norm, lr, time.perf_counter() - started, terms)
-            # before the evaluation, which may take longer than torchrun waits after a signal
-            if done % args.save_every == 0 or evaluation_is_due or stopping:
-                save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
+        # before the evaluation, which may take longer than torchrun waits after a signal
+        if (run.log or args.shard) and (done % args.save_every == 0 or evaluation_is_due or stopping):
+            save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
         if stopping:
             say(f"stopped at step {done} of {args.max_steps}, saved: go on with --resume auto")
             break
@@ -288,7 +307,7 @@ def set_up(args, at_end):
     torch.manual_seed(args.seed)  # the initial weights
     torch.set_float32_matmul_precision("high")
     if args.preset in SEGVAR_PRESETS:
-        segmenter = SimpleNamespace(model=load_segvar(args).train().to(device), text_tokenizer=None)
+        segmenter = SimpleNamespace(model=load_segvar(args).train().to(device), text_tokenizer=None, answers=False)
     else:
         segmenter = Segmenter(*load_parts(args, device, dtype))
     model = segmenter.model
@@ -303,7 +322,8 @@ def set_up(args, at_end):
         at_end.enter_context(only_one(args.out_dir / "lock"))
     first_step = open_run(args, segmenter, optimizers, rank)
 
-    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * training_flops(model, args.phrases)
+    flops = training_flops(on_meta(args)[0] if args.shard else model, args.phrases)
+    peak_flops, step_flops = matmul_rate(device, dtype), args.batch_size * flops
     say(f"{args.init_from or args.preset}: {describe(args)}")
     say(f"{world_size} x {device}, {dtype} ({reason}), {peak_flops / 1e12:.2f} TFLOP/s in a matrix product")
     say(f"step = {args.batch_size} phrases = {world_size} ranks x {batches.accumulation} micro-batches x "
@@ -392,12 +412,54 @@ def parallel(run):
     if run.args.compile:
         say("compiling, about a minute: the first step takes that much longer")
         model = torch.compile(model)
+    if isinstance(model, FSDPModule):
+        return model
     if dist.is_initialized():  # frozen parts stay out of it: no gradient to sum, and every rank has read the same file
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None,
                                         gradient_as_bucket_view=True)
     return model
+
+
+def shard(model, device):
+    """--shard: from here on each rank holds its share of every parameter but the mask tokenizer's. The layers of the
+    LLaMA are gathered one by one when they run, all else once per pass (Zhao et al. 2023; PyTorch's FSDP2)."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = set(model.mask_tokenizer.parameters()) if isinstance(model, ARGenSeg) else None
+    for layer in model.llama.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+
+
+def gathered(value):
+    """Nested values with every sharded tensor in them whole again, on the CPU of the first rank alone; all must ask."""
+    def whole(x):
+        if not isinstance(x, DTensor):
+            return x
+        x = x.full_tensor()
+        return x.cpu() if dist.get_rank() == 0 or x.dim() == 0 else None
+    return tree_map(whole, value)
+
+
+def spread(tensor, like):
+    """This rank's share of a tensor, if `like` is a sharded one of its shape."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.dtype), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def unsharded(model):
+    """In the block every rank has the whole model, which it can then use as it likes."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
 
 
 def say(line):
@@ -443,7 +505,7 @@ def make_optimizers(model, args):
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inner = p.dim() == 2 and "embedding" not in name and name != "head.weight"
+            inner = p.dim() == 2 and "embed" not in name and name not in ("head.weight", "lm_head.weight")
             (matrices if inner else tables if p.dim() > 1 else vectors).append(p)
     if args.optimizer == "adamw":
         matrices, tables = [], matrices + tables
@@ -464,6 +526,8 @@ def make_optimizers(model, args):
 
 def load_parts(args, device, dtype):
     """(model, mask_tokenizer, text_tokenizer) of a run, the frozen ones in the precision that they need."""
+    if isinstance(PRESETS[args.preset], ARGenSegConfig):
+        return load_argenseg(args, device, dtype)
     mask_tokenizer = VQGAN.from_pretrained(args.mask_tokenizer).to(device).requires_grad_(False)
     model = load_model(args, dtype)
     if isinstance(model, JanusSeg):
@@ -479,10 +543,38 @@ def load_parts(args, device, dtype):
         model.config.names, model.config.words = names, tuple(sorted({*words, *around}))
     if isinstance(model, LlamaSeg) and not args.init_from:
         model.init_mask_tokens(mask_tokenizer.quantize.codebook)
-    model.train().to(device)
     if isinstance(model, LlamaSeg) and model.config.freeze_encoders:
         model.encoder.to(dtype)
-    return model, mask_tokenizer, text_tokenizer
+    return place(model.train(), args, device), mask_tokenizer, text_tokenizer
+
+
+def place(model, args, device):
+    """The model on its device, sharded if asked for."""
+    if args.shard and dist.is_initialized():
+        shard(model, device)
+    return model.to(device)
+
+
+def load_argenseg(args, device, dtype):
+    """The same for ARGenSeg, whose mask tokenizer is a part of it."""
+    start, drawn = args.init_from, args.preset == "argenseg-scenes"
+    if start:
+        model = ARGenSeg.from_pretrained(start, args.mask_tokenizer, dtype, args.encoder, args.any_weights)
+    elif drawn:
+        model = ARGenSeg.from_nothing(PRESETS[args.preset], VQGAN.from_pretrained(args.mask_tokenizer))
+    else:
+        model = ARGenSeg.from_pretrained(args.encoder, args.mask_tokenizer, dtype)
+        model.config.lora = lora_of(args)
+        model.start_training()
+    model.frozen |= {"mask_tokenizer": model.mask_tokenizer.source}
+    words = (ScenesPrompt if drawn else ARGenSegPrompt)(args.text_tokenizer, model.config.image_tokens)
+    return place(model.train(), args, device), model.mask_tokenizer.eval(), words
+
+
+def lora_of(args):
+    """The arguments of add_lora; None: the whole language model is trained."""
+    return {name: getattr(args, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")
+            } if args.lora_rank else None
 
 
 def load_segvar(args):
@@ -515,7 +607,7 @@ def load_model(args, dtype):
         if start:
             return JanusSeg.from_pretrained(start, args.encoder, dtype, args.any_weights)
         model = JanusSeg.from_pretrained(args.encoder, dtype=dtype)
-        model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        model.add_lora(**lora_of(args) or {"rank": 0})
     elif start:
         model = LlamaSeg.from_pretrained(start, args.encoder, any_weights=args.any_weights)
         if replace(model.config, siglip=preset.siglip, hide=preset.hide, words=(), names=()) != preset:
@@ -532,10 +624,13 @@ def load_data(args):
         train_set, val_set = (load_segments(name, split, args.root)
                               for name, split in ((args.data, "train"), (args.val or args.data, "val")))
         return Mixture([train_set], [1]), val_set
-    train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
-    first = args.data.split(",")[0].strip()
+    talks = isinstance(PRESETS[args.preset], ARGenSegConfig)
+    train_set = load_mixture(args.data, "train", args.root, talks, phrases=args.phrases)
+    first = args.data.split(",")[0].strip().replace("scenes-questions", "scenes")  # only masks are scored
     if args.val or not first.startswith("jsonl:"):
         return train_set, load_mixture(args.val or first, "val", args.root)
+    if train_set.datasets[0].talks:
+        raise BadUsage(f"{first} has conversations, whose words are not scored: give phrases and masks with --val")
     count = len(train_set.datasets[0])
     parts, val_set = hold_out(train_set.datasets)
     say(f"validation: {len(val_set)} of the {count} lines of {first}; --val gives others")
@@ -558,9 +653,10 @@ def make_batches(args, segmenter, train_set, rank, world_size):
         cached = read_tokens(args.mask_tokens, (count, config.mask_tokens), mask_tokenizer.source, data=args.data,
                              split="train", files=train_set.file_hashes(), size=mask_size, padded=segmenter.padded)
         cached = cached if len(train_set) == count else cached[np.concatenate(rows)]
-    return Batches(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
-                   micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
-                   segmenter.padded)
+    kind = Dialogues if segmenter.answers else Batches
+    return kind(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
+                micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
+                segmenter.padded)
 
 
 def start_loader(args, batches, first_step, device, at_end):
@@ -595,7 +691,10 @@ def next_batch(run):
     ids = item.pop("ids")
     item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
     if "cells" in item:
-        return {"pixels": to_pixels(item["pictures"]), "cells": item["cells"], "classes": item["classes"]}, ids
+        return {"pixels": to_pixels(item.pop("pictures")), **item}, ids
+    if run.segmenter.answers:
+        pictures, masks = normalize(item.pop("pictures")), mask_pictures(item.pop("masks"))
+        return {**item, "pixels": pictures, "mask_tokens": run.segmenter.mask_tokenizer.encode(masks)}, ids
     if "mask_tokens" not in item:  # in float32: in bfloat16 codes that lie close together would be mixed up
         # phrases about one picture often have the same mask: each is encoded once
         masks, places = torch.unique(item["masks"].flatten(1), dim=0, return_inverse=True)  # (n,m*m), (b,)
@@ -662,10 +761,9 @@ def fill_folder(args, text_tokenizer, done):
     for path in args.out_dir.glob(".*.tmp"):
         if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
             path.unlink()
-    # one of this repository's own goes along
-    if args.preset not in SEGVAR_PRESETS and args.mask_tokenizer.suffix == ".safetensors":
+    if args.mask_tokenizer and args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
         write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
-    if isinstance(text_tokenizer, TextTokenizer):
+    if isinstance(text_tokenizer, (TextTokenizer, ScenesPrompt)):
         write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
     write_json(args.out_dir / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
 
@@ -693,8 +791,10 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
     No random state: a batch is a function of (seed, step), and the model itself draws nothing.
     """
     path = out_dir / f"checkpoint-{step:07d}.pt"
-    state = {"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-             "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen}
+    state = gathered({"model": model.trained_state(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+                      "run": {name: getattr(args, name) for name in SAME_RUN}, "frozen": model.frozen})
+    if dist.is_initialized() and dist.get_rank():
+        return
     try:
         with whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
@@ -703,14 +803,14 @@ def save_checkpoint(out_dir, model, optimizers, step, args):
     except (RuntimeError, OSError) as error:  # RuntimeError: what torch.save makes of a full disk
         why = getattr(error, "strerror", None) or "No space left on device"
         raise OSError(f"{path}: {why}; --resume auto goes on from the checkpoint before it") from None
-    save_weights(model, out_dir / "model.safetensors")
+    save_weights(model, out_dir / "model.safetensors", state["model"])
     for old in saved_steps(out_dir)[args.keep:]:
         old.unlink()
 
 
-def save_weights(model, path):
+def save_weights(model, path, weights):
     """The weights alone: in float16, or whole where they are LoRA's few."""
-    model.save_pretrained(path, dtype=None if isinstance(model, JanusSeg) else torch.float16)
+    model.save_pretrained(path, None if getattr(model.config, "lora", None) else torch.float16, weights)
 
 
 def load_checkpoint(path, model, optimizers, args):
@@ -733,10 +833,13 @@ def load_checkpoint(path, model, optimizers, args):
         if not args.any_weights:
             check_source(path, part, frozen, source)
     try:
-        model.load_trained_state(state["model"])
+        model.load_trained_state(state["model"], spread=spread)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in saved["state"].items():
+                saved["state"][i] = {name: spread(value, parameters[i]) for name, value in values.items()}
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: does not fit --preset {args.preset} --optimizer {args.optimizer} "
                          f"({error!s:.200})") from None
     return step
@@ -763,29 +866,30 @@ def log_step(run, step, loss, grad_norm, lr, seconds, terms):
 
 def evaluate_after(run, step):
     """Evaluate, log the scores, and keep the weights if they are the best. False if a signal ended it."""
+    model, sheet = run.segmenter.model, run.args.out_dir / f"grid-{step:06d}.png"
     try:
-        with on_signal(signal.default_int_handler):
+        with on_signal(signal.default_int_handler), unsharded(model):
             records = evaluate(run, run.val_set, run.args.eval_count)
     except KeyboardInterrupt:
         say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
         return False
+    if isinstance(model, SegVAR):
+        scores = scores_of(records, run.val_set)
+    else:
+        total, by_task = add_up(records)
+        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+        scores = total.compute() | {"tasks": tasks}
     if run.log:
-        sheet = run.args.out_dir / f"grid-{step:06d}.png"
-        if isinstance(run.segmenter.model, SegVAR):
-            scores = scores_of(records, run.val_set)
-            segments_sheet(records, run.val_set, sheet)
-        else:
-            total, by_task = add_up(records)
-            tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
-            scores = total.compute() | {"tasks": tasks}
-            contact_sheet_of(records, run.val_set, sheet)
+        (segments_sheet if isinstance(model, SegVAR) else contact_sheet_of)(records, run.val_set, sheet)
         run.log.write(json.dumps({"step": step, **scores}) + "\n")
         shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5", "PQ", "AP50", "mIoU", "PSNR")
                  if scores.get(name) is not None]
         say(f"step {step}: {' '.join(shown)}")
-        if (scores[run.metric] or 0.0) > run.best:
-            run.best = scores[run.metric] or 0.0
-            save_weights(run.segmenter.model, run.args.out_dir / "best.safetensors")
+    if from_all_ranks((scores[run.metric] or 0.0) > run.best)[0]:  # only the first rank is sure to know the best
+        run.best = scores[run.metric] or 0.0
+        weights = gathered(model.trained_state())
+        if run.log:
+            save_weights(model, run.args.out_dir / "best.safetensors", weights)
     return True
 
 
@@ -890,7 +994,8 @@ def print_config(args):
         trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name:22}{trainable:14,}{sum(p.numel() for p in part.parameters()) - trainable:14,}")
     args.micro_batch_size = args.micro_batch_size or min(args.batch_size, 32)  # as DEFAULTS has it
-    print(f"\nmemory of a rank with micro-batches of {args.micro_batch_size} phrases")
+    shared = f" of {ranks_of(args)}" * args.shard
+    print(f"\nmemory of a rank{shared} with micro-batches of {args.micro_batch_size} phrases")
     for name, size in memory_of_a_rank(model, mask_tokenizer, args).items():
         print(f"  {name:22}{size / 1e9:10.2f} GB")
     print(f"\nGFLOP per sample        {training_flops(model, args.phrases) / 1e9:14,.0f}")
@@ -904,6 +1009,16 @@ def on_meta(args):
         with torch.device("meta"):
             model = SegVAR(replace(config, classes=load_segments(args.data, "train", args.root).classes))
         return model.learn(args.stage), model.seglat_vq
+    if isinstance(config, ARGenSegConfig):
+        official = args.preset == "argenseg-8b"
+        config = argenseg_config(args.encoder) if official and args.encoder.exists() else config
+        vqgan = VAR if official else VQGAN.from_pretrained(args.mask_tokenizer).config
+        with torch.device("meta"):
+            model = ARGenSeg(replace(config, lora=lora_of(args) if official else None))
+            mask_tokenizer = MultiScaleVQ(replace(vqgan, scales=config.scales))
+            model.directory = args.encoder
+            model.start_training()
+        return model, mask_tokenizer.requires_grad_(False)
     if janus:
         config = janus_config(args.encoder) if args.encoder.exists() else config
     elif config.freeze_encoders:
@@ -915,7 +1030,7 @@ def on_meta(args):
         mask_tokenizer = (MultiScaleVQ if vqgan.scales else VQGAN)(vqgan).requires_grad_(False)
         model.quantizer = mask_tokenizer.quantize if config.scales else None
         if janus:
-            model.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+            model.add_lora(**lora_of(args) or {"rank": 0})
     return model, mask_tokenizer
 
 
@@ -929,10 +1044,16 @@ def describe(args):
 # ---- what a run costs ------------------------------------------------------------------------------------
 
 
+def ranks_of(args):
+    """How many ranks share a model with --shard, or would do so."""
+    return int(os.environ.get("WORLD_SIZE", 8)) if args.shard else 1
+
+
 def memory_of_a_rank(model, mask_tokenizer, args):
     """{what: bytes} of one rank in training, and their sum, the peak; the modules may be on the meta device.
 
-    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak.
+    Gradients stay from step to step under DDP and from one micro-batch to the next, so they add to the peak. With
+    --shard each rank has its share, and gathered are two layers of the LLaMA, one of them on its way, and all else.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
@@ -940,11 +1061,17 @@ def memory_of_a_rank(model, mask_tokenizer, args):
     moments = sum(p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)  # Muon has one
                   for optimizer in make_optimizers(model, args)
                   for group in optimizer.param_groups for p in group["params"])
-    memory = {"trainable weights": 4 * count,  # float32
+    layer, layers, parts = (sum(p.numel() * (4 if p.requires_grad else 2) for p in part.parameters())
+                            for part in (model.llama.layers[0], model.llama.layers, model))
+    ranks, recomputed = ranks_of(args), args.shard and args.activation_checkpointing
+    memory = {"trainable weights": 4 * count // ranks,  # float32
               # encoder bfloat16, mask tokenizer float32
-              "frozen weights": 2 * frozen + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),
-              "bfloat16 copies": 2 * sum(p.numel() for p in trainable if p.dim() > 1),  # autocast's, for a step
-              "gradients": 4 * count, "optimizer": 4 * moments,
+              "frozen weights": 2 * frozen // ranks + 4 * sum(p.numel() for p in mask_tokenizer.parameters()),
+              # autocast's, for a step; where they are made again, those of one layer and of what is no layer
+              "bfloat16 copies": 2 * sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and
+                                         p.dim() > 1 and not (recomputed and re.match(r"llama.layers.[1-9]", name))),
+              "gathered weights": (2 * layer + parts - layers) * args.shard,
+              "gradients": 4 * count // ranks, "optimizer": 4 * moments // ranks,
               "activations": activation_bytes(model.config, args.micro_batch_size, args.activation_checkpointing)}
     return memory | {"peak": sum(memory.values())}
 
@@ -958,14 +1085,20 @@ def activation_bytes(config, samples, recompute=False):
     each layer's float32 input, and all of the above for one layer and for HEAD_PART mask tokens at a time. Frozen
     encoders keep nothing; scenes' small ones are left out.
     """
-    c, s = config.llama, config.siglip
+    c, answers = config.llama, isinstance(config, ARGenSegConfig)
     # <BOI> and <BOM> join them, and the last mask token is only predicted
-    tokens = samples * (s.text_length + s.image_tokens + config.mask_tokens + 1)
+    tokens = samples * (prefix_tokens(config) + config.mask_tokens - 1)
     layer = 18 * c.width + 4 * (c.heads + c.kv_heads) * c.head_dim + 8 * c.mlp
     mask_tokens, layers = samples * config.mask_tokens, c.layers * layer
     if recompute:
-        mask_tokens, layers = min(mask_tokens, HEAD_PART), c.layers * 4 * c.width + layer
-    return tokens * layers + mask_tokens * config.codebook_size * 10
+        mask_tokens, layers = mask_tokens if answers else min(mask_tokens, HEAD_PART), c.layers * 4 * c.width + layer
+    return tokens * layers + mask_tokens * (config.vocab_size if answers else config.codebook_size) * 10
+
+
+def prefix_tokens(config):
+    """How many tokens stand before the first mask token; ARGenSeg's conversations have about 128 words."""
+    s = config.siglip
+    return 128 + config.image_tokens if isinstance(config, ARGenSegConfig) else s.text_length + s.image_tokens + 2
 
 
 def training_flops(model, phrases):
@@ -974,9 +1107,21 @@ def training_flops(model, phrases):
     PyTorch counts them in a forward and a backward pass without data, two per multiply-add. Elementwise work and the
     mask tokenizer do not count.
     """
-    weights = {name: torch.empty_like(p, dtype=torch.float32, device="meta").requires_grad_(p.requires_grad)
+    weights = {name: torch.empty(p.shape, device="meta").requires_grad_(p.requires_grad)
                for name, p in model.named_parameters()}
     s, M = model.config.siglip, model.config.mask_tokens
+    if isinstance(model, ARGenSeg):  # part by part, for which places have a target is data
+        inputs = {"vision": (1, 3, s.image_size, s.image_size), "mlp1": (model.config.image_tokens, 4 * s.vision_width),
+                  "llama": (1, prefix_tokens(model.config) + M, model.config.llama.width),
+                  "lm_head": (M, model.config.llama.width)}
+        with FlopCounterMode(display=False) as counter:
+            for part, shape in inputs.items():
+                own = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
+                x = torch.zeros(shape, device="meta", requires_grad=part in ("llama", "lm_head"))
+                y = functional_call(model.get_submodule(part), own, x)
+                if y.requires_grad:
+                    y.sum().backward()
+        return counter.get_total_flops()
     L = s.text_length if isinstance(model, LlamaSeg) else s.text_length + s.image_tokens + 2  # Janus' prompt has all
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         picture, map_shape = (1, 3, s.image_size, s.image_size), (1, s.image_size, s.image_size)
@@ -985,14 +1130,6 @@ def training_flops(model, phrases):
         batch = [torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.long) for shape in shapes]
         functional_call(model, weights, tuple(batch))[1].backward()
     return counter.get_total_flops() / phrases
-
-
-@torch.no_grad()
-def matmul_rate(device, dtype):
-    """FLOP/s of a square matrix product, the best of five: the peak that the log's `mfu` is a share of."""
-    n = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a, clock(device)), number=1))  # clock waits for a GPU
 
 
 # ---- the command -----------------------------------------------------------------------------------------

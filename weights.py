@@ -73,10 +73,11 @@ def only_one(path):
         yield
 
 
-def write_weights(model, path, kind, dtype):
-    """Write what a model was trained to as one .safetensors, config and frozen parts in its header; OSError."""
+def write_weights(model, path, kind, dtype, weights=None):
+    """Write what a model was trained to, or `weights`, as one .safetensors with config and frozen parts in its header;
+    OSError."""
     header = {"config": json.dumps(asdict(model.config)), "frozen": json.dumps(model.frozen)}
-    write_tensors(path, model.trained_state(), dtype, {"format": kind, **header})
+    write_tensors(path, weights or model.trained_state(), dtype, {"format": kind, **header})
 
 
 def write_tensors(path, tensors, dtype=None, header=None):

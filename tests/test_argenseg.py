@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train
+from data import Dialogues, load_dataset
 from mllm import (
-    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, ChatCache, clean_up, picture_mask, shuffle_pixels, tile_grid,
-    tiles,
+    MASK, ARGenSeg, ARGenSegConfig, ARGenSegPrompt, ChatCache, ScenesPrompt, clean_up, mask_pictures, normalize,
+    our_names, picture_mask, shuffle_pixels, tile_grid, tiles,
 )
+from mllm import PRESETS as MLLM_PRESETS
 from sample import Segmenter
-from tokenizer import MultiScaleVQ
+from tokenizer import VQGAN, MultiScaleVQ
 
 FIXTURE = REPO / "tests" / "fixtures" / "argenseg"
 CHECKPOINT = FIXTURE / "checkpoint"
@@ -263,6 +267,247 @@ def test_a_mask_as_the_very_first_token_is_no_special_case(model, prompt, watch,
     assert found.tolist() == [[model.config.end_id]] and masks[0].shape == (1, 30)
 
 
+# --- training
+
+
+@pytest.fixture(scope="module")
+def lessons():
+    """The official training tensors, and the micro-batches that ours makes of the same lines: line 1, lines 1 to 3."""
+    dataset = load_dataset(f"jsonl:{FIXTURE / 'train.jsonl'}", "train")
+    model = ARGenSeg.from_pretrained(CHECKPOINT)
+    prompt = ARGenSegPrompt(CHECKPOINT, model.config.image_tokens)
+    batches = {}
+    for name, count in (("one", 1), ("batch", 3)):
+        item = Dialogues([dataset[i] for i in range(count)], prompt, 56, 30, count, count, mask_size=64)
+        item._index = lambda position: position  # in the order of the file
+        batches[name] = item[0]
+    return load_file(FIXTURE / "train.safetensors"), batches, model
+
+
+def test_training_batches_are_the_official_ones(lessons):
+    official, batches, model = lessons
+    for name, item in batches.items():
+        want = official[f"{name}_input_ids"][:, :-1], official[f"{name}_labels"][:, :-1]  # ours have no last newline
+        attended = official[f"{name}_attention_mask"]
+        for row, length in enumerate(attended.sum(1).tolist()):
+            assert item["text_ids"][row, :length - 1].equal(want[0][row, :length - 1])
+            assert item["labels"][row, :length - 1].equal(want[1][row, :length - 1])
+            assert (item["labels"][row, length - 1:] == -100).all()
+        count = len(item["masks"])
+        assert item["masks"].equal(official["masks_uint8"][:count])
+        tokens = model.mask_tokenizer.encode(mask_pictures(item["masks"]))
+        assert tokens.equal(official["mask_codes"][:count])
+        close(model.mask_tokenizer.teacher_inputs(tokens), official["mask_var_input"][:count], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["one", "batch"])
+def test_losses_and_gradients_are_the_official_ones(lessons, io, name):
+    official, batches, model = lessons
+    item, want = batches[name], io["train"][name]
+    tokens = model.mask_tokenizer.encode(mask_pictures(item["masks"]))
+    model.start_training()
+    model.zero_grad()
+    logits, loss = model(item["text_ids"], normalize(item["pictures"]), tokens, item["labels"])
+    assert len(logits) == want["text_targets"] + want["mask_targets"]
+    assert loss.item() == pytest.approx(want["loss"], abs=2e-4)
+    loss.backward()
+    norms = dict.fromkeys(want["grad_norm"], 0.0)
+    for official_name in norms:
+        parts = our_names({official_name: torch.zeros(1)}) if "wqkv" not in official_name else {
+            official_name.replace("language_model.model", "llama").replace("attention.wqkv", f"self_attn.{p}_proj"): 0
+            for p in "qkv"}
+        norms[official_name] = sum(model.get_parameter(ours).grad.pow(2).sum().item() for ours in parts) ** 0.5
+    assert norms == pytest.approx(want["grad_norm"], rel=1e-3)
+    assert not any(p.grad is not None for part in (model.vision, model.mask_tokenizer) for p in part.parameters())
+    if name == "one":
+        close(model.word_embed.weight.grad, official["one_grad_word_embed_weight"], 3e-5)
+        close(model.lvl_embed.weight.grad, official["one_grad_lvl_embed"], 3e-5)
+        close(model.pos_1LC.grad, official["one_grad_pos_1LC"], 3e-5)
+        coded = logits[8:38]  # of 7 words and <ge_start>, the mask, a full stop and the end
+        close(coded[:, -64:], official["one_mask_logits"], 3e-4)
+        close(coded.logsumexp(1), official["one_mask_logsumexp"], 3e-4)
+        close(torch.cat([logits[:8], logits[38:]]), official["one_text_logits"], 5e-4)
+
+
+def test_a_batch_without_masks_still_reaches_every_parameter(lessons):
+    """Else DistributedDataParallel would wait for the gradients of the mask parts."""
+    _, batches, model = lessons
+    item = batches["batch"]
+    ids, labels = item["text_ids"][2:], item["labels"][2:]
+    model.start_training()
+    model.zero_grad()
+    none = torch.zeros(0, 30, dtype=torch.long)
+    loss = model(ids, normalize(item["pictures"][2:]), none, labels)[1]
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def test_teacher_forcing_agrees_with_answering(model, prompt, vision, seg):
+    """The answer with two masks, learned as it was given, is the likeliest at every place."""
+    c, pixels = model.config, vision["pixel_values"][:1]
+    found, masks, _ = model.answer(seg["seg_prompt_ids"], pixels)
+    ids, labels = seg["seg_prompt_ids"][0].tolist(), [-100] * seg["seg_prompt_ids"].shape[1]
+    for id in found[0].tolist():
+        new = [c.start_id, *[c.place_id] * 29, c.end_id] if id == c.end_id else [id]
+        labels += [c.place_id if id == c.end_id else id for id in new]
+        ids += new
+    logits, _ = model(torch.tensor([ids]), pixels, torch.cat(masks), torch.tensor([labels]))
+    places = torch.tensor([label == c.place_id for label in labels if label >= 0])
+    assert logits[places][:, -64:].argmax(-1).equal(torch.cat(masks).flatten())
+    words = torch.tensor([label for label in labels if label >= 0 and label != c.place_id])
+    assert logits[~places].argmax(-1).equal(words) and len(words) == found.shape[1]
+
+
+def test_lessons_of_several_turns(prompt):
+    """The ids are those of the chat but for the masks, and only the answers are learned."""
+    messages = ["<image>\nIs there a dog?", "No.", "And a <mask> cat?", "Yes: <mask>."]
+    ids, labels = prompt.lesson(messages, 30)
+    asked = prompt.chat(messages[:3], 1)[0].tolist()
+    assert ids[:len(asked)] == asked and prompt.decode(ids[len(asked):]) == "Yes: <mask>."
+    assert ids.index(prompt.mask) - ids.index(prompt.special["<ge_start>"]) == 30 == labels.count(prompt.place)
+    learned = [id for id, label in zip(ids, labels) if label >= 0]
+    assert prompt.decode(learned) == "No.Yes: <mask>." and learned.count(prompt.special["<|im_end|>"]) == 2
+
+
+# --- train.py
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Flags for a run of seconds; train.py's own numbers of speed are left out."""
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e11)
+
+    def flags(out, *more):
+        return [str(flag) for flag in ("--out-dir", out, "--device", "cpu", "--dtype", "float32", "--max-steps", 4,
+                                       "--batch-size", 3, "--eval-every", 4, "--eval-count", 1, "--save-every", 2,
+                                       "--warmup-steps", 2, "--optimizer", "adamw", *more)]
+
+    return flags
+
+
+def losses(out):
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_run_starts_from_the_official_loss_and_resumes(quick, tmp_path, io, pictures, rank):
+    official = ["--preset", "argenseg-8b", "--encoder", CHECKPOINT, "--lora-rank", rank, "--val", "scenes", "--data",
+                f"jsonl:{FIXTURE / 'train.jsonl'}", "--lr", 1e-3]
+    assert train.main(quick(tmp_path / "whole", *official)) == 0
+    whole = losses(tmp_path / "whole")
+    assert whole[0] == pytest.approx(io["train"]["batch"]["loss"], abs=2e-4) and whole[-1] < whole[0] - 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    (tmp_path / "broken" / "checkpoint-0000004.pt").unlink()
+    assert train.main(quick(tmp_path / "broken", *official, "--resume", "auto")) == 0
+    assert losses(tmp_path / "broken") == whole
+    # the file is read on its base, and another base is refused
+    loaded = Segmenter.load(tmp_path / "whole", "cpu", encoder=CHECKPOINT)
+    questions = [(loaded, 8), (Segmenter.load(CHECKPOINT, "cpu"), 8)]
+    answers = [segmenter.chat(pictures[0], SEGMENT, length)[0] for segmenter, length in questions]
+    assert answers[0] != answers[1]
+    names = set(load_file(tmp_path / "whole" / "model.safetensors"))
+    assert {"word_embed.weight", "lvl_embed.weight", "pos_1LC"} <= names
+    assert ("lm_head.weight" in names) == (rank == 0) and any("lora_a" in name for name in names) == (rank > 0)
+    assert not any(name.startswith(("vision.", "mask_tokenizer.")) for name in names)
+    other = copy_checkpoint(tmp_path / "other", lambda tensors: tensors["mlp1.3.bias"].add_(1))
+    with pytest.raises(ValueError, match="trained with the mllm checkpoint"):
+        Segmenter.load(tmp_path / "whole", "cpu", encoder=other)
+    Segmenter.load(tmp_path / "whole", "cpu", encoder=other, any_weights=True)
+
+
+@pytest.fixture
+def small_scenes(tmp_path, monkeypatch):
+    """The preset argenseg-scenes with fewer layers; the file of a multi-scale mask tokenizer for it."""
+    c = train.PRESETS["argenseg-scenes"]
+    small = replace(c, siglip=replace(c.siglip, vision_layers=1), llama=replace(c.llama, layers=1))
+    monkeypatch.setitem(train.PRESETS, "argenseg-scenes", small)
+    path = tmp_path / "scales.safetensors"
+    plain = VQGAN.from_pretrained(REPO / "assets" / "mask_tokenizer.safetensors")
+    MultiScaleVQ.from_plain(plain, c.scales).save_pretrained(path)
+    return path
+
+
+def test_argenseg_scenes_trains_and_answers(quick, small_scenes, tmp_path, sample, capfdbinary):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ARGenSeg(MLLM_PRESETS["argenseg-scenes"]).parameters()) < 12e6
+    flags = ["--preset", "argenseg-scenes", "--data", "scenes-questions", "--mask-tokenizer", small_scenes]
+    assert train.main(quick(tmp_path / "out", *flags, "--batch-size", 8)) == 0
+    assert losses(tmp_path / "out")[0] == pytest.approx(2 * np.log(776 + 4096), abs=1.0)
+    capfdbinary.readouterr()
+    done = sample("sample.py", "--checkpoint", tmp_path / "out", "--chat", "How many circles are there?")
+    assert done.returncode == 0 and done.stdout.startswith(b"example: ")
+    done = sample("sample.py", "--checkpoint", tmp_path / "out", "--dataset", "scenes", "--count", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_few_conversations_can_be_learned(small_scenes):
+    """Words and masks come back from `answer` as they were taught, each by the conversation that asks for it."""
+    config = train.PRESETS["argenseg-scenes"]
+    model = ARGenSeg.from_nothing(config, VQGAN.from_pretrained(small_scenes))
+    prompt = ScenesPrompt(REPO / "assets" / "text.model", config.image_tokens)
+    dataset = load_dataset("scenes-questions", "train")
+    chosen = [next(dataset[i] for i in range(500) if dataset[i].messages[1] == words)
+              for words in ("<mask>", "yes: <mask>.", "2.", "none.")]
+    item = Dialogues(chosen, prompt, 128, 130, 4, 4, mask_size=128)
+    item._index = lambda position: position
+    item = item[0]
+    batch = {"text_ids": item["text_ids"], "labels": item["labels"], "pixels": normalize(item["pictures"]),
+             "mask_tokens": model.mask_tokenizer.encode(mask_pictures(item["masks"]))}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(60):
+        model(**batch)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    segmenter, written = Segmenter(model.eval(), model.mask_tokenizer, prompt), []
+    for talk in chosen:
+        words, _ = segmenter.chat(talk.image, talk.messages[0])
+        assert words == talk.messages[1]
+        found, masks, _ = model.answer(segmenter.prepare(talk.image, [talk.messages[0]])[0],
+                                       segmenter.pixels([talk.image]))
+        written += masks
+    assert (torch.cat(written) == batch["mask_tokens"]).float().mean() > 0.95
+
+
+def test_conversations_are_refused_where_nothing_reads_them(quick, sample, tmp_path, capfdbinary):
+    talks = f"jsonl:{FIXTURE / 'train.jsonl'}"
+    for flags, line in ((["--data", talks], "has conversations"), (["--data", "scenes-questions"], "has conversations"),
+                        (["--preset", "argenseg-8b", "--encoder", CHECKPOINT, "--data", talks], "with --val")):
+        assert train.main(quick(tmp_path, *flags)) == 2
+        error = capfdbinary.readouterr().err.decode()
+        assert line in error and error.count("\n") == 1
+    assert sample("sample.py", "--dataset", "scenes-questions", "--out", tmp_path).returncode == 2
+    for flags in (["--lora-rank", "8"], ["--hide"], ["--background-weight", "0.5"], ["--encoder-steps", "3"]):
+        with pytest.raises(SystemExit):
+            train.parse_args(["--preset", "argenseg-scenes", *flags])
+
+
+@pytest.mark.parametrize("change,line", [
+    ({"mask": []}, "1 times <mask> in the answers beside 0 masks"),
+    ({"mask": ["mask_0.png", "mask_0.png"]}, "beside 2 masks"), ({"mask": "mask_1.png"}, "a mask of size"),
+    ({"conversations": []}, "expected human, gpt"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "expected human, gpt"),
+    ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, "no 'value'"),
+    ({"conversations": 3}, "line 1"), ({"mask": "no.png"}, "no.png"),
+])
+def test_a_broken_conversation_is_one_line(tmp_path, change, line):
+    record = json.loads((FIXTURE / "train.jsonl").read_text().splitlines()[0])
+    (tmp_path / "a.jsonl").write_text(json.dumps(record | change) + "\n")
+    dataset = load_dataset(f"jsonl:{tmp_path / 'a.jsonl'}", "train", FIXTURE)
+    with pytest.raises((ValueError, OSError), match=line) as error:
+        dataset[0]
+    assert "\n" not in str(error.value)
+
+
+def test_each_task_has_its_official_instruction(prompt, segmenter, pictures, monkeypatch):
+    asked = []
+    monkeypatch.setattr(segmenter, "chat", lambda image, words, length: asked.append(words) or ("", []))
+    segmenter.many(pictures[:1] * 3, [["the dog"]] * 3, tasks=["referring", "semantic", "reasoning"])
+    assert asked == [SEGMENT, "Please segment the dog in this image.",
+                     "Please perform instance segmentation following the instructions below: the dog."]
+
+
 # --- text
 
 
@@ -484,6 +729,15 @@ def test_flags_that_are_of_other_checkpoints_are_refused(sample, tiny_checkpoint
         done = sample("sample.py", "--checkpoint", checkpoint, *([] if "--bench" in flags else picture), *flags)
         assert done.returncode == 2 and flag.encode() in done.stderr and b"Traceback" not in done.stderr
         assert done.stderr.count(b"\n") == 1
+
+
+def test_the_bench_of_a_shape_needs_no_weights(sample, tmp_path):
+    done = sample("sample.py", "--bench", "argenseg-scenes", "--device", "cpu", "--json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["step"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    assert [rows[step]["passes"] for step in ("prefill", "mask", "mask tokenizer", "words")] == [1, 6, None, 128]
+    assert all(row["ms"] > 0 and row["per_s"] > 0 for row in rows.values()) and rows["words"]["floor_ms"] > 0
+    assert sample("sample.py", "--bench", "argenseg-8b", "--checkpoint", CHECKPOINT).returncode == 2
 
 
 def test_scores_name_what_is_not_usual(sample, tmp_path):

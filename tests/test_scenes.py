@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data import TEMPLATES, Scenes, instruct
+from data import TEMPLATES, Scenes, instruct, load_dataset
 from scenes import (
-    ABSENT, NOVEL, RICH_COLORS, RICH_SHAPES, WORLDS, absent_phrases, draw_scene, patch_truth, patch_view, scene_phrases,
-    vocabulary,
+    ABSENT, NOVEL, RICH_COLORS, RICH_SHAPES, SHAPES, WORLDS, absent_phrases, draw_scene, patch_truth, patch_view,
+    scene_phrases, scene_questions, vocabulary,
 )
 from tokenizer import TextTokenizer
 from weights import ASSETS
@@ -283,3 +283,52 @@ def test_patches_tell_what_the_picture_shows(drawn):
                 assert np.allclose(np.multiply(at, owner.shape[::-1]), center(main), atol=1e-3)
                 assert np.isclose(0.15 * np.exp(places[patch, 2]) * min(owner.shape), main.radius, rtol=1e-4)
                 assert np.isclose(cover[patch].mean(), (patches[patch] == objects.index(main)).mean(), atol=1e-6)
+
+
+def test_questions_have_the_answers_of_the_picture():
+    """Found again from the list of objects by the words of the question alone."""
+    dataset, seen, kinds = Scenes("train"), set(), {"objects": None, **{f"{kind}s": kind for kind in SHAPES}}
+    kinds |= {"crosses": "cross", "object": None} | {kind: kind for kind in SHAPES}
+    for i in range(40):
+        _, owner, objects, _ = dataset.scene(i)
+        height, width = owner.shape
+
+        def fitting(noun, objects=objects):
+            *color, kind = noun.split()
+            return [o for o in objects if o.color in (color or [o.color]) and o.kind == (kinds[kind] or o.kind)]
+
+        def middle(o, size=(width, height)):
+            return (o.box[0] + o.box[2]) / 2 / size[0], (o.box[1] + o.box[3]) / 2 / size[1]
+
+        for kind, questions in scene_questions(objects, dataset.world, height, width).items():
+            seen.add(kind)
+            for question, answer, which in questions:
+                assert not any(f"{color} {shape}" in question for color, shape in NOVEL)
+                assert bool(which) == ("<mask>" in answer)
+                if kind == "count":
+                    assert answer == f"{len(fitting(re.fullmatch('how many (.*) are there.', question)[1]))}."
+                elif kind in ("yes", "no"):
+                    there = fitting(re.match(r"is there an? (.*?)\?", question)[1])
+                    assert answer.startswith("yes" if there else "no") and kind == ("yes" if there else "no")
+                    assert not which or [objects[k] for k in which] == there
+                elif kind == "relation":
+                    words, noun = re.fullmatch(r"what is (.*?) the (.*)\?", question).groups()
+                    (anchor,), axis = fitting(noun), 0 if "of" in words else 1
+                    sign = 1 if words in ("right of", "below") else -1
+                    (there,) = [o for o in objects if sign * (middle(o)[axis] - middle(anchor)[axis]) > 0.1]
+                    assert re.fullmatch(f"an? {there.color} {there.kind}.", answer)
+                elif "most object" in question and len(objects) > 1:
+                    word = question.split()[4].removesuffix("?")
+                    key = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}[word]
+                    first = min(objects, key=lambda o: key[1] * middle(o)[key[0]])
+                    assert answer == f"{first.color if kind == 'color' else first.kind}."
+    assert seen == {"count", "color", "shape", "yes", "no", "relation"}
+
+
+def test_half_of_the_conversations_are_questions():
+    dataset = load_dataset("scenes-questions", "train", phrases=4)
+    talks = [dataset[i] for i in range(400)]
+    asked = sum(talk.messages[0].endswith("?") for talk in talks)
+    assert 160 < asked < 240
+    for talk in talks:
+        assert len(talk.masks) == talk.messages[1].count("<mask>") and all(mask.any() for mask in talk.masks)

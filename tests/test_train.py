@@ -188,6 +188,27 @@ def test_two_processes_stopped_by_a_signal_to_torchrun_and_one_that_goes_on(smal
         assert one["step"] == two["step"] and one["count"] == two["count"] == 4
 
 
+def test_sharded_losses_are_those_of_plain_ranks_and_any_number_resumes(small, torchrun, tmp_path):
+    flags = ["--batch-size", "16", "--micro-batch-size", "4", "--optimizer", "adamw"]
+
+    def run(out, *more):
+        done = torchrun(small(tmp_path / out, *flags, *more))
+        assert done.returncode == 0, done.stderr
+        return losses(tmp_path / out)
+
+    plain, sharded = run("plain"), run("sharded", "--shard")
+    assert len(plain) == 6 and all(sharded[step] == pytest.approx(plain[step], abs=1e-5) for step in plain)
+    for out in ("two", "one"):
+        shutil.copytree(tmp_path / "sharded", tmp_path / out)
+        (tmp_path / out / "checkpoint-0000006.pt").unlink()
+    assert run("two", "--shard", "--resume", "auto") == sharded
+    states = [torch.load(tmp_path / out / "checkpoint-0000006.pt", weights_only=True) for out in ("sharded", "two")]
+    assert all(torch.equal(w, states[1]["model"][name]) for name, w in states[0]["model"].items())
+    assert train.main(small(tmp_path / "one", *flags, "--resume", "auto")) == 0  # one rank, not sharded
+    assert all(losses(tmp_path / "one")[step] == pytest.approx(plain[step], abs=1e-5) for step in plain)
+    assert all((tmp_path / "sharded" / name).exists() for name in ("best.safetensors", "model.safetensors"))
+
+
 def test_a_killed_rank_ends_the_job(small, torchrun, tmp_path):
     done = torchrun(small(tmp_path / "out", "--max-steps", "3000"), f"1 5 {int(signal.SIGKILL)}")
     assert done.returncode != 0
@@ -418,7 +439,7 @@ def test_validation_is_spread_over_the_set(tiny_checkpoint):
             return scenes[i]
 
     parts = Segmenter.load(tiny_checkpoint, "cpu")
-    train.evaluate(parts, Ten(), 4)
+    train.evaluate(SimpleNamespace(segmenter=parts, rank=0, world_size=1), Ten(), 4)
     assert asked == [0, 2, 5, 7]
 
 
@@ -651,6 +672,21 @@ def test_print_config_of_what_cannot_be(capsys, flags, code):
     except SystemExit as stopped:
         assert stopped.code == code
     assert flags[1] in capsys.readouterr().err
+
+
+def test_print_config_of_shared_models(capsys, monkeypatch):
+    """ARGenSeg-8B has the official parameters; trained as a whole it fits no GPU of 80 GB, an eighth of it does."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    peaks = []
+    for more in ([], ["--shard"]):
+        assert train.main(["--preset", "argenseg-8b", "--print-config", "--lora-rank", "0", "--micro-batch-size", "4",
+                           "--activation-checkpointing", *more]) == 0
+        text = capsys.readouterr().out
+        trainable, frozen = (int(n.replace(",", "")) for n in re.search(r"  all +([\d,]+) +([\d,]+)", text).groups())
+        assert trainable + frozen == 8_220_862_339 and ("of 8 with micro-batches of 4" in text) == bool(more)
+        peaks.append(float(re.search(r"peak +([\d.]+) GB", text)[1]))
+    # 16 bytes for each parameter that is trained, a share of them if sharded
+    assert peaks[0] - peaks[1] == pytest.approx(16e-9 * trainable * 7 / 8 + 6, abs=4) and peaks[1] < 80
 
 
 def test_print_config_counts_without_allocating(capsys, monkeypatch):
