@@ -23,6 +23,7 @@ import math
 import resource
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -53,15 +54,14 @@ class LlamaSegConfig:
     # them that a misspelled word is read as
     words: tuple = ()
     names: tuple = ()
-    patch_head: bool = False  # image tokens learn, too, whether their patch is in the mask, see LlamaSeg.prefix_loss
+    patch_head: bool = False  # see LlamaSeg.prefix_loss
     scales: tuple = ()  # next-scale prediction: sides of the grids of tokens, from 1 to mask_grid; (): next-token
     scale_attention: str = "block"  # a token sees all of its own scale, as in VAR; "causal": those before it
     code_width: int = 8  # C, of the rows of the mask tokenizer's codebook; read with scales alone
 
     def __post_init__(self):
-        self.words, self.names = tuple(self.words), tuple(self.names)
         check_fields(self)
-        self.scales = tuple(self.scales)
+        self.words, self.names, self.scales = tuple(self.words), tuple(self.names), tuple(self.scales)
         if self.patch_head and (self.scales or self.mask_tokens != self.siglip.image_tokens):
             raise ValueError(f"patch_head needs a mask token for each of {self.siglip.image_tokens} image tokens")
         if self.scales and (self.scales[0], self.scales[-1]) != (1, self.mask_grid):
@@ -94,8 +94,7 @@ class MaskWriter(nn.Module):
         self.decoders = {}  # CompiledDecoder by shape
 
     def blocks(self, text_ids, length):
-        """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal. JanusSeg has
-        them for padding, and a cache keeps them."""
+        """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal."""
         return None
 
     def mask_inputs(self, tokens):
@@ -107,16 +106,14 @@ class MaskWriter(nn.Module):
         return 0.0
 
     def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0):
-        """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
+        """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss (); ValueError.
 
         logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32. In training with
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
-        pixels may have fewer rows than text_ids, see `prefix`.
         hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase alone must
         tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the preset scenes does.
         background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
         look alike and background has one, so the likeliest token is background too often. Paper: 1.
-        ValueError for a wrong shape.
         """
         B, M = text_ids.shape[0], self.config.mask_tokens
         if mask_tokens.shape != (B, M):
@@ -178,18 +175,17 @@ class MaskWriter(nn.Module):
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
         seeds = seed if isinstance(seed, list) else [seed] * B
-        check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window,
-                       compiled, self.config.scales)
+        check_decoding(self.config, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled)
+        if decode != "greedy" or self.config.scales:
+            draft = "none"
         if draft == "auto":  # hidden makes a longer prefill, which a CPU that is busy with a full batch feels
             draft = "hidden" if self.config.hide and (device.type == "cuda" or B < 8) else "jacobi"
-        window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1  # 1: a token per pass
-        window = 1 if self.config.scales else window
+        window = min(M, window or draft_window(draft, B, device))
         start = clock(device)
         logits, cache, guesses = self.prefill(text_ids, pixels, M - 1 + window, draft == "hidden" and window > 1)
         prefilled = clock(device)
-        mask_passes = [M - 1] * B
         if decode == "beam":
-            tokens = decode_beam(self, logits, cache, beams)
+            tokens, mask_passes = decode_beam(self, logits, cache, beams)
         elif compiled:
             shape = B, window, cache.length
             if shape not in self.decoders:
@@ -202,25 +198,22 @@ class MaskWriter(nn.Module):
             numbers = [torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
             numbers = torch.stack(numbers).to(device)  # (B,M)
 
-            def pick(logits, start):  # (n,K), the first place of n/B -> (n,)
+            def pick(logits, start):  # (B,n,K), of the mask tokens from `start` on -> (B,n)
                 if decode == "greedy":
                     return logits.argmax(-1)
-                uniform = numbers[:, start:start + len(logits) // B].flatten()
+                uniform = numbers[:, start:start + logits.shape[1]]
                 return draw(logits, decode, top_k, top_p, temperature, uniform)
 
-            if self.config.scales:
-                tokens, mask_passes = decode_scales(self, logits, cache, text_ids, pick)
-            else:
-                tokens = decode_plain(self, logits, cache, pick)
+            tokens, mask_passes = decode_plain(self, logits, cache, text_ids, pick)
         if stats is not None:
             stats |= {"passes": max(mask_passes), "mask_passes": mask_passes,
                       "prefill_ms": 1000 * (prefilled - start), "decode_ms": 1000 * (clock(device) - prefilled)}
         return tokens
 
     def prefill(self, text_ids, pixels, more, guess=False):
-        """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses (B,M).
-        guess: read M - 1 hidden mask tokens in the same pass, which gives guesses of all mask tokens at once. Without
-        it all but the first are -1. The first is the likeliest token."""
+        """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses (B,M), of which
+        the first is the likeliest token. guess: read M - 1 hidden mask tokens in the same pass, which gives guesses of
+        all mask tokens at once; without it the others are -1."""
         sequence = prefix = self.prefix(text_ids, pixels)
         (B, prefix_length, D), M = prefix.shape, self.config.mask_tokens
         cache = self.new_cache(prefix, more)
@@ -240,10 +233,6 @@ class MaskWriter(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config.llama, B, T + more, device, torch.float32 if device.type == "cpu" else dtype)
-
-    def next_logits(self, embeddings, cache):
-        """Feed embeddings (B,T,D) and return the logits (B,K) of the token after them, in float32."""
-        return self.head(self.llama(embeddings, cache)[:, -1]).float()
 
     @torch.no_grad()
     def confidence(self, text_ids, pixels, tokens):
@@ -313,10 +302,8 @@ class LlamaSeg(MaskWriter):
         self.encoder.requires_grad_(not config.freeze_encoders)
 
     def prefix(self, text_ids, pixels):
-        """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
-
-        Each run of B/b phrases shares a picture, which is encoded once.
-        """
+        """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D). Each run of
+        B/b phrases shares a picture, which is encoded once."""
         B, dtype = len(text_ids), self.boi.dtype  # a frozen encoder may be in bfloat16
         text = self.text_adaptor(self.encoder.encode_text(text_ids).to(dtype))  # (B,L,D)
         image = self.image_adaptor(self.encoder.encode_image(pixels).to(dtype))  # (b,N,D)
@@ -343,8 +330,8 @@ class LlamaSeg(MaskWriter):
         prefix_length = self.config.siglip.text_length + self.config.siglip.image_tokens + 2
         if not self.config.scales or self.config.scale_attention == "causal" or length <= prefix_length:
             return None
-        device = text_ids.device
-        ids = torch.cat([torch.arange(prefix_length - 1, device=device), prefix_length - 1 + self.scale_of(device)])
+        ids = self.scale_of(text_ids.device) + prefix_length - 1
+        ids = torch.cat([torch.arange(prefix_length - 1, device=ids.device), ids])
         return ids[:length].expand(len(text_ids), -1)
 
     def prefix_loss(self, hidden, mask_tokens):
@@ -677,52 +664,47 @@ class Llama(nn.Module):
         return build_from(lambda: cls(config), weights, directory, dtype)
 
 
-# ---- ways to decode: each starts from the logits (B,K) of mask token 0 and a cache that holds the prefix ------------
+# ---- ways to decode: each begins with a cache that holds the prefix, and the logits (B,K) or the guesses of `prefill`,
+# and returns the mask tokens (B,M) and of each mask the passes that it took part in ---------------------------------
 
 
-def decode_plain(model, logits, cache, pick=lambda logits, t: logits.argmax(-1)):
-    """One token per pass, greedy or by `pick` (logits (B,K), t) -> (B,): the mask tokens (B,M)."""
-    tokens = pick(logits, 0)[:, None]
-    for t in range(1, model.config.mask_tokens):
-        logits = model.next_logits(model.mask_embedding(tokens[:, -1:]), cache)
-        tokens = torch.cat([tokens, pick(logits, t)[:, None]], dim=1)
-    return tokens
-
-
-def decode_scales(model, logits, cache, text_ids, pick):
-    """All tokens of a scale per pass (Tian et al. 2024), by `pick`: the mask tokens (B,M), passes of each mask."""
-    B, prefix_length, tokens = len(logits), cache.position, pick(logits, 0)[:, None]
+def decode_plain(model, logits, cache, text_ids, pick):
+    """One token per pass, or with scales all tokens of a scale (Tian et al. 2024), as `pick` of `generate` chooses."""
+    tokens, passes = pick(logits[:, None], 0), 0  # (B,1)
     while tokens.shape[1] < model.config.mask_tokens:
         known = tokens.shape[1]
-        inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
-        blocks = model.blocks(text_ids, prefix_length + known - 1 + inputs.shape[1])
+        if model.config.scales:
+            inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
+        else:
+            inputs = model.mask_embedding(tokens[:, -1:])  # (B,1,D)
+        blocks = model.blocks(text_ids, cache.position + inputs.shape[1])
         hidden = model.llama(inputs, cache, None if blocks is None else blocks[:, cache.position:])
-        logits = model.head(hidden).float().flatten(0, 1)  # (B*s*s,K)
-        tokens = torch.cat([tokens, pick(logits, known).view(B, -1)], dim=1)
-    return tokens, [len(model.config.scales) - 1] * B
+        tokens = torch.cat([tokens, pick(model.head(hidden).float(), known)], dim=1)
+        passes += 1
+    return tokens, [passes] * len(tokens)
 
 
 def draw(logits, decode, top_k, top_p, temperature, uniform):
-    """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw. uniform: (B,)
-    in [0, 1), a row draws the first token at which the summed probabilities exceed its number."""
+    """Tokens (...) from logits (...,K) float32; see MaskWriter.generate for the ways to draw. uniform: (...) in [0, 1),
+    the first token is drawn at which the summed probabilities exceed the number."""
     probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # no infinity
     if decode in ("top-k", "top-p"):
         probs, index = probs.sort(dim=-1, descending=True, stable=True)
         if decode == "top-k":
-            probs[:, top_k:] = 0
+            probs[..., top_k:] = 0
         else:
             before = probs.cumsum(-1) - probs  # what the likelier tokens have together
-            probs[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0)
+            probs[..., 1:].masked_fill_(before[..., 1:] >= top_p, 0)
     sums = probs.cumsum(-1)
-    drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
-    if decode == "random":
-        return drawn[:, 0]
-    drawn = drawn.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1)  # a GPU may round sums of equal value differently
-    return index.gather(1, drawn)[:, 0]
+    drawn = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)  # (...,1)
+    if decode != "random":
+        # a GPU may round sums of equal value differently
+        drawn = index.gather(-1, drawn.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1))
+    return drawn[..., 0]
 
 
 def decode_beam(model, logits, cache, beams):
-    """The best mask tokens (B,M) found by keeping the `beams` sequences of highest summed log-probability."""
+    """The best mask tokens found by keeping the `beams` sequences of highest summed log-probability."""
     B, K = logits.shape
     M, prefix_length = model.config.mask_tokens, cache.position
     scores, token = logits.log_softmax(-1).topk(beams)  # (B,beams) summed log-probabilities, best first
@@ -730,19 +712,18 @@ def decode_beam(model, logits, cache, beams):
     cache.repeat(beams)
     first_row = torch.arange(0, B * beams, beams, device=logits.device)[:, None]  # (B,1)
     for _ in range(M - 1):
-        logits = model.next_logits(model.mask_embedding(tokens[:, -1:]), cache)  # (B*beams,K)
-        total = scores[:, :, None] + logits.log_softmax(-1).view(B, beams, K)
+        hidden = model.llama(model.mask_embedding(tokens[:, -1:]), cache)  # (B*beams,1,D)
+        total = scores[:, :, None] + model.head(hidden).float().log_softmax(-1).view(B, beams, K)
         scores, index = total.flatten(1).topk(beams)  # (B,beams), index into beams*K
         rows = (first_row + index // K).flatten()  # the row that each new beam continues
         cache.copy_rows(rows, slice(None), start=prefix_length)
         tokens = torch.cat([tokens[rows], (index % K).view(-1, 1)], dim=1)
-    return tokens.view(B, beams, M)[:, 0]
+    return tokens.view(B, beams, M)[:, 0], [M - 1] * B
 
 
 def decode_drafted(model, cache, guesses, window):
-    """Drafted greedy decoding: up to `window` tokens per pass -> mask tokens (B,M), passes of each mask.
+    """Drafted greedy decoding, up to `window` tokens per pass. For one mask, until all M tokens are sure:
 
-    For one mask, until all M tokens are sure:
         1. Guess the tokens after the sure ones.
         2. Read the last sure token and the guesses in one causal pass, and choose the likeliest token after each.
         3. The choices are sure up to the first that differs from its guess, this one included.
@@ -838,7 +819,6 @@ class CompiledDecoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def decode(self, cache, guesses):
-        """The arguments and results of decode_drafted."""
         for mine, theirs in zip(self.cache.tensors(), cache.tensors()):
             mine.copy_(theirs)
         self.tokens.copy_(F.pad(guesses, (0, self.window), value=-1))
@@ -866,8 +846,9 @@ def cuda_graph(step, device):
     return graph.replay
 
 
-def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled, scales):
+def check_decoding(config, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled):
     """ValueError unless `generate` can do what its arguments ask for."""
+    K, scales = config.codebook_size, config.scales
     drafts = DRAFTS if decode == "greedy" and not scales else ("auto", "none")
     known_seeds = len(seeds) == B and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
     for name, value, fits, expected in (
@@ -958,32 +939,12 @@ class SigLIPAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x):
-        B, T, D = x.shape
-        split = (B, T, self.heads, D // self.heads)
-        q = self.q_proj(x).view(split).transpose(1, 2)  # (B,nh,T,hd)
-        k = self.k_proj(x).view(split).transpose(1, 2)
-        v = self.v_proj(x).view(split).transpose(1, 2)
-        y = attention(q, k, v, causal=False)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
-
-
-class SigLIPMLP(nn.Module):
-    """Two layers with GELU between them."""
-
-    def __init__(self, width, hidden, gelu):
-        super().__init__()
-        self.gelu = gelu
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+    def forward(self, x):  # (B,T,D)
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B,nh,T,hd)
+        return self.out_proj(attention(q, k, v, causal=False).transpose(1, 2).flatten(2))
 
 
 class SigLIPBlock(nn.Module):
@@ -994,7 +955,7 @@ class SigLIPBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.self_attn = SigLIPAttention(width, heads)
         self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = SigLIPMLP(width, mlp, gelu)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, mlp), gelu=nn.GELU(gelu), fc2=nn.Linear(mlp, width)))
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
