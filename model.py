@@ -91,7 +91,7 @@ class MaskWriter(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.frozen = config, {}
-        self.decoders = {}  # CompiledDecoder by shape
+        self.decoders = {}  # what compile_decoder made, by shape
 
     def blocks(self, text_ids, length):
         """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal."""
@@ -164,7 +164,7 @@ class MaskWriter(nn.Module):
         whatever else is in its batch; only rounding, which depends on the batch size, can tip a draw.
         draft: how greedy decoding guesses tokens to verify several per pass, see `decode_drafted`: "jacobi", "hidden",
         "none" (or None) for one token per pass, "auto" for the fastest. window: tokens per pass, with a draft.
-        compiled: greedy decoding in compiled passes, see CompiledDecoder, which pays for many masks on a GPU: the first
+        compiled: greedy decoding in compiled passes, see compile_decoder, which pays for many masks on a GPU: the first
         call for a batch size takes about a minute.
         In float32 the mask depends on none of these. In bfloat16, where rounding depends on the shape of a pass, 6 to 8
         of 200 masks of the default changed.
@@ -189,8 +189,8 @@ class MaskWriter(nn.Module):
         elif compiled:
             shape = B, window, cache.length
             if shape not in self.decoders:
-                self.decoders[shape] = CompiledDecoder(self, cache, window)
-            tokens, mask_passes = self.decoders[shape].decode(cache, guesses)
+                self.decoders[shape] = compile_decoder(self, cache, window)
+            tokens, mask_passes = self.decoders[shape](cache, guesses)
         elif window > 1:
             tokens, mask_passes = decode_drafted(self, cache, guesses, window)
         else:
@@ -441,13 +441,8 @@ def attention(q, k, v, causal, mask=None):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Zhang and Sennrich 2019, computed in float32 whatever comes in."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
@@ -792,43 +787,43 @@ def leave(cache, count, done):
     return rows
 
 
-class CompiledDecoder:
-    """Greedy decoding in passes of one shape, so that a pass is one compiled graph and, on a GPU, one CUDA graph.
+@torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients
+@torch.no_grad()
+def compile_decoder(model, example, window):
+    """A function like decode_drafted, whose passes all have the shapes of the cache `example`: a pass is one compiled
+    graph and, on a GPU, one CUDA graph.
 
-    It gives the masks of decode_drafted (with window 1, of decode_plain). The difference is that each pass reads
-    `window` tokens of every mask: a mask that is done continues past its end, into places that nobody reads. A CUDA
-    graph finds its tensors by their addresses, so this object owns them, and the model's weights must stay in place.
+    The masks are the same. The difference is that each pass reads `window` tokens of every mask: a mask that is done
+    continues past its end, into places that nobody reads. A CUDA graph finds its tensors by their addresses, so they
+    are kept from call to call, and the model's weights must stay in place.
     """
+    own, (B, M), device = copy.deepcopy(example), (len(example.blocks), model.config.mask_tokens), example.blocks.device
+    tokens = torch.zeros(B, M + window, dtype=torch.long, device=device)
+    sure, passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(2))
 
-    @torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients
-    @torch.no_grad()
-    def __init__(self, model, cache, window):
-        """cache: after a prefill of the shape to come."""
-        self.model, self.cache, self.window, self.M = model, copy.deepcopy(cache), window, model.config.mask_tokens
-        B, device = len(cache.blocks), cache.blocks.device
-        self.tokens = torch.zeros(B, self.M + window, dtype=torch.long, device=device)
-        self.sure, self.passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(2))
-        self.step = torch.compile(self.one_pass, fullgraph=True, dynamic=False)
-        if device.type == "cuda":
-            self.step = cuda_graph(self.step, device)
+    def one_pass():
+        passes.add_(sure < M)
+        sure.copy_(drafted_pass(model, own, tokens, sure, window))
 
-    def one_pass(self):
-        self.passes += self.sure < self.M
-        self.sure.copy_(drafted_pass(self.model, self.cache, self.tokens, self.sure, self.window))
+    step = torch.compile(one_pass, fullgraph=True, dynamic=False)
+    if device.type == "cuda":
+        step = cuda_graph(step, device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def decode(self, cache, guesses):
-        for mine, theirs in zip(self.cache.tensors(), cache.tensors()):
+    def decode(cache, guesses):
+        for mine, theirs in zip(own.tensors(), cache.tensors()):
             mine.copy_(theirs)
-        self.tokens.copy_(F.pad(guesses, (0, self.window), value=-1))
-        self.sure.fill_(1)
-        self.passes.zero_()
-        for _ in range(self.M - 1):
-            self.step()
-            if self.window > 1 and (self.sure >= self.M).all():  # the host waits here, once per pass
+        tokens.copy_(F.pad(guesses, (0, window), value=-1))
+        sure.fill_(1)
+        passes.zero_()
+        for _ in range(M - 1):
+            step()
+            if window > 1 and (sure >= M).all():  # the host waits here, once per pass
                 break
-        return self.tokens[:, :self.M].clone(), self.passes.flatten().tolist()
+        return tokens[:, :M].clone(), passes.flatten().tolist()
+
+    return decode
 
 
 def cuda_graph(step, device):
@@ -998,9 +993,7 @@ class SigLIP(nn.Module):
         model = self.vision_model
         patch = model.embeddings.patch_embedding
         # A convolution whose stride is its size is a matrix product over patches, much faster so on a CPU.
-        side = S // P * P
-        x = pixels[:, :, :side, :side].to(patch.weight.dtype).reshape(-1, 3, S // P, P, S // P, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(pixels.shape[0], -1, 3 * P * P)  # (B,N,3*P*P)
+        x = F.unfold(pixels.to(patch.weight.dtype), P, stride=P).mT  # (B,N,3*P*P)
         x = F.linear(x, patch.weight.flatten(1), patch.bias)  # (B,N,D)
         x = x + model.embeddings.position_embedding.weight
         for layer in model.encoder.layers:
