@@ -6,8 +6,8 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
 With config.scales it writes them coarse to fine instead, all tokens of a scale at once (next-scale prediction).
-The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back.
-In the mask tokenizers that this repository trains, code 0 is plain background.
+The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back; code 0
+of those that this repository trains is plain background.
 
 Shapes used below, with their sizes in the preset scenes:
     B batch, b pictures, L text tokens (24), N image tokens (64), M mask tokens (mask_grid squared, 64),
@@ -24,7 +24,7 @@ import resource
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from weights import (
-    WEIGHTS, build_from, check_config, check_source, compare_weights, fingerprint, read_config, read_own,
+    WEIGHTS, build_from, check_config, check_fields, check_source, compare_weights, fingerprint, read_config, read_own,
     read_weights, reading, write_weights,
 )
 
@@ -50,10 +50,8 @@ class LlamaSegConfig:
     mask_grid: int = 16  # h = w tokens
     freeze_encoders: bool = True  # no gradient for SigLIP
     hide: bool = False  # train.py sets it: trained with hide_tokens (see forward), so it can guess all tokens at once
-    # train.py sets them for drawn scenes: all words of the training phrases (none: any word may come), and those of
-    # them that a misspelled word is read as
-    words: tuple = ()
-    names: tuple = ()
+    words: tuple = ()  # train.py sets it for drawn scenes: all words of the training phrases; none: any word may come
+    names: tuple = ()  # those of them that a misspelled word is read as
     patch_head: bool = False  # see LlamaSeg.prefix_loss
     scales: tuple = ()  # next-scale prediction: sides of the grids of tokens, from 1 to mask_grid; (): next-token
     scale_attention: str = "block"  # a token sees all of its own scale, as in VAR; "causal": those before it
@@ -85,21 +83,19 @@ class MaskWriter(nn.Module):
         prefix(text_ids, pixels) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K): modules or methods
         trained_state() -> the part of its state dict that a checkpoint holds
-        fuse() -> None, lays out the weights for decoding
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.frozen = config, {}
-        self.decoders = {}  # what compile_decoder made, by shape
+        self.config, self.frozen, self.decoders = config, {}, {}  # decoders: what compile_decoder made, by shape
 
     def blocks(self, text_ids, length):
         """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal."""
         return None
 
-    def mask_inputs(self, tokens):
-        """The first mask tokens (B,m) -> all that can be read once they are known, (B,m,D)."""
-        return self.mask_embedding(tokens)
+    def mask_inputs(self, tokens, start=0):
+        """The first mask tokens (B,m) -> all that can be read once they are known, from `start` on: (B,m-start,D)."""
+        return self.mask_embedding(tokens[:, start:])
 
     def prefix_loss(self, hidden, mask_tokens):
         """What is learned besides from the states of the prefix (B,T,D) in training; 0: nothing."""
@@ -112,8 +108,8 @@ class MaskWriter(nn.Module):
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
         hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase alone must
         tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the preset scenes does.
-        background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
-        look alike and background has one, so the likeliest token is background too often. Paper: 1.
+        background_weight: of targets that are code 0, plain background. One edge has many codes that look alike and
+        background has one, so the likeliest token is background too often. Paper: 1.
         """
         B, M = text_ids.shape[0], self.config.mask_tokens
         if mask_tokens.shape != (B, M):
@@ -126,13 +122,13 @@ class MaskWriter(nn.Module):
         hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))  # (B,T-1,D)
         more_loss = self.prefix_loss(hidden[:, :prefix.shape[1]], mask_tokens)
         hidden, targets = hidden[:, prefix.shape[1] - 1:].flatten(0, 1), mask_tokens.flatten()  # from <BOM> on
-        if not (self.llama.recompute and torch.is_grad_enabled()):
+        if self.llama.recompute and torch.is_grad_enabled():
+            parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
+            losses = [checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts]
+            logits, losses = None, torch.cat(losses)  # (B*M,)
+        else:
             logits, losses = self.losses(hidden, targets)  # (B*M,K), (B*M,)
             logits = logits.view(B, M, -1)
-        else:
-            parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
-            losses = torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
-            logits = None
         return logits, (losses * torch.where(targets == 0, background_weight, 1.0)).mean() + more_loss
 
     def losses(self, hidden, targets):
@@ -170,8 +166,7 @@ class MaskWriter(nn.Module):
         of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
-        With scales, a pass writes all tokens of a scale, and beam, drafts and compiled do not apply.
-        ValueError for an argument that is unknown or out of range.
+        With scales, a pass writes all tokens of a scale, and beam, drafts and compiled are refused. ValueError.
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
         seeds = seed if isinstance(seed, list) else [seed] * B
@@ -194,15 +189,13 @@ class MaskWriter(nn.Module):
         elif window > 1:
             tokens, mask_passes = decode_drafted(self, cache, guesses, window)
         else:
-            # drawn on the CPU, so that every device gets the same numbers
-            numbers = [torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            numbers = torch.stack(numbers).to(device)  # (B,M)
+            numbers = torch.stack([torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+            numbers = numbers.to(device)  # (B,M), drawn on the CPU, so that every device gets the same ones
 
             def pick(logits, start):  # (B,n,K), of the mask tokens from `start` on -> (B,n)
                 if decode == "greedy":
                     return logits.argmax(-1)
-                uniform = numbers[:, start:start + logits.shape[1]]
-                return draw(logits, decode, top_k, top_p, temperature, uniform)
+                return draw(logits, decode, top_k, top_p, temperature, numbers[:, start:start + logits.shape[1]])
 
             tokens, mask_passes = decode_plain(self, logits, cache, text_ids, pick)
         if stats is not None:
@@ -244,9 +237,9 @@ class MaskWriter(nn.Module):
         """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
         (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5."""
         prefix = self.prefix(text_ids, pixels)
-        x, last = torch.cat([prefix, self.mask_inputs(tokens)[:, :tokens.shape[1] - 1]], 1), self.llama.layers[-1]
-        context = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1]))
-        for index, layer in enumerate(self.llama.layers[:-1]):
+        x = torch.cat([prefix, self.mask_inputs(tokens)[:, :tokens.shape[1] - 1]], dim=1)
+        context, (*layers, last) = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1])), self.llama.layers
+        for index, layer in enumerate(layers):
             x = layer(x, index, **context)
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
         values = torch.eye(x.shape[1], device=x.device).expand(*k.shape[:2], -1, -1)  # so that the weights come out
@@ -254,8 +247,8 @@ class MaskWriter(nn.Module):
         return weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def save_pretrained(self, path, dtype=None):
-        """Write `trained_state` to one .safetensors whose header holds the config and, with name and hash, the frozen
-        parts that are not written. dtype: store the weights so; None keeps them. ValueError after `fuse`."""
+        """Write `trained_state` to one .safetensors, in `dtype` if one is given. Its header holds the config and, with
+        name and hash, the frozen parts that are not written. ValueError after `fuse`."""
         if self.llama.fused or not self.trained_state():
             raise ValueError(f"{path}: fused or merged weights are not saved: load the model again")
         write_weights(self, path, self.file_format, dtype)
@@ -263,8 +256,7 @@ class MaskWriter(nn.Module):
     def load_trained_state(self, weights, assign=False):
         """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: take the tensors
         themselves as the parameters instead of copying them."""
-        problems = compare_weights(self.trained_state(), weights)
-        if problems:
+        if problems := compare_weights(self.trained_state(), weights):
             raise ValueError(f"weights do not fit the model: {problems}")
         self.load_state_dict(weights, strict=False, assign=assign)  # checked above: only what is frozen is absent
 
@@ -284,8 +276,7 @@ class LlamaSeg(MaskWriter):
         self.frozen = {"encoder": self.encoder.source} if config.freeze_encoders and self.encoder.source else {}
         self.text_adaptor = nn.Sequential(nn.Linear(siglip.text_width, D), nn.GELU(), nn.Linear(D, D))
         self.image_adaptor = nn.Sequential(nn.Linear(siglip.vision_width, D), nn.GELU(), nn.Linear(D, D))
-        self.boi = nn.Parameter(torch.empty(D))  # <BOI>, begin of image
-        self.bom = nn.Parameter(torch.empty(D))  # <BOM>, begin of mask
+        self.boi, self.bom = (nn.Parameter(torch.empty(D)) for _ in range(2))  # <BOI>, <BOM>: begin of image, of mask
         if config.scales:
             self.quantizer = None  # of the MultiScaleVQ, frozen: sample.Segmenter sets it
             self.scale_adaptor = nn.Linear(config.code_width, D)
@@ -311,15 +302,15 @@ class LlamaSeg(MaskWriter):
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
-    def mask_inputs(self, tokens):
+    def mask_inputs(self, tokens, start=0):
         """With scales: all tokens of some scales (B,m) -> what is read for the scales up to the next one, (B,m',D). It
         is what the coarser scales decode to, at the size of the next. <BOM> stands for the first scale."""
         if not self.config.scales:
-            return self.mask_embedding(tokens)
-        maps = self.quantizer.inputs(tokens).to(self.boi.dtype)  # (B,m',C)
-        scale_idx = self.scale_of(tokens.device)[1:1 + maps.shape[1]]
-        places = self.place_embedding.weight[1:1 + maps.shape[1]]
-        return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + places
+            return super().mask_inputs(tokens, start)
+        maps = self.quantizer.inputs(tokens)[:, start:].to(self.boi.dtype)  # (B,m'-start,C)
+        places = slice(1 + start, 1 + start + maps.shape[1])
+        scale_idx = self.scale_of(tokens.device)[places]
+        return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + self.place_embedding.weight[places]
 
     def scale_of(self, device):
         """The scale of each mask token: (M,), from 0."""
@@ -361,9 +352,8 @@ class LlamaSeg(MaskWriter):
 
     @torch.no_grad()
     def init_mask_tokens(self, codebook):
-        """Start mask embedding and head from the mask tokenizer's codebook (K,C): its l2-normalised rows go
-        through one fixed random projection to the model's width, so that codes that look alike start alike.
-        Paper: not stated; this is our choice."""
+        """Start mask embedding and head from the l2-normalised rows of the mask tokenizer's codebook (K,C), through one
+        fixed random projection, so that codes that look alike start alike. Paper: not stated; we use this."""
         generator = torch.Generator().manual_seed(0)  # the same on every rank
         projection = torch.randn(codebook.shape[1], self.config.llama.width, generator=generator)
         rows = F.normalize(codebook.detach().float().cpu(), dim=-1) @ projection  # (K,D) of variance 1
@@ -383,11 +373,9 @@ class LlamaSeg(MaskWriter):
 
     @classmethod
     def from_pretrained(cls, path, encoder=None, dtype=torch.float32, any_weights=False):
-        """Read a file of `save_pretrained`, on the CPU, in `dtype` whatever it was stored in.
-
-        encoder: directory of the frozen SigLIP, if the file names one; default: its name below WEIGHTS.
-        any_weights: take an encoder other than the one of the training. FileNotFoundError, or ValueError in one line.
-        """
+        """Read a file of `save_pretrained`, on the CPU, in `dtype` whatever it was stored in. encoder: directory of the
+        frozen SigLIP, if the file names one; default: its name below WEIGHTS. any_weights: take an encoder other than
+        the one of the training. FileNotFoundError, or ValueError in one line."""
         path, siglip = Path(path), None
         config, frozen, weights = read_own(path, cls.file_format, LlamaSegConfig, dtype)
         if config.freeze_encoders and "encoder" in frozen:
@@ -406,8 +394,7 @@ class LlamaSeg(MaskWriter):
 
 # ---- Llama: the decoder ---------------------------------------------------------------------------------------------
 
-# The block id of padding, see Llama.forward. It is above all others, so only padding sees padding.
-UNSEEN = 2**62
+UNSEEN = 2**62  # block id of padding, see Llama.forward: it is above all others, so only padding sees padding
 
 
 @dataclass
@@ -433,10 +420,9 @@ def attention(q, k, v, causal, mask=None):
     """softmax(q k^T / sqrt(hd)) v: q (B,nh,T,hd), k and v (B,nkv,keys,hd) -> (B,nh,T,hd). A token sees itself and all
     before if `causal`, else the keys where mask (B,1,T,keys) is True, or all of them."""
     if mask is None and written_out_is_faster(q, k):
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
         if causal:
-            later = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
+            scores = scores.masked_fill(q.new_ones(scores.shape[2:], dtype=torch.bool).triu(1), -math.inf)
         return scores.softmax(-1).type_as(v) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
@@ -466,8 +452,7 @@ class KVCache:
     """Keys and values of the tokens seen so far. The caller makes it, passes it to Llama and owns it.
 
     It is allocated once for `length` tokens and written in place: per layer (B,nkv,length,hd). `position`, the number
-    of tokens seen, is a Python int that the host knows without waiting for the device. To take tokens back, lower it:
-    they are overwritten. Drafted decoding, whose rows are of unequal length, says itself where each token stands.
+    of tokens seen, is a Python int that the host knows without waiting for the device. To take tokens back, lower it.
     """
 
     def __init__(self, config: LlamaConfig, batch, length, device=None, dtype=torch.float32):
@@ -476,8 +461,7 @@ class KVCache:
                                   for _ in range(2))
         self.rope = rope_tables(torch.arange(length, device=device), config.head_dim, config.rope_theta)
         self.blocks = torch.arange(length, device=device).repeat(batch, 1)  # block ids (B,length), see Llama.forward
-        self.causal = True  # they are the positions
-        self.length, self.position = length, 0
+        self.length, self.position, self.causal = length, 0, True  # causal: the block ids are the positions
         self.reach = length  # slots that passes with `slots` look at: the eager ones lower it, to look at fewer
 
     def update(self, layer, k, v, slots=None):
@@ -493,10 +477,6 @@ class KVCache:
         keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
         return keys[:len(slots), :, :self.reach], values[:len(slots), :, :self.reach]
-
-    def tensors(self):
-        """All that a pass changes."""
-        return [*self.keys, *self.values, self.blocks]
 
     def repeat(self, n):
         """From now on every row stands n times in a row (the beams of one example)."""
@@ -544,8 +524,7 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(config.width, config.mlp, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
         self.gate_up_proj = None  # stands for the first two after Llama.fuse
 
@@ -576,8 +555,8 @@ class Llama(nn.Module):
     """The transformer of LLaMA (Touvron et al. 2023) from embeddings to the final norm, with the parameter
     names that Hugging Face has below `model.`. Token embedding and output head belong to the caller.
 
-    recompute: in training keep only the input of each layer and run the layer again in the backward pass
-    (activation checkpointing, Chen et al. 2016): a third more arithmetic, a fraction of the memory.
+    recompute: in training run each layer again in the backward pass instead of keeping what is inside (activation
+    checkpointing, Chen et al. 2016): a third more arithmetic, a fraction of the memory.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -592,13 +571,11 @@ class Llama(nn.Module):
         A token sees all tokens whose block id is not above its own. blocks: int64 (B,T); None stands for the positions,
         which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
         With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them; ValueError if
-        it is full. slots: int64 (B,T), where in the cache each embedding stands instead, if rows are of unequal length.
-        The slots above a row's own hold what is stale or not written yet, and their block ids hide it. B may be less
-        than the rows of the cache; its first B are used then. The shapes of such a pass do not depend on how many
-        tokens there are, so that it can be compiled. blocks must be None, and `cache.position` stays.
+        it is full. slots: int64 (B,T), where in the first B rows of the cache each embedding stands instead, if rows
+        are of unequal length; blocks must be None then, and `cache.position` stays. The slots above a row's own hold
+        what is stale, and their block ids hide it. So the shapes of a pass do not depend on how many tokens there are.
         """
-        context = self.context(embeddings, cache, blocks, slots)
-        x = embeddings
+        context, x = self.context(embeddings, cache, blocks, slots), embeddings
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, index, use_reentrant=False, **context)
@@ -625,11 +602,11 @@ class Llama(nn.Module):
                 cache.blocks[:, start:end], cache.causal = blocks, False
             rope = [table[start:end] for table in cache.rope]  # (T,hd)
             causal, keys, queries = cache.causal, cache.blocks[:, :end], cache.blocks[:, start:end]
-        shared = {"rope": rope, "cache": cache, "slots": slots}
         if causal and (start == 0 or T == 1):
-            # Causal attention, for which PyTorch has a faster kernel. A single new token sees all.
-            return {**shared, "causal": start == 0, "mask": None}
-        return {**shared, "causal": False, "mask": keys[:, None, None, :] <= queries[:, None, :, None]}  # (B,1,T,keys)
+            causal, mask = start == 0, None  # PyTorch has a faster kernel for it. A single new token sees all.
+        else:
+            causal, mask = False, keys[:, None, None, :] <= queries[:, None, :, None]  # (B,1,T,keys)
+        return {"rope": rope, "cache": cache, "slots": slots, "causal": causal, "mask": mask}
 
     def fuse(self):
         """Swap q, k and v for one linear layer, and gate and up for another, laid out for decoding. There is no way
@@ -659,8 +636,7 @@ class Llama(nn.Module):
         return build_from(lambda: cls(config), weights, directory, dtype)
 
 
-# ---- ways to decode: each begins with a cache that holds the prefix, and the logits (B,K) or the guesses of `prefill`,
-# and returns the mask tokens (B,M) and of each mask the passes that it took part in ---------------------------------
+# ---- ways to decode: from what `prefill` returned to the mask tokens (B,M), and the passes that each mask took part in
 
 
 def decode_plain(model, logits, cache, text_ids, pick):
@@ -668,10 +644,7 @@ def decode_plain(model, logits, cache, text_ids, pick):
     tokens, passes = pick(logits[:, None], 0), 0  # (B,1)
     while tokens.shape[1] < model.config.mask_tokens:
         known = tokens.shape[1]
-        if model.config.scales:
-            inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
-        else:
-            inputs = model.mask_embedding(tokens[:, -1:])  # (B,1,D)
+        inputs = model.mask_inputs(tokens, known - 1)  # (B,1,D), or (B,s*s,D) of the next scale
         blocks = model.blocks(text_ids, cache.position + inputs.shape[1])
         hidden = model.llama(inputs, cache, None if blocks is None else blocks[:, cache.position:])
         tokens = torch.cat([tokens, pick(model.head(hidden).float(), known)], dim=1)
@@ -692,16 +665,14 @@ def draw(logits, decode, top_k, top_p, temperature, uniform):
             probs[..., 1:].masked_fill_(before[..., 1:] >= top_p, 0)
     sums = probs.cumsum(-1)
     drawn = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)  # (...,1)
-    if decode != "random":
-        # a GPU may round sums of equal value differently
+    if decode != "random":  # clamped, for a GPU may round sums of equal value differently
         drawn = index.gather(-1, drawn.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1))
     return drawn[..., 0]
 
 
 def decode_beam(model, logits, cache, beams):
     """The best mask tokens found by keeping the `beams` sequences of highest summed log-probability."""
-    B, K = logits.shape
-    M, prefix_length = model.config.mask_tokens, cache.position
+    (B, K), M, prefix_length = logits.shape, model.config.mask_tokens, cache.position
     scores, token = logits.log_softmax(-1).topk(beams)  # (B,beams) summed log-probabilities, best first
     tokens = token.view(B * beams, 1)
     cache.repeat(beams)
@@ -723,9 +694,8 @@ def decode_drafted(model, cache, guesses, window):
         2. Read the last sure token and the guesses in one causal pass, and choose the likeliest token after each.
         3. The choices are sure up to the first that differs from its guess, this one included.
         4. The later choices are guesses of the next pass.
-    The masks are those of decode_plain: a pass reads the last sure token and guesses after it. Its own choices are
-    right as long as the guesses before them were, and one more. (Stern et al. 2018, "Blockwise Parallel Decoding";
-    Santilli et al. 2023, Jacobi decoding.)
+    The masks are those of decode_plain, for a choice is right if the guesses before it were. (Stern et al. 2018,
+    "Blockwise Parallel Decoding"; Santilli et al. 2023, Jacobi decoding.)
 
     guesses: (B,M), of which the first is sure. With draft "hidden", what the model chose with all mask tokens hidden;
     with "jacobi", -1: the first guess of a token is the one above it in the mask, for a mask resembles its row above.
@@ -793,13 +763,11 @@ def compile_decoder(model, example, window):
     """A function like decode_drafted, whose passes all have the shapes of the cache `example`: a pass is one compiled
     graph and, on a GPU, one CUDA graph.
 
-    The masks are the same. The difference is that each pass reads `window` tokens of every mask: a mask that is done
-    continues past its end, into places that nobody reads. A CUDA graph finds its tensors by their addresses, so they
-    are kept from call to call, and the model's weights must stay in place.
+    The masks are the same; one that is done continues past its end, into places that nobody reads. A CUDA graph finds
+    its tensors by their addresses, so they are kept from call to call, and the model's weights must stay in place.
     """
     own, (B, M), device = copy.deepcopy(example), (len(example.blocks), model.config.mask_tokens), example.blocks.device
-    tokens = torch.zeros(B, M + window, dtype=torch.long, device=device)
-    sure, passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(2))
+    tokens, sure, passes = (torch.zeros(B, n, dtype=torch.long, device=device) for n in (M + window, 1, 1))
 
     def one_pass():
         passes.add_(sure < M)
@@ -812,7 +780,7 @@ def compile_decoder(model, example, window):
     @torch.inference_mode(False)
     @torch.no_grad()
     def decode(cache, guesses):
-        for mine, theirs in zip(own.tensors(), cache.tensors()):
+        for mine, theirs in zip([*own.keys, *own.values, own.blocks], [*cache.keys, *cache.values, cache.blocks]):
             mine.copy_(theirs)
         tokens.copy_(F.pad(guesses, (0, window), value=-1))
         sure.fill_(1)
@@ -843,16 +811,16 @@ def cuda_graph(step, device):
 
 def check_decoding(config, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled):
     """ValueError unless `generate` can do what its arguments ask for."""
-    K, scales = config.codebook_size, config.scales
-    drafts = DRAFTS if decode == "greedy" and not scales else ("auto", "none")
+    K, drafted = config.codebook_size, decode == "greedy" and not config.scales
+    decodes = [name for name in DECODES if name != "beam" or not config.scales]
+    drafts = DRAFTS if drafted else ("auto", "none")
     known_seeds = len(seeds) == B and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
     for name, value, fits, expected in (
-        ("decode", decode, decode in DECODES, f"one of {', '.join(DECODES)}"),
+        ("decode", decode, decode in decodes, f"one of {', '.join(decodes)}"),
         ("draft", draft, draft in drafts, f"one of {', '.join(drafts)} where decode is {decode}"),
-        ("window", window, window in (None, 1) or window > 1 and decode == "greedy" and draft != "none",
+        ("window", window, window in (None, 1) or window > 1 and drafted and draft != "none",
          "at least 1, and no more without a draft"),
-        ("compiled", compiled, not compiled or decode == "greedy" and not scales, f"False where decode is {decode}"),
-        ("decode", decode, decode != "beam" or not scales, "another one with scales"),
+        ("compiled", compiled, drafted or not compiled, f"False where decode is {decode}"),
         ("beams", beams, 1 <= beams <= K, f"1 to {K}, the codebook size"),
         ("top_k", top_k, 1 <= top_k <= K, f"1 to {K}, the codebook size"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
@@ -868,7 +836,7 @@ def check_decoding(config, B, decode, beams, top_k, top_p, temperature, seeds, d
 
 def written_out_is_faster(q, k):
     """Training in bfloat16 on a CPU, at the lengths of the small presets (153 tokens): the fused kernel's backward pass
-    is slower there than four plain lines. At 577 tokens those lines made the whole step 1.4 times as long."""
+    is slower there. At 577 tokens four plain lines made the whole step 1.4 times as long."""
     training = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
     return training and q.shape[2] <= 384 and k.shape[1] == q.shape[1]
 
@@ -958,11 +926,9 @@ class SigLIPBlock(nn.Module):
 
 
 class SigLIP(nn.Module):
-    """The two encoders of SigLIP (Zhai et al. 2023) and of fixed-resolution SigLIP 2, with the parameter
-    names of Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states.
-
-    text: False leaves out the phrase encoder. `source` tells where the weights are from, see from_pretrained.
-    """
+    """The two encoders of SigLIP (Zhai et al. 2023) and of fixed-resolution SigLIP 2, with the parameter names of
+    Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states. text: False leaves out the
+    phrase encoder. source: {"name", "sha256"} of the official weights that from_pretrained read."""
 
     def __init__(self, config: SigLIPConfig, text=True):
         super().__init__()
@@ -981,7 +947,7 @@ class SigLIP(nn.Module):
     def tower(self, name, last_norm, embeddings):
         c = self.config
         width, layers, heads, mlp = (getattr(c, f"{name}_{size}") for size in ("width", "layers", "heads", "mlp"))
-        blocks = nn.ModuleList(SigLIPBlock(width, heads, mlp, c.norm_eps, c.gelu) for _ in range(layers))
+        blocks = nn.Sequential(*(SigLIPBlock(width, heads, mlp, c.norm_eps, c.gelu) for _ in range(layers)))
         return nn.ModuleDict({"embeddings": nn.ModuleDict(embeddings), "encoder": nn.ModuleDict({"layers": blocks}),
                               last_norm: nn.LayerNorm(width, eps=c.norm_eps)})
 
@@ -994,11 +960,8 @@ class SigLIP(nn.Module):
         patch = model.embeddings.patch_embedding
         # A convolution whose stride is its size is a matrix product over patches, much faster so on a CPU.
         x = F.unfold(pixels.to(patch.weight.dtype), P, stride=P).mT  # (B,N,3*P*P)
-        x = F.linear(x, patch.weight.flatten(1), patch.bias)  # (B,N,D)
-        x = x + model.embeddings.position_embedding.weight
-        for layer in model.encoder.layers:
-            x = layer(x)
-        return model.post_layernorm(x)
+        x = F.linear(x, patch.weight.flatten(1), patch.bias) + model.embeddings.position_embedding.weight  # (B,N,D)
+        return model.post_layernorm(model.encoder.layers(x))
 
     def encode_text(self, text_ids):
         """text_ids (B,L) in [0, vocab_size), padded to L -> text tokens (B,L,D) after the final norm; ValueError."""
@@ -1006,14 +969,12 @@ class SigLIP(nn.Module):
         if text_ids.dim() != 2 or text_ids.shape[1] != L:
             raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}, want (B, {L})")
         x = model.embeddings.token_embedding(text_ids) + model.embeddings.position_embedding.weight  # (B,L,D)
-        for layer in model.encoder.layers:
-            x = layer(x)
-        return model.final_layer_norm(x)
+        return model.final_layer_norm(model.encoder.layers(x))
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
-        """Load a Hugging Face directory (config.json, model.safetensors, sharded or not), strictly, in eval mode.
-        `source` then holds {"name", "sha256"} of what was read. FileNotFoundError, or ValueError in one line."""
+        """Load a Hugging Face directory (config.json, model.safetensors, sharded or not), strictly, in eval mode;
+        FileNotFoundError, or ValueError in one line."""
         directory = Path(directory)
         config = siglip_config(directory)
 
@@ -1027,7 +988,7 @@ class SigLIP(nn.Module):
         return model
 
 
-# ---- official configs -----------------------------------------------------------------------------------------------
+# ---- configs: official ones and presets -----------------------------------------------------------------------------
 
 
 def siglip_config(directory):
@@ -1060,24 +1021,6 @@ def llama_config(hf, path):
     )
 
 
-def check_fields(config):
-    """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
-    Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
-    parts = {"siglip": SigLIPConfig, "llama": LlamaConfig}
-    for f in fields(config):
-        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2**20
-        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= most):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to {most}")
-        if f.type is bool and type(value) is not bool:
-            raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
-        if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected a positive number")
-        if f.name in parts and not isinstance(value, parts[f.name]):
-            setattr(config, f.name, parts[f.name](**value))
-
-
-# ---- presets --------------------------------------------------------------------------------------------------------
-
 # The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. A shape holds
 # width, layers, heads and mlp of both towers.
 SIGLIP2 = {
@@ -1088,8 +1031,8 @@ SIGLIP2 = {
 
 
 def _paper(layers, width, heads, image_size):
-    """A LlamaSeg of the paper. It gives layers, width, heads and 770M or 1.5B parameters; not stated are the size of
-    SigLIP2, for which we use large, and the MLP, for which we use 8/3 of the width, as LLaMA and LlamaGen do."""
+    """A LlamaSeg of the paper, which gives layers, width, heads and 770M or 1.5B parameters. Paper: the size of SigLIP2
+    and the MLP are not stated; we use large, and 8/3 of the width, as LLaMA and LlamaGen do."""
     return LlamaSegConfig(
         siglip=SIGLIP2[f"siglip2-large-patch16-{image_size}"],
         llama=LlamaConfig(width=width, layers=layers, heads=heads, mlp=width * 8 // 3, norm_eps=1e-5),
@@ -1114,8 +1057,6 @@ PRESETS = {  # by name; mllm.py has its own
     "llamaseg-b-384": _paper(layers=16, width=1920, heads=20, image_size=384),
     "llamaseg-l-384": _paper(layers=22, width=2304, heads=32, image_size=384),
 }
-
-
 PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], patch_head=False, scales=(1, 2, 3, 4, 6, 8))
 
 

@@ -11,13 +11,14 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import requests
@@ -139,6 +140,22 @@ def check_config(path, values, expected):
     for name, value in expected.items():
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}, expected {value!r}")
+
+
+def check_fields(config):
+    """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
+    Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
+    for f in fields(config):
+        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2**20
+        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to {most}")
+        if f.type is bool and type(value) is not bool:
+            raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
+        if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"{f.name} is {value!r:.100}, expected a positive number")
+        part = type(f.default_factory()) if f.default_factory is not MISSING else type(value)
+        if not isinstance(value, part):
+            setattr(config, f.name, part(**value))
 
 
 def read_weights(path, wanted=lambda name: True, dtype=None):
