@@ -362,13 +362,13 @@ class Scenes:
 
 
 class SceneInstances(Scenes):
-    """The pictures of `scenes` with all their objects: the shapes are classes of things, the background is stuff."""
+    """The pictures of `scenes-plain` with all objects: the shapes are classes of things, the background is stuff."""
 
     SPLITS = {split: count for split, count in Scenes.SPLITS.items() if split != "absent"}
-    CLASSES = {**dict.fromkeys(WORLDS["scenes"].shapes, True), "background": False}
+    classes = {**dict.fromkeys(WORLDS["scenes-plain"].shapes, True), "background": False}
 
     def __init__(self, split, name, root=None):
-        super().__init__(split, "scenes")
+        super().__init__(split, "scenes-plain")
 
     def _phrases(self, *scene):
         return [None]  # nothing is asked here
@@ -377,8 +377,8 @@ class SceneInstances(Scenes):
         image, owner, objects, _ = self.scene(i)
         masks = owner == np.reshape([*range(len(objects)), -1], (-1, 1, 1))  # -1 owns the background
         labels = [*(shape.kind for shape in objects), "background"]
-        is_thing, no_crowds = [self.CLASSES[label] for label in labels], [False] * len(labels)
-        return Panoptic(image, f"{self.split}-{i:07d}", masks, labels, is_thing, no_crowds, classes=self.CLASSES)
+        is_thing, no_crowds = [self.classes[label] for label in labels], [False] * len(labels)
+        return Panoptic(image, f"{self.split}-{i:07d}", masks, labels, is_thing, no_crowds, classes=self.classes)
 
 
 # ---- public data sets, in the layouts of their official archives. Opening one reads no picture. ----------
@@ -833,6 +833,14 @@ def load_examples(name, split, root=None, **options):
     return load_dataset(name, split, root, **options)
 
 
+def load_segments(name, split, root=None):
+    """load_dataset for those who ask for all segments: BadUsage for a data set of Example."""
+    if name not in (*SEGMENTS, "scenes-instances"):
+        raise BadUsage(f"{name} has phrases and masks, not all segments of a picture: choose one of "
+                       f"scenes-instances, {', '.join(SEGMENTS)}")
+    return load_dataset(name, split, root)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
@@ -911,10 +919,14 @@ class Batches(Dataset):
         self.accumulation = batch_size // (micro_batch_size * world_size)  # micro-batches per rank and step
         self._orders = {}  # of each data set: epoch, permutation
 
-    def __getitem__(self, k):
+    def indices(self, k):
+        """The examples of item k, and the position of the first one in the endless training sequence."""
         step, micro = divmod(k, self.accumulation)
         first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        indices = [self._index(position) for position in range(first, first + self.micro_batch_size)]
+        return [self._index(position) for position in range(first, first + self.micro_batch_size)], first
+
+    def __getitem__(self, k):
+        indices, first = self.indices(k)
         pictures, masks, text, hidden, ids = [], [], [], [], []
         for position, i in enumerate(indices, first):
             rng = np.random.default_rng([self.seed, position])

@@ -576,7 +576,7 @@ def read_records(path):
 
 def _check_record(record):
     """The record; KeyError, TypeError or ValueError unless it is broken or an example can have its numbers."""
-    if "broken" not in record:  # an example that could not be opened has no numbers
+    if not {"broken", "segments"} & record.keys():  # what could not be opened, or is segvar.py's, has no numbers
         fits = 0 <= record["intersection"] <= record["union"] < math.inf and 0 <= (record["ahd"] or 0) <= 2 * AHD_SIDE
         texts = isinstance(record["label"], str | None) and all(isinstance(record[key], str) for key in ("id", "task"))
         if not (fits and texts):

@@ -590,7 +590,7 @@ def score(args):
     args.out.mkdir(parents=True, exist_ok=True)
     check_outputs(args, [path, f"{stem}.json", f"{stem}.png"], lines)
     with only_one(lock) if rank == 0 else nullcontext():
-        predict_rest(segmenter, dataset, run, path, args, rank, world_size)
+        predict_rest(lambda indices: score_batch(segmenter, dataset, indices, args), run, path, rank, world_size)
         if rank == 0:
             report(args, run, sorted(read_records(path)[1], key=lambda record: record["index"]), dataset, stem)
             lock.unlink()
@@ -630,13 +630,14 @@ def run_name(args, run, size):
     return "-".join([name, re.sub(r"[^\w+.-]+", "-", args.split), *(re.sub("[._]", "-", part) for part in more)])
 
 
-def predict_rest(segmenter, dataset, run, path, args, rank, world_size):
-    """Predict the examples that the .jsonl at `path` lacks. The ranks share them, the first one writes them."""
+def predict_rest(predict, run, path, rank, world_size):
+    """Predict the examples that the .jsonl at `path` lacks. The ranks share them, the first one writes them.
+    predict: a list of indices -> a record for each."""
     batches = from_all_ranks(open_lines(path, run) if rank == 0 else None)[0]
     with open(path, "a") if rank == 0 else nullcontext() as file:
         # as many turns on each rank: in the last one some have no batch
         for i in tqdm(range(rank, len(batches) + rank, world_size), desc=printable(path.stem), disable=rank > 0):
-            mine = score_batch(segmenter, dataset, batches[i], args) if i < len(batches) else []
+            mine = predict(batches[i]) if i < len(batches) else []
             lines = [json.dumps(record) + "\n" for records in from_all_ranks(mine) for record in records]
             if rank == 0:
                 file.write("".join(lines))

@@ -17,7 +17,7 @@ import signal
 import struct
 import sys
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -56,7 +56,7 @@ def full_float32(device_type):
     try:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        with torch.autocast(device_type, enabled=False):
+        with nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
@@ -457,14 +457,14 @@ class MultiScaleVQ(VQGAN):
         return F.normalize(z, dim=1) if self.config.unit_latents else z
 
     def forward(self, images, noise=None):
-        """One training pass as in VQGAN.forward, with a frozen encoder. The quantizer's loss is VAR's: the squared
-        error of the latents known up to a scale, averaged over the scales."""
+        """One training pass as in VQGAN.forward. The quantizer's loss is VAR's: the squared error of the latents known
+        up to a scale, averaged over the scales."""
+        z = self.latents(images)
         with torch.no_grad():
-            z = self.latents(images)
             tokens = self.quantize.encode(z)
         sums = list(self.quantize.sums(tokens))
-        loss = sum(F.mse_loss(latents.float(), z) for latents in sums) / len(sums)
-        return self.decode_latents(sums[-1]), loss
+        loss = sum(F.mse_loss(latents.float(), z.detach()) + 0.25 * F.mse_loss(z, latents.detach()) for latents in sums)
+        return self.decode_latents(sums[-1] + z - z.detach()), loss / len(sums)  # straight through the choice of codes
 
     def encode(self, images):
         """(B, 3, H, W) float in [-1, 1] -> code indices int64 (B, M); ValueError if they are not of the last scale."""

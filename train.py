@@ -8,6 +8,7 @@
     torchrun --nproc_per_node=8 train.py --preset llamaseg-b --stage pretrain --root data   # the paper, first stage
     torchrun --nproc_per_node=8 train.py --preset llamaseg-janus --stage pretrain --root data    # LoRA on Janus-Pro
     python train.py --merge out                       # LoRA into a whole Janus directory: out/merged
+    python train.py --preset segvar --stage seglat    # Seg-VAR, then --stage latent and align with --init-from
 
 OUT_DIR gets log.jsonl (one object per step), curves.png, grid-STEP.png at each evaluation (picture, phrase, predicted,
 truth), the last checkpoint-STEP.pt (weights, optimizer, step: resumable), best.safetensors (best validation cIoU, or
@@ -44,7 +45,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TEMPLATES, Batches, LabelMaps, Mixture, Patches, hold_out, load_mixture, to_pixels, write_picture
+from data import (
+    TEMPLATES, Batches, LabelMaps, Mixture, Patches, contact_sheet, hold_out, load_mixture, load_segments,
+    paint_segments, rle_decode, to_pixels, write_picture,
+)
 from metrics import Parser, add_up, parse_json, printable, regular, whole, write_json
 from mllm import LORA_TARGETS, JanusConfig, JanusPrompt, JanusSeg, janus_config
 from mllm import PRESETS as MLLM_PRESETS
@@ -55,10 +59,12 @@ from sample import (
     one_rank_first, score_examples, setup_ranks, words_of,
 )
 from scenes import WORLDS, vocabulary
+from segvar import PRESETS as SEGVAR_PRESETS
+from segvar import STAGES, SegmentBatches, SegVAR, predict, scores_of
 from tokenizer import VQGAN, MultiScaleVQ, TextTokenizer, VQGANConfig, mask_to_image, read_tokens
 from weights import ASSETS, DOWNLOADS, WEIGHTS, check_source, locate, only_one, read_weights, write_tensors
 
-PRESETS = MODEL_PRESETS | MLLM_PRESETS
+PRESETS = MODEL_PRESETS | MLLM_PRESETS | SEGVAR_PRESETS
 
 # What a flag means where it is left out: the stage's value where the stage has one (None: it has none), else the
 # preset's. A flag on the command line overrides both. A flag that is not in this table has one default: see --help.
@@ -95,7 +101,8 @@ def flags():
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--preset", default="scenes", choices=sorted(PRESETS), help="the model's shape (default: scenes)")
-    add("--stage", choices=COLUMNS[2:], help="the paper's hyper-parameters; other flags override them (default: none)")
+    add("--stage", choices=(*COLUMNS[2:], *STAGES), help="the paper's hyper-parameters; other flags override them "
+        "(default: none); of segvar: which parts learn (default: seglat)")
     add("--data", help="data sets with weights, as in ade20k:1,refcoco:2; README has their names (default: scenes)")
     add("--val", metavar="DATA", help="validation set (default: the val split of the first of --data; of a jsonl file, "
         "a twentieth of its pictures, which are then not trained on)")
@@ -126,6 +133,8 @@ def flags():
         "input (default: on; llamaseg-*: off)")
     add("--background-weight", type=float, metavar="W", help="weight in the loss of mask token 0, plain background in "
         "the embedded mask tokenizer (default: 0.4; llamaseg-*: 1, the paper's)")
+    add("--temperature", type=float, metavar="T", help="of segvar's posterior in the stage align (default: the nearest "
+        "code alone, whose KL is a cross-entropy)")
     add("--seed", type=int, default=0, help="of the initial weights and of all batches (default: 0)")
     add("--lora-rank", type=int, default=16, help="of llamaseg-janus (default: 16)")
     add("--lora-alpha", type=float, default=32.0, help="default: 32")
@@ -156,16 +165,24 @@ def parse_args(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
     given, preset = argparse.Namespace(**vars(args)), PRESETS[args.preset]
+    segvar = args.preset in SEGVAR_PRESETS
+    if (args.stage in STAGES) != segvar and args.stage:
+        parser.error(f"--stage {args.stage} has no use with --preset {args.preset}")
+    args.stage = args.stage or (next(iter(STAGES)) if segvar else None)
+    args.data = args.data or ("scenes-instances" if segvar else None)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None and not (name == "epochs" and args.max_steps):
-            of_stage = values[COLUMNS.index(args.stage)] if args.stage else None
-            setattr(args, name, values[not args.preset.startswith("scenes")] if of_stage is None else of_stage)
+            of_stage = values[COLUMNS.index(args.stage)] if args.stage in COLUMNS else None
+            small = args.preset.startswith("scenes") or args.preset == "segvar"
+            setattr(args, name, values[not small] if of_stage is None else of_stage)
     if not args.epochs and args.max_steps is None:
         args.max_steps = 6000
     if args.preset == "llamaseg-janus":
         args.encoder = args.mask_tokenizer = args.encoder or Path("janus-pro-1b")
     elif preset.freeze_encoders:
         args.encoder = args.encoder or Path(f"siglip2-large-patch16-{preset.siglip.image_size}")
+    if segvar and given.mask_tokenizer is None:
+        args.mask_tokenizer = WEIGHTS / "var-vq"
     args.encoder, args.mask_tokenizer = locate(args.encoder), locate(args.mask_tokenizer)
     args.text_tokenizer = args.text_tokenizer or args.encoder
     args.init_from = args.init_from and checkpoint_file(args.init_from)
@@ -173,7 +190,7 @@ def parse_args(argv=None):
         args.encoder_steps = 0
     refuse_unread(parser, given, f"{args.data},{args.val or ''}")
     check_ranges(parser, args, ("phrases max_steps batch_size micro_batch_size eval_every eval_count save_every keep",
-                                1, 9_999_999), ("lr clip background_weight epochs", 1e-9, 1e9),
+                                1, 9_999_999), ("lr clip background_weight epochs temperature", 1e-9, 1e9),
                  ("weight_decay warmup_steps encoder_steps", 0, 1e9), ("seed", 0, 2**32 - 1), ("workers", -1, 999))
     args.phrases = args.phrases or (4 if args.data in WORLDS else 1)
     return args
@@ -182,6 +199,7 @@ def parse_args(argv=None):
 def refuse_unread(parser, given, data):
     """A usage error for a flag that the asked job would not read. given: the flags as typed; data: all data sets."""
     janus, lora = given.preset == "llamaseg-janus", {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    segvar = given.preset in SEGVAR_PRESETS
     sets = {re.sub(r":\d+$", "", part.strip()) for part in data.split(",") if part.strip()}
     for holds, job, unread in (
             (given.plot, "--plot", vars(given).keys() - {"plot"}),
@@ -193,6 +211,10 @@ def refuse_unread(parser, given, data):
             (not (janus or given.merge or PRESETS[given.preset].freeze_encoders),
              f"--preset {given.preset}: it trains its own encoder", {"encoder"}),
             (not (given.init_from or given.resume or given.merge), "a new run", {"any_weights"}),
+            (segvar, f"--preset {given.preset}", {"phrases", "mask_tokens", "text_tokenizer", "hide",
+                                                  "background_weight", "encoder_steps"}),
+            (given.preset == "segvar", "--preset segvar: it trains its own tokenizer", {"mask_tokenizer"}),
+            (given.stage != "align", f"--stage {given.stage}", {"temperature"}),
             (not sets <= WORLDS.keys(), f"--data {given.data}: no drawn pictures", {"phrases", "encoder_steps"}),
             (given.init_from or not given.preset.startswith("scenes"), "a run without new encoders", {"encoder_steps"}),
             (sets <= WORLDS.keys(), "drawn scenes", {"root"})):
@@ -221,7 +243,7 @@ def train(args, at_end):
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
                 if dist.is_initialized():  # gradients are summed over ranks only once per step
                     model.require_backward_grad_sync = micro == run.accumulation - 1
-                loss = model(**batch)[1]
+                logits, loss = model(**batch)  # of a segvar the terms of its loss, by name
             (loss / run.accumulation).backward()
             sums[0] += loss.detach() / run.accumulation
             seen.append((ids, loss.detach()))
@@ -241,7 +263,8 @@ def train(args, at_end):
 
         done, evaluation_is_due = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.max_steps
         if run.log:
-            log_step(run, done, mean_loss, grad_norm, lr, time.perf_counter() - started)
+            terms = {name: value.item() for name, value in logits.items()} if isinstance(logits, dict) else {}
+            log_step(run, done, mean_loss, grad_norm, lr, time.perf_counter() - started, terms)
             # before the evaluation, which may take longer than torchrun waits after a signal
             if done % args.save_every == 0 or evaluation_is_due or stopping:
                 save_checkpoint(args.out_dir, run.segmenter.model, run.optimizers, done, args)
@@ -264,7 +287,10 @@ def set_up(args, at_end):
     dtype, reason = compute_dtype(device, args.dtype)
     torch.manual_seed(args.seed)  # the initial weights
     torch.set_float32_matmul_precision("high")
-    segmenter = Segmenter(*load_parts(args, device, dtype))
+    if args.preset in SEGVAR_PRESETS:
+        segmenter = SimpleNamespace(model=load_segvar(args).train().to(device), text_tokenizer=None)
+    else:
+        segmenter = Segmenter(*load_parts(args, device, dtype))
     model = segmenter.model
     with one_rank_first():
         train_set, val_set = load_data(args)
@@ -285,9 +311,11 @@ def set_up(args, at_end):
     records = read_log(args.out_dir / "log.jsonl")
     # mIoU for semantic sets, as the papers report them
     metric = "mIoU" if isinstance(getattr(val_set, "datasets", [val_set])[0], LabelMaps) else "cIoU"
+    if isinstance(model, SegVAR):
+        metric = "PSNR" if args.stage == "seglat" else "PQ"
     # a stop or a kill left it out; only the first rank is sure to see the log
     due = first_step and (first_step % args.eval_every == 0 or first_step == args.max_steps)
-    left_out = due and not any(r["step"] == first_step and "cIoU" in r for r in records)
+    left_out = due and not any(r["step"] == first_step and metric in r for r in records)
     return SimpleNamespace(
         args=args, rank=rank, world_size=world_size, device=device, dtype=dtype, segmenter=segmenter, val_set=val_set,
         optimizers=optimizers, first_step=first_step, accumulation=batches.accumulation,
@@ -457,6 +485,29 @@ def load_parts(args, device, dtype):
     return model, mask_tokenizer, text_tokenizer
 
 
+def load_segvar(args):
+    """SegVAR with the weights of --init-from, or new ones, for the classes of --data; its --stage learns."""
+    classes = load_segments(args.data, "train", args.root).classes
+    config = replace(PRESETS[args.preset], classes=classes, temperature=args.temperature)
+    if args.init_from:
+        model = SegVAR.from_pretrained(args.init_from)
+    elif config.freeze_encoders:  # official weights, the mask tokenizer for seglats; their files tell the shapes
+        encoder = SigLIP.from_pretrained(args.encoder)
+        del encoder.text_model
+        vq = MultiScaleVQ.from_pretrained(args.mask_tokenizer, config.scales)
+        config = replace(config, siglip=encoder.config, vq=vq.config)
+        model = SegVAR(config, encoder, vq)
+    else:
+        model = SegVAR(config)
+    model.config.temperature = args.temperature
+    if args.init_from and config.freeze_encoders:
+        config = replace(config, siglip=model.config.siglip, vq=model.config.vq)
+    if model.config != config:
+        raise ValueError(f"{args.init_from}: its shape or classes are not those of --preset {args.preset} and "
+                         f"--data {args.data}")
+    return model.learn(args.stage)
+
+
 def load_model(args, dtype):
     """LlamaSeg or JanusSeg with new weights or those of --init-from, on the frozen parts of the preset."""
     preset, start = PRESETS[args.preset], args.init_from
@@ -477,6 +528,10 @@ def load_model(args, dtype):
 
 def load_data(args):
     """(training Mixture, validation set) of --data and --val."""
+    if args.preset in SEGVAR_PRESETS:
+        train_set, val_set = (load_segments(name, split, args.root)
+                              for name, split in ((args.data, "train"), (args.val or args.data, "val")))
+        return Mixture([train_set], [1]), val_set
     train_set = load_mixture(args.data, "train", args.root, phrases=args.phrases)
     first = args.data.split(",")[0].strip()
     if args.val or not first.startswith("jsonl:"):
@@ -489,7 +544,10 @@ def load_data(args):
 
 def make_batches(args, segmenter, train_set, rank, world_size):
     """The Batches of this rank, with the mask tokens of --mask-tokens where it is given."""
-    config, mask_tokenizer, cached = segmenter.model.config, segmenter.mask_tokenizer, None
+    config, micro_batch_size = segmenter.model.config, args.micro_batch_size or args.batch_size // world_size
+    if args.preset in SEGVAR_PRESETS:
+        return SegmentBatches(train_set, config, args.batch_size, micro_batch_size, rank, world_size, args.seed)
+    mask_tokenizer, cached = segmenter.mask_tokenizer, None
     mask_size = config.mask_grid * mask_tokenizer.config.downsample
     if args.mask_tokens:
         rows, count = [], 0  # rows of the cache that are trained on: it has those of the examples held out, too
@@ -501,8 +559,8 @@ def make_batches(args, segmenter, train_set, rank, world_size):
                              split="train", files=train_set.file_hashes(), size=mask_size, padded=segmenter.padded)
         cached = cached if len(train_set) == count else cached[np.concatenate(rows)]
     return Batches(train_set, segmenter.text_tokenizer, config.siglip.image_size, config.mask_tokens, args.batch_size,
-                   args.micro_batch_size or args.batch_size // world_size, args.phrases, rank, world_size, args.seed,
-                   args.hide, mask_size, cached, segmenter.padded)
+                   micro_batch_size, args.phrases, rank, world_size, args.seed, args.hide, mask_size, cached,
+                   segmenter.padded)
 
 
 def start_loader(args, batches, first_step, device, at_end):
@@ -536,6 +594,8 @@ def next_batch(run):
         return None, None
     ids = item.pop("ids")
     item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
+    if "cells" in item:
+        return {"pixels": to_pixels(item["pictures"]), "cells": item["cells"], "classes": item["classes"]}, ids
     if "mask_tokens" not in item:  # in float32: in bfloat16 codes that lie close together would be mixed up
         # phrases about one picture often have the same mask: each is encoded once
         masks, places = torch.unique(item["masks"].flatten(1), dim=0, return_inverse=True)  # (n,m*m), (b,)
@@ -550,7 +610,7 @@ def next_batch(run):
 
 
 # What a resumed run must share with the one it goes on from. Steps, learning rate, warm-up and ranks may change.
-SAME_RUN = ("preset", "data", "val", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
+SAME_RUN = ("preset", "stage", "data", "val", "phrases", "hide", "background_weight", "batch_size", "seed", "optimizer",
             "betas", "weight_decay", "clip", "lora_alpha", "lora_dropout", "files")
 
 
@@ -602,7 +662,8 @@ def fill_folder(args, text_tokenizer, done):
     for path in args.out_dir.glob(".*.tmp"):
         if re.fullmatch(r"\.(checkpoint|model|best|mask_tokenizer|text|args|grid|curves).*\.\d+\.tmp", path.name):
             path.unlink()
-    if args.mask_tokenizer.suffix == ".safetensors":  # one of this repository's own goes along
+    # one of this repository's own goes along
+    if args.preset not in SEGVAR_PRESETS and args.mask_tokenizer.suffix == ".safetensors":
         write_whole(args.out_dir / "mask_tokenizer.safetensors", args.mask_tokenizer.read_bytes())
     if isinstance(text_tokenizer, TextTokenizer):
         write_whole(args.out_dir / "text.model", text_tokenizer.model.serialized_model_proto())
@@ -684,14 +745,14 @@ def load_checkpoint(path, model, optimizers, args):
 # ---- its parts: evaluation and log -----------------------------------------------------------------------
 
 
-def log_step(run, step, loss, grad_norm, lr, seconds):
-    """A line of log.jsonl and the progress bar.
+def log_step(run, step, loss, grad_norm, lr, seconds, terms):
+    """A line of log.jsonl and the progress bar. terms: of the loss of the first rank's last micro-batch.
 
     mfu: model FLOP utilisation, training_flops per second over the rate of one large matrix product.
     """
     rate, mfu = run.args.batch_size / seconds, run.ideal_seconds / seconds
     record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate, "mfu": mfu,
-              "peak_memory_gb": peak_memory(run.device) / 1e9}
+              "peak_memory_gb": peak_memory(run.device) / 1e9, **terms}
     run.log.write(json.dumps(record) + "\n")
     if run.bar is None:
         run.bar = tqdm(initial=step, total=run.args.max_steps, smoothing=0.02, desc="train")
@@ -704,17 +765,23 @@ def evaluate_after(run, step):
     """Evaluate, log the scores, and keep the weights if they are the best. False if a signal ended it."""
     try:
         with on_signal(signal.default_int_handler):
-            records = evaluate(run.segmenter, run.val_set, run.args.eval_count, run.rank, run.world_size)
+            records = evaluate(run, run.val_set, run.args.eval_count)
     except KeyboardInterrupt:
         say(f"stopped in the evaluation after step {step}, which is saved: go on with --resume auto")
         return False
-    total, by_task = add_up(records)
-    scores = total.compute()
     if run.log:
-        tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
-        run.log.write(json.dumps({"step": step, **scores, "tasks": tasks}) + "\n")
-        contact_sheet_of(records, run.val_set, run.args.out_dir / f"grid-{step:06d}.png")
-        shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5") if scores[name] is not None]
+        sheet = run.args.out_dir / f"grid-{step:06d}.png"
+        if isinstance(run.segmenter.model, SegVAR):
+            scores = scores_of(records, run.val_set)
+            segments_sheet(records, run.val_set, sheet)
+        else:
+            total, by_task = add_up(records)
+            tasks = {task: metrics.compute()["cIoU"] for task, metrics in sorted(by_task.items())}
+            scores = total.compute() | {"tasks": tasks}
+            contact_sheet_of(records, run.val_set, sheet)
+        run.log.write(json.dumps({"step": step, **scores}) + "\n")
+        shown = [f"{name} {scores[name]:.4f}" for name in ("cIoU", "gIoU", "mAHD@0.5", "PQ", "AP50", "mIoU", "PSNR")
+                 if scores.get(name) is not None]
         say(f"step {step}: {' '.join(shown)}")
         if (scores[run.metric] or 0.0) > run.best:
             run.best = scores[run.metric] or 0.0
@@ -722,19 +789,33 @@ def evaluate_after(run, step):
     return True
 
 
-def evaluate(segmenter, dataset, count, rank=0, world_size=1):
-    """Greedy masks of `count` examples, evenly spread over the data set: a record for each, as sample.py scores it.
-
-    The ranks share them and all get all records.
-    """
-    records, training = [], segmenter.model.training
-    segmenter.model.eval()
+def evaluate(run, dataset, count):
+    """Greedy masks of `count` examples, evenly spread over the data set: a record for each, as sample.py scores it, or
+    segvar.py. The ranks share them and all get all records."""
+    records, model = [], run.segmenter.model
+    training = model.training
+    model.eval()
     count = min(count, len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)][rank::world_size]
-    for start in tqdm(range(0, len(indices), SCORE_BATCH), desc="evaluate", leave=False, disable=rank > 0):
-        records += score_examples(segmenter, [(i, dataset[i]) for i in indices[start:start + SCORE_BATCH]])
-    segmenter.model.train(training)
+    indices = [i * len(dataset) // count for i in range(count)][run.rank::run.world_size]
+    for start in tqdm(range(0, len(indices), SCORE_BATCH), desc="evaluate", leave=False, disable=run.rank > 0):
+        some = indices[start:start + SCORE_BATCH]
+        records += (predict(model, some, dataset) if isinstance(model, SegVAR) else
+                    score_examples(run.segmenter, [(i, dataset[i]) for i in some]))
+    model.train(training)
     return sum(from_all_ranks(records), [])
+
+
+def segments_sheet(records, dataset, path):
+    """Write a PNG of the first pictures: picture, predicted segments, truth."""
+    cells = []
+    for record in records[:24]:
+        true = dataset[record["index"]]
+        found = [segment for segment in record["segments"] if segment["is_thing"]]
+        masks = np.array([rle_decode(s["rle"]) for s in found], bool).reshape(-1, *true.masks.shape[1:])
+        cells.append((", ".join(s["label"] for s in found), [
+            true.image, paint_segments(SimpleNamespace(masks=masks)),
+            paint_segments(SimpleNamespace(masks=true.masks[np.array(true.is_thing, bool)]))]))
+    contact_sheet(cells, path, headings=("picture", "predicted", "truth"))
 
 
 def read_log(path):
@@ -819,6 +900,10 @@ def print_config(args):
 def on_meta(args):
     """(model, mask_tokenizer) as --preset, --encoder and --mask-tokenizer have them, with shapes but no weights."""
     config, janus = PRESETS[args.preset], args.preset == "llamaseg-janus"
+    if args.preset in SEGVAR_PRESETS:
+        with torch.device("meta"):
+            model = SegVAR(replace(config, classes=load_segments(args.data, "train", args.root).classes))
+        return model.learn(args.stage), model.seglat_vq
     if janus:
         config = janus_config(args.encoder) if args.encoder.exists() else config
     elif config.freeze_encoders:
@@ -894,7 +979,9 @@ def training_flops(model, phrases):
     s, M = model.config.siglip, model.config.mask_tokens
     L = s.text_length if isinstance(model, LlamaSeg) else s.text_length + s.image_tokens + 2  # Janus' prompt has all
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        shapes = (phrases, L), (1, 3, s.image_size, s.image_size), (phrases, M)
+        picture, map_shape = (1, 3, s.image_size, s.image_size), (1, s.image_size, s.image_size)
+        segvar = isinstance(model, SegVAR)
+        shapes = (picture, map_shape, map_shape) if segvar else ((phrases, L), picture, (phrases, M))
         batch = [torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.long) for shape in shapes]
         functional_call(model, weights, tuple(batch))[1].backward()
     return counter.get_total_flops() / phrases
