@@ -93,9 +93,9 @@ class MaskWriter(nn.Module):
         """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal."""
         return None
 
-    def mask_inputs(self, tokens, start=0):
-        """The first mask tokens (B,m) -> all that can be read once they are known, from `start` on: (B,m-start,D)."""
-        return self.mask_embedding(tokens[:, start:])
+    def mask_inputs(self, tokens):
+        """The first mask tokens (B,m) -> all that can be read once they are known, (B,m,D)."""
+        return self.mask_embedding(tokens)
 
     def prefix_loss(self, hidden, mask_tokens):
         """What is learned besides from the states of the prefix (B,T,D) in training; 0: nothing."""
@@ -254,8 +254,7 @@ class MaskWriter(nn.Module):
         write_weights(self, path, self.file_format, dtype)
 
     def load_trained_state(self, weights, assign=False):
-        """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: take the tensors
-        themselves as the parameters instead of copying them."""
+        """Put back what `trained_state` gave; ValueError with the names that do not fit. assign: do not copy it."""
         if problems := compare_weights(self.trained_state(), weights):
             raise ValueError(f"weights do not fit the model: {problems}")
         self.load_state_dict(weights, strict=False, assign=assign)  # checked above: only what is frozen is absent
@@ -302,13 +301,13 @@ class LlamaSeg(MaskWriter):
         boi, bom = self.boi.expand(B, 1, -1), self.bom.expand(B, 1, -1)
         return torch.cat([text, boi, image, bom], dim=1)
 
-    def mask_inputs(self, tokens, start=0):
+    def mask_inputs(self, tokens):
         """With scales: all tokens of some scales (B,m) -> what is read for the scales up to the next one, (B,m',D). It
         is what the coarser scales decode to, at the size of the next. <BOM> stands for the first scale."""
         if not self.config.scales:
-            return super().mask_inputs(tokens, start)
-        maps = self.quantizer.inputs(tokens)[:, start:].to(self.boi.dtype)  # (B,m'-start,C)
-        places = slice(1 + start, 1 + start + maps.shape[1])
+            return self.mask_embedding(tokens)
+        maps = self.quantizer.inputs(tokens).to(self.boi.dtype)  # (B,m',C)
+        places = slice(1, 1 + maps.shape[1])
         scale_idx = self.scale_of(tokens.device)[places]
         return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + self.place_embedding.weight[places]
 
@@ -644,7 +643,10 @@ def decode_plain(model, logits, cache, text_ids, pick):
     tokens, passes = pick(logits[:, None], 0), 0  # (B,1)
     while tokens.shape[1] < model.config.mask_tokens:
         known = tokens.shape[1]
-        inputs = model.mask_inputs(tokens, known - 1)  # (B,1,D), or (B,s*s,D) of the next scale
+        if model.config.scales:
+            inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
+        else:
+            inputs = model.mask_embedding(tokens[:, -1:])  # (B,1,D)
         blocks = model.blocks(text_ids, cache.position + inputs.shape[1])
         hidden = model.llama(inputs, cache, None if blocks is None else blocks[:, cache.position:])
         tokens = torch.cat([tokens, pick(model.head(hidden).float(), known)], dim=1)
@@ -1017,8 +1019,7 @@ def llama_config(hf, path):
         width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
         heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
         head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
-        rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6),
-    )
+        rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6))
 
 
 # The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. A shape holds
@@ -1036,8 +1037,7 @@ def _paper(layers, width, heads, image_size):
     return LlamaSegConfig(
         siglip=SIGLIP2[f"siglip2-large-patch16-{image_size}"],
         llama=LlamaConfig(width=width, layers=layers, heads=heads, mlp=width * 8 // 3, norm_eps=1e-5),
-        codebook_size=16384, mask_grid=image_size // 16,
-    )
+        codebook_size=16384, mask_grid=image_size // 16)
 
 
 PRESETS = {  # by name; mllm.py has its own

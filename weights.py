@@ -18,8 +18,9 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import requests
 import torch
@@ -145,17 +146,16 @@ def check_config(path, values, expected):
 def check_fields(config):
     """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
     Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
-    for f in fields(config):
-        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2**20
-        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= most):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to {most}")
-        if f.type is bool and type(value) is not bool:
-            raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
-        if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected a positive number")
-        part = type(f.default_factory()) if f.default_factory is not MISSING else type(value)
-        if not isinstance(value, part):
-            setattr(config, f.name, part(**value))
+    for name, kind in get_type_hints(type(config)).items():
+        value, most = getattr(config, name), 1000 if name.endswith("layers") else 2**20
+        if kind in (int, int | None) and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{name} is {value!r:.100}, expected an integer from 1 to {most}")
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{name} is {value!r:.100}, expected true or false")
+        if kind is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r:.100}, expected a positive number")
+        if is_dataclass(kind) and not isinstance(value, kind):
+            setattr(config, name, kind(**value))
 
 
 def read_weights(path, wanted=lambda name: True, dtype=None):
