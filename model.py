@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weights import (
     WEIGHTS, build_from, check_config, check_fields, check_source, compare_weights, fingerprint, read_config, read_own,
-    read_weights, reading, write_weights,
+    read_weights, reading, without_numbers, write_weights,
 )
 
 # ---- LlamaSeg -------------------------------------------------------------------------------------------------------
@@ -383,8 +383,7 @@ class LlamaSeg(MaskWriter):
                 check_source(path, "encoder", frozen, siglip.source)
         elif encoder:
             raise ValueError(f"{path}: holds its own encoder, --encoder {encoder} has no use")
-        with torch.device("meta"):  # shapes only: the weights come from the file
-            model = cls(config, siglip)
+        model = without_numbers(lambda: cls(config, siglip))
         model.frozen = frozen
         with reading(path, "a whole LlamaSeg checkpoint"):
             model.load_trained_state(weights, assign=True)

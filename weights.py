@@ -27,6 +27,7 @@ import torch
 import urllib3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from metrics import Parser, parse_json, whole
@@ -238,10 +239,24 @@ def copies(file, names, dtype):
     return copied
 
 
+class Undrawn(TorchFunctionMode):
+    """Modules made inside draw no weights: on the meta device that would import PyTorch's compiler, which takes a
+    second at the start of every command."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) != "torch.nn.init":
+            return func(*args, **(kwargs or {}))
+
+
+def without_numbers(make):
+    """make(), a model, on the meta device: all shapes, no weights."""
+    with torch.device("meta"), Undrawn():
+        return make()
+
+
 def build_from(make, weights, path, dtype):
-    """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
-    with torch.device("meta"):
-        model = make()
+    """make(), filled with `weights` in `dtype`, in eval mode; ValueError in one line if they do not fit."""
+    model = without_numbers(make)
     problems = compare_weights(model.state_dict(), weights)
     if problems:
         raise ValueError(f"{path}: {problems}")
