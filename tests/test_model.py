@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import model as M
 from model import KVCache, Llama, LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIP, SigLIPConfig
 from tokenizer import MultiScaleQuantizer, VQGANConfig
+from weights import without_numbers
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -358,14 +359,13 @@ def test_a_damaged_or_missing_file_ends_in_one_line(tmp_path):
 
 
 def test_the_papers_models_have_the_papers_sizes():
-    with torch.device("meta"):
-        for preset, count in (("llamaseg-b", 770e6), ("llamaseg-l", 1.5e9), ("llamaseg-b-384", 770e6)):
-            model = LlamaSeg(M.PRESETS[preset])
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            assert abs(trainable / count - 1) < 0.02
-            tokens = (model.config.siglip.image_size // 16) ** 2
-            assert model.config.mask_tokens == tokens == model.config.siglip.image_tokens
-            assert not any(p.requires_grad for p in model.encoder.parameters())
+    for preset, count in (("llamaseg-b", 770e6), ("llamaseg-l", 1.5e9), ("llamaseg-b-384", 770e6)):
+        model = without_numbers(lambda preset=preset: LlamaSeg(M.PRESETS[preset]))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert abs(trainable / count - 1) < 0.02
+        tokens = (model.config.siglip.image_size // 16) ** 2
+        assert model.config.mask_tokens == tokens == model.config.siglip.image_tokens
+        assert not any(p.requires_grad for p in model.encoder.parameters())
 
 
 def frozen_model():
@@ -548,7 +548,7 @@ def test_one_batch_overfits():
     model = tiny_model(spread=False)
     text_ids, pixels, tokens = tiny_batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         _, loss = model(text_ids, pixels, tokens)
         loss.backward()
         optimizer.step()
@@ -624,12 +624,13 @@ def test_codes_that_look_alike_start_alike():
 
 @pytest.mark.parametrize("freeze_encoders, recompute", [(False, False), (False, True), (True, False)])
 def test_a_compiled_training_step_is_one_graph(one_graph, device, freeze_encoders, recompute):
-    models = [tiny_model(replace(TINY, freeze_encoders=freeze_encoders), device=device) for _ in range(2)]
+    config = replace(TINY, siglip=replace(TINY.siglip, vision_layers=1, text_layers=1), freeze_encoders=freeze_encoders)
+    models = [tiny_model(config, device=device) for _ in range(2)]
     models[0].llama.recompute = recompute
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in models]
     with one_graph("eager"):
         called = torch.compile(models[0]), models[1]
-        for seed in range(4):
+        for seed in range(3):
             text_ids, pixels, tokens = tiny_batch(rows=4, pictures=2, seed=seed, device=device)
             hide_tokens, losses = torch.rand(4, 16, device=device) < 0.5, []
             for model, optimizer in zip(called, optimizers):
@@ -688,7 +689,7 @@ def test_drafts_change_the_passes_and_not_the_tokens(device, draft, window):
         with torch.no_grad():
             for weight in model.llama.parameters():
                 weight.mul_(scale if weight.dim() > 1 else 1.0)
-        for rows in (1, 3, 8):
+        for rows in (1, 8):
             text_ids, pixels, _ = tiny_batch(rows=rows, pictures=1, seed=rows, device=device)
             stats = {}
             tokens = model.generate(text_ids, pixels, draft=draft, window=window, stats=stats)
@@ -995,7 +996,7 @@ def test_one_batch_overfits_with_scales(tmp_path):
     model = scaled_model()
     text_ids, pixels, tokens = tiny_batch(config=SCALED)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         loss = model(text_ids, pixels, tokens)[1]
         loss.backward()
         optimizer.step()
@@ -1011,7 +1012,7 @@ def test_one_batch_overfits_with_scales(tmp_path):
 
 
 def test_a_compiled_training_step_with_scales_is_one_graph(one_graph):
-    model = scaled_model()
+    model = scaled_model(replace(SCALED, siglip=replace(TINY.siglip, vision_layers=1, text_layers=1)))
     with one_graph("eager"):
         compiled = torch.compile(model)
         for seed in range(3):
