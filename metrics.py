@@ -338,9 +338,7 @@ class AveragePrecision(_Pictures):
 
     def update(self, pred, gt):
         """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic; masks may overlap.
-
-        ValueError for a mask of another size, a score that is not finite, a picture seen before.
-        """
+        ValueError for a mask of another size, a score that is not finite, a picture seen before."""
         masks, scores = _predicted(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(f"picture {gt.id}: the scores must be finite, got {scores.tolist()}")

@@ -163,10 +163,8 @@ class Segmenter:
                 for image, row in zip(images, answers)]
 
     def read(self, prompt):
-        """A prompt -> the prompt as the model reads it, and the words in it that the model does not know.
-
-        A word that differs by one letter from a single one of config.names is read as that: "circel" as "circle".
-        """
+        """A prompt -> the prompt as the model reads it, and the words in it that the model does not know. A word that
+        differs by one letter from a single one of config.names is read as that: "circel" as "circle"."""
         config, unknown = self.model.config, []
         known = set(getattr(config, "words", ()))
         for word in words_of(prompt) if known else ():

@@ -63,10 +63,8 @@ def reading(path, expected):
 
 @contextmanager
 def only_one(path):
-    """Hold the lock file `path` while the block runs; ValueError if another process holds it.
-
-    The lock ends with the process that holds it. Its children never hold it, so workers that outlive it do not block.
-    """
+    """Hold the lock file `path` while the block runs; ValueError if another process holds it. The lock ends with the
+    process that holds it. Its children never hold it, so workers that outlive it do not block."""
     with open(path, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,10 +159,8 @@ def check_fields(config):
 
 def read_weights(path, wanted=lambda name: True, dtype=None):
     """{name: tensor} of a file or of a folder, as stored; only names for which wanted(name) are read. dtype: copy what
-    is in .safetensors, one tensor at a time, so that no file stays in memory beside them.
-
-    FileNotFoundError, or ValueError with one line for a file that is damaged or of another kind.
-    """
+    is in .safetensors, one tensor at a time, so that no file stays in memory beside them. FileNotFoundError, or
+    ValueError with one line for a file that is damaged or of another kind."""
     weights = {}
     for file in weight_files(path, wanted):
         found = read_file(file, wanted, dtype)[1]
@@ -219,7 +215,10 @@ def read_file(file, wanted=lambda name: True, dtype=None):
             if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
                 raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
         if dtype and file.suffix == ".safetensors":
-            weights = copies(file, sorted(weights, key=lambda name: -weights[name].numel()), dtype)
+            # The largest first, while there is little beside it; what was read stays in memory until a file is closed.
+            for name in sorted(weights, key=lambda name: -weights[name].numel()):
+                with safe_open(file, framework="pt") as opened:
+                    weights[name] = opened.get_tensor(name).to(dtype, copy=True)
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -227,16 +226,6 @@ def read_file(file, wanted=lambda name: True, dtype=None):
         line = f"{str(error) or type(error).__name__:.300}".splitlines()[0]
         raise ValueError(f"{file}: damaged or not a {file.suffix} file of tensors ({line}); get it again") from None
     return header, weights
-
-
-def copies(file, names, dtype):
-    """Tensors of a .safetensors as copies in `dtype`, the largest first, while there is little beside it. What was read
-    stays in memory until the file is closed, so it is opened anew for each."""
-    copied = {}
-    for name in names:
-        with safe_open(file, framework="pt") as opened:
-            copied[name] = opened.get_tensor(name).to(dtype, copy=True)
-    return copied
 
 
 class Undrawn(TorchFunctionMode):
@@ -380,11 +369,9 @@ def fetch(url, path, token=None, wait=1.0):
 
 
 def receive(session, url, part, wait):
-    """Bring `part` to its full length; returns [its SHA-256], or [] where the server does not announce it.
-
-    Where the connection breaks it goes on, also in a later run, if the server's file is still the same: `part` has the
-    ETag of its file beside it.
-    """
+    """Bring `part` to its full length; returns [its SHA-256], or [] where the server does not announce it. Where the
+    connection breaks it goes on, also in a later run, if the server's file is still the same: `part` has the ETag of
+    its file beside it."""
     tag = part.with_suffix(".etag")
     with tqdm(desc=part.stem, unit="B", unit_scale=True) as bar:
         for _ in range(100):
