@@ -306,7 +306,7 @@ class LlamaSeg(MaskWriter):
         is what the coarser scales decode to, at the size of the next. <BOM> stands for the first scale."""
         if not self.config.scales:
             return self.mask_embedding(tokens)
-        maps = self.quantizer.inputs(tokens).to(self.boi.dtype)  # (B,m',C)
+        maps = self.quantizer.inputs(tokens).to(self.bom.dtype)  # (B,m',C)
         places = slice(1, 1 + maps.shape[1])
         scale_idx = self.scale_of(tokens.device)[places]
         return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + self.place_embedding.weight[places]

@@ -35,7 +35,7 @@ from data import (
 from metrics import (
     AveragePrecision, PanopticQuality, Parser, SegmentationMetrics, printable, read_records, write_json,
 )
-from model import SIGLIP2, Llama, LlamaConfig, MaskWriter, SigLIP, SigLIPConfig, check_fields, pick_device
+from model import SIGLIP2, Llama, LlamaConfig, LlamaSeg, MaskWriter, SigLIP, SigLIPConfig, check_fields, pick_device
 from tokenizer import VAR_SCALES, AttnBlock, MultiScaleVQ, ResBlock, VQGANConfig, full_float32
 from weights import ASSETS, read_own, reading, sha256_of
 
@@ -150,7 +150,7 @@ class SegVARConfig:
             self.vq = VQGANConfig(**self.vq)
         side = self.vq.downsample * self.vq.scales[-1]
         if side != self.siglip.image_size:
-            raise ValueError(f"pictures of {self.siglip.image_size} px, but the scales {self.vq.scales} are of {side} px")
+            raise ValueError(f"scales {self.vq.scales} are of {side} px, the pictures have {self.siglip.image_size}")
 
     codebook_size = property(lambda self: self.vq.codebook_size)  # K
     scales = property(lambda self: self.vq.scales)
@@ -229,22 +229,11 @@ class SegVAR(MaskWriter):
         self.place_embedding = nn.Embedding(config.mask_tokens, D)
         self.llama = Llama(config.llama)
         self.head = nn.Linear(D, config.codebook_size, bias=False)
-        self.init_weights(set() if encoder is None else {*encoder.modules()}, new_codes=seglat_vq is None)
-
-    @torch.no_grad()
-    def init_weights(self, pretrained, new_codes):
-        """N(0, 0.02) in the prior, as in LlamaSeg. The codes are vectors of any direction and of lengths from 0 to 1,
-        so that every scale finds some near what is left for it, and none stays unused for being far from all."""
-        for part in (self.encoder, self.image_adaptor, self.scale_adaptor, self.llama, self.head):
-            for module in part.modules():
-                if module not in pretrained and isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-                    nn.init.normal_(module.weight, std=0.02)
-                    if getattr(module, "bias", None) is not None:
-                        nn.init.zeros_(module.bias)
-        for table in (self.bom, self.scale_embedding.weight, self.place_embedding.weight):
+        for table in (self.bom, self.scale_embedding.weight, self.place_embedding.weight, self.head.weight):
             nn.init.normal_(table, std=0.02)
-        if new_codes:
-            codes = self.seglat_vq.quantize.embedding.weight
+        if seglat_vq is None:
+            # of any direction and of lengths from 0 to 1, so that no code stays unused for being far from all latents
+            codes = self.seglat_vq.quantize.embedding.weight.data
             lengths = torch.linspace(0, 1, len(codes), device=codes.device)[:, None]
             codes.copy_(F.normalize(torch.randn_like(codes), dim=1) * lengths)
 
@@ -259,11 +248,11 @@ class SegVAR(MaskWriter):
 
     def forward(self, pixels, cells, classes):
         """pixels (B,3,S,S) in [-1,1], cells and classes (B,S,S) as in LatentEncoder -> the terms of the stage's loss by
-        name, each (), and the loss ()."""
+        name, each (), and the loss (), their sum. The term "cross_entropy" is told and not counted."""
         losses = {"seglat": self.seglat_losses, "latent": self.latent_losses, "align": self.align_losses}
         terms = losses[self.stage](pixels, cells, classes)
-        counted = [value for name, value in terms.items() if name in COUNTED]
-        return {name: value.detach() for name, value in terms.items()}, sum(counted)
+        loss = sum(value for name, value in terms.items() if name != "cross_entropy")
+        return {name: value.detach() for name, value in terms.items()}, loss
 
     def seglat_losses(self, pixels, cells, classes):
         """Stage 1: the seglat encoder and decoder learn on pictures and seglats alike, as the paper has it."""
@@ -273,18 +262,14 @@ class SegVAR(MaskWriter):
         return {"pictures": F.l1_loss(pictures, pixels), "seglats": F.l1_loss(again, seglats), "codes": code_loss}
 
     def latent_losses(self, pixels, cells, classes):
-        """Stage 2: -log p(masks | z), through the frozen seglat encoder and decoder. T_phi learns which seglats get
-        through them."""
+        """Stage 2: -log p(masks | z), which are "cells" and "classes", a mean over pixels, through the frozen seglat
+        encoder and decoder. The other terms teach T_phi seglats that get through them."""
         seglats = self.latent_encoder(cells, classes)
         again, code_loss = self.seglat_vq(seglats)
-        return self.reconstruction(again, cells, classes) | {"seglats": F.l1_loss(again.float(), seglats),
-                                                             "codes": code_loss}
-
-    def reconstruction(self, seglats, cells, classes):
-        """{"cells", "classes"}: the two parts of -log p(masks | z), a mean over pixels."""
-        cell_logits, class_logits = self.latent_decoder(seglats)
+        cell_logits, class_logits = self.latent_decoder(again.clamp(-1, 1))
         return {"cells": F.cross_entropy(cell_logits, cells),
-                "classes": F.cross_entropy(class_logits, classes, ignore_index=len(self.config.classes))}
+                "classes": F.cross_entropy(class_logits, classes, ignore_index=len(self.config.classes)),
+                "seglats": F.l1_loss(again.float(), seglats), "codes": code_loss}
 
     def align_losses(self, pixels, cells, classes):
         """Stage 3: KL(q || p) of each token, a mean over tokens. Without a temperature q is the nearest code, and
@@ -317,16 +302,8 @@ class SegVAR(MaskWriter):
         image = self.image_adaptor(self.encoder.encode_image(pixels).to(self.bom.dtype))  # (B,N,D)
         return torch.cat([image, self.bom.expand(len(image), 1, -1)], dim=1)
 
-    def scale_of(self, device):
-        """The scale of each token: (M,), from 0."""
-        return torch.tensor([i for i, s in enumerate(self.config.scales) for _ in range(s * s)], device=device)
-
-    def mask_inputs(self, tokens):
-        """As LlamaSeg's with scales: all tokens of some scales (B,m) -> what is read up to the next one, (B,m',D)."""
-        maps = self.seglat_vq.teacher_inputs(tokens).to(self.bom.dtype)  # (B,m',C)
-        end = 1 + maps.shape[1]
-        return (self.scale_adaptor(maps) + self.scale_embedding(self.scale_of(tokens.device)[1:end])
-                + self.place_embedding.weight[1:end])
+    quantizer = property(lambda self: self.seglat_vq.quantize)
+    mask_inputs, scale_of = LlamaSeg.mask_inputs, LlamaSeg.scale_of
 
     def blocks(self, text_ids, length):
         """Tokens of a scale see all of it: they have a block id in common. <BOM> is the first scale's."""
@@ -334,16 +311,9 @@ class SegVAR(MaskWriter):
         ids = torch.cat([torch.arange(N, device=device), N + self.scale_of(device)])
         return ids[:length].expand(len(text_ids), -1)
 
-    def trained_state(self):
-        """All weights: a checkpoint of any stage is whole."""
-        return self.state_dict()
+    trained_state = nn.Module.state_dict  # all weights: the checkpoint of any stage is whole
 
     # inference
-
-    @torch.no_grad()
-    def decode(self, tokens):
-        """Tokens (B,M) -> cell logits (B,1+a*a,S,S) and class logits (B,C,S,S)."""
-        return self.latent_decoder(self.seglat_vq.decode(tokens))
 
     @torch.inference_mode()
     def segment(self, image):
@@ -351,7 +321,7 @@ class SegVAR(MaskWriter):
         side, device = self.config.siglip.image_size, self.bom.device
         pixels = to_pixels(resize_picture(to_rgb(image), side)[None]).to(device)
         tokens = self.generate(torch.zeros(1, 0, dtype=torch.long, device=device), pixels)
-        cell_logits, class_logits = self.decode(tokens)
+        cell_logits, class_logits = self.latent_decoder(self.seglat_vq.decode(tokens))
         return self.segments(cell_logits[0], class_logits[0], image.size[::-1])
 
     def segments(self, cell_logits, class_logits, size, least=6):
@@ -404,8 +374,6 @@ def weights_file(checkpoint):
     """The model.safetensors of a folder, or the file itself."""
     return Path(checkpoint) / "model.safetensors" if Path(checkpoint).is_dir() else Path(checkpoint)
 
-
-COUNTED = ("pictures", "seglats", "codes", "cells", "classes", "kl")  # terms of the losses; others are only logged
 
 PRESETS = {
     # drawn scenes: 7 million parameters
@@ -469,8 +437,8 @@ def predict(model, indices, dataset):
             maps = (torch.from_numpy(values)[None].to(model.bom.device) for values in maps_of(example, model.config))
             seglats = model.latent_encoder(*maps)
             again = model.seglat_vq.decode(model.posterior(seglats)[0])
-            logits = model.latent_decoder(again)
-            segments = model.segments(logits[0][0], logits[1][0], example.image.size[::-1])
+            cell_logits, class_logits = model.latent_decoder(again)
+            segments = model.segments(cell_logits[0], class_logits[0], example.image.size[::-1])
             record["error"] = F.mse_loss(again.float(), seglats.float()).item()
         records.append(record | {"segments": [
             {name: value for name, value in segment.items() if name != "mask"} | {"rle": rle_encode(segment["mask"])}

@@ -240,7 +240,8 @@ def test_wrong_stages_and_checkpoints_are_one_line(tiny, tmp_path, capsys):
 
 def test_the_prior_with_a_cache_writes_what_it_writes_without(tiny):
     model = SegVAR(tiny).eval()
-    torch.nn.init.normal_(model.head.weight, std=1.0)
+    for table in (model.head, model.place_embedding, model.seglat_vq.quantize.embedding):
+        torch.nn.init.normal_(table.weight)
     pixels, nothing = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 0, dtype=torch.long)
     tokens = model.generate(nothing, pixels, stats=(stats := {}))
     assert torch.equal(tokens, model.generate_naive(nothing, pixels)) and stats["passes"] == 2  # after the prefill
