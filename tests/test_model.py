@@ -984,7 +984,8 @@ def test_scales_with_a_cache_equal_those_without(attention, device):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"decode": "beam"}, "decode is .beam., expected one of greedy, top-k"), ({"compiled": True}, "compiled is True, .* False"),
+    ({"decode": "beam"}, "decode is .beam., expected one of greedy, top-k"),
+    ({"compiled": True}, "compiled is True, .* False"),
     ({"draft": "jacobi"}, "draft is 'jacobi', expected one of auto, none"), ({"window": 4, "draft": "none"}, "window"),
 ], ids=str)
 def test_what_scales_do_not_have_is_refused(options, message):
