@@ -570,6 +570,8 @@ def add_up(records):
 def _add_up_file(path):
     """The numbers of a .jsonl of sample.py; ValueError unless it has all examples of its run."""
     header, records = read_records(path)
+    if any("segments" in record for record in records):
+        raise ValueError(f"{path}: holds all segments of pictures, whose numbers segvar.py writes")
     count = header.get("count")
     if count is not None and not len(records) == len({record["index"] for record in records}) == count:
         raise ValueError(f"{path}: {len(records)} records of a run over {count} examples: let the run end first")
