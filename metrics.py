@@ -22,7 +22,6 @@ is no "ignore" value. A file with values other than 0 and one more, or 0, 1 and 
 
 cIoU, gIoU and the rule for empty masks follow LISA (train_ds.py, validate; utils/utils.py, intersectionAndUnionGPU),
 per expression and at the picture's own size. The formula of AHD, its 256 pixels and its thresholds follow the paper.
-
 Exit code: 0 fine; 1 something is wrong with the files, and one line "error: ..." says what; 2 wrong usage.
 """
 
@@ -72,11 +71,8 @@ def _some_values(values):
 
 
 def iou(pred, gt) -> float:
-    """Intersection over union of two masks (H, W), in [0, 1].
-
-    Two empty masks agree: IoU 1 (LISA; LAVT counts 0). One empty mask: IoU 0. ValueError for different shapes
-    and for anything but bool or integers in {0, 1}.
-    """
+    """Intersection over union of two masks (H, W), in [0, 1]. Two empty masks agree: IoU 1 (LISA; LAVT counts 0). One
+    empty mask: IoU 0. ValueError for different shapes and for anything but bool or integers in {0, 1}."""
     pred, gt = _masks(pred=pred, gt=gt)
     return float(_ratio(np.count_nonzero(pred & gt), np.count_nonzero(pred | gt)))
 
@@ -86,12 +82,9 @@ def _ratio(intersection, union):
 
 
 def boundary(mask) -> np.ndarray:
-    """The pixels of a mask (H, W) that have a 4-neighbour outside the mask, as bool (H, W).
-
-    Outside the picture counts as outside: a full mask's boundary is the picture's frame, and only an empty
-    mask has none. ValueError as in `iou`.
-    Paper: which pixels form the boundary is not stated; we use this (MedPy's default erosion gives the same).
-    """
+    """The pixels of a mask (H, W) that have a 4-neighbour outside the mask, as bool (H, W). Outside the picture counts
+    as outside: a full mask's boundary is the picture's frame. ValueError as in `iou`. Paper: which pixels form the
+    boundary is not stated; we use this (MedPy's default erosion gives the same)."""
     (mask,) = _masks(mask=mask)
     interior = np.zeros_like(mask)  # a pixel at the picture's edge is never interior
     interior[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
@@ -99,21 +92,16 @@ def boundary(mask) -> np.ndarray:
 
 
 def average_hausdorff_distance(pred, gt) -> float:
-    """AHD between the boundaries of two masks (H, W), in pixels of these masks; nan if either is empty.
-
-    The mean of two means, as the paper writes it, not the mean over both point sets pooled (MedPy assd, MONAI
-    symmetric); float64. ValueError as in `iou`.
-    """
-    pred, gt = _masks(pred=pred, gt=gt)
-    if not (pred.any() and gt.any()):
+    """AHD between the boundaries of two masks (H, W), in pixels of these masks; nan if either is empty. ValueError as
+    in `iou`. It is the mean of two means, as the paper writes it, not the mean over both point sets pooled (MedPy assd,
+    MONAI symmetric)."""
+    masks = _masks(pred=pred, gt=gt)
+    if not all(mask.any() for mask in masks):
         return math.nan
-    x_to_y, y_to_x = _nearest(_points(boundary(pred)), _points(boundary(gt)))
+    # rows and columns (n, 2) of the boundaries; np.argwhere takes three times as long
+    points = [np.stack(np.divmod(np.flatnonzero(boundary(mask)), float(mask.shape[1])), axis=1) for mask in masks]
+    x_to_y, y_to_x = _nearest(*points)
     return float((x_to_y.mean() + y_to_x.mean()) / 2)
-
-
-def _points(mask):
-    """Rows and columns of a mask's pixels, (n, 2) float64, in raster order. np.argwhere takes three times as long."""
-    return np.stack(np.divmod(np.flatnonzero(mask), float(mask.shape[1])), axis=1)
 
 
 def _nearest(x, y):
@@ -132,13 +120,11 @@ def _nearest(x, y):
 
 
 def ahd_256(pred, gt) -> float:
-    """AHD in pixels of a 256 x 256 picture, so that sizes compare; nan if either mask is, or becomes, empty.
-
-    Square masks: AHD on the given grid times 256 / side, which loses no detail. Others: both are first
+    """AHD in pixels of a 256 x 256 picture, so that sizes compare; nan if either mask is, or becomes, empty; ValueError
+    as in `iou`. Square masks: AHD on the given grid times 256 / side, which loses no detail. Others: both are first
     resized to 256 x 256 with the nearest pixel, source index floor((i + 0.5) n / 256) (PIL's NEAREST, torch's
-    nearest-exact); that can make a thin object vanish. ValueError as in `iou`.
-    Paper: distances are at 256 pixels, how other sizes get there is not stated; we use the above.
-    """
+    nearest-exact); that can make a thin object vanish. Paper: distances are at 256 pixels, how other sizes get there is
+    not stated; we use this."""
     pred, gt = _masks(pred=pred, gt=gt)
     height, width = pred.shape
     if height == width:
@@ -163,10 +149,8 @@ def box_iou(a, b):
 
 
 class SegmentationMetrics:
-    """Gathers examples one by one and gives the numbers of the whole set.
-
-    One row per example is kept, no masks, so the object is small, pickles, and can be gathered from all ranks
-    (`all_gather_object`) and merged: the numbers do not depend on the order or on who saw which example.
+    """Gathers examples one by one and gives the numbers of the whole set. One row per example is kept, no masks, so the
+    object pickles and can be gathered from all ranks and merged: the numbers do not depend on the order.
 
         metrics = SegmentationMetrics()
         metrics.update(pred, gt, label="dog", id="000042")
@@ -178,21 +162,18 @@ class SegmentationMetrics:
         self._seen = set()  # (id, label) of the examples that have an id
 
     def update(self, pred, gt, label=None, id=None, ignore=None):
-        """Add one example: masks pred and gt (H, W), best at the picture's own size.
+        """Add one example: masks pred and gt (H, W), best at the picture's own size. Returns the row that was added.
 
         label   the class name, for mIoU; None: the example does not enter mIoU
         id      one per picture and phrase; an (id, label) seen before raises ValueError. None: not checked
         ignore  mask (H, W), True where nothing is scored: those pixels become background in both masks. They
                 leave I and U; a mask that reaches into them ends at their edge and has boundary there
 
-        An example whose masks are both empty (of what is scored) has IoU 1 and adds nothing to cIoU and mIoU.
-        Returns the row that was added: (I, U, label, AHD at 256 pixels or nan). ValueError also as in `iou`.
+        Two empty masks (of what is scored) have IoU 1 and add nothing to cIoU and mIoU. ValueError also as in `iou`.
         """
-        if ignore is None:
-            pred, gt = _masks(pred=pred, gt=gt)
-        else:
-            pred, gt, ignore = _masks(pred=pred, gt=gt, ignore=ignore)
-            pred, gt = pred & ~ignore, gt & ~ignore
+        pred, gt, *ignored = _masks(pred=pred, gt=gt, **({} if ignore is None else {"ignore": ignore}))
+        for mask in ignored:
+            pred, gt = pred & ~mask, gt & ~mask
         intersection, union = int(np.count_nonzero(pred & gt)), int(np.count_nonzero(pred | gt))
         # The distance is the slow part, and no threshold asks for it at or below the lowest.
         scored = _ratio(intersection, union) > AHD_THRESHOLDS[0]
@@ -210,8 +191,7 @@ class SegmentationMetrics:
     def merge(self, other):
         """Add another rank's examples. An (id, label) on both sides raises ValueError and changes nothing; this catches
         a sampler that pads its last batch with repeated examples."""
-        twice = sorted(self._seen & other._seen, key=str)
-        if twice:
+        if twice := sorted(self._seen & other._seen, key=str):
             raise ValueError(f"examples counted twice: {len(twice)}, first id {twice[0][0]!r}, label {twice[0][1]!r}")
         self.rows += other.rows
         self._seen |= other._seen
@@ -229,17 +209,16 @@ class SegmentationMetrics:
             intersections[label] += i
             unions[label] += u
         ious = [_ratio(i, u) for i, u, _, _ in self.rows]
-        distances = [(iou, ahd) for iou, (*_, ahd) in zip(ious, self.rows) if not math.isnan(ahd)]
         numbers = {
             "cIoU": intersections.total() / unions.total() if unions.total() else None,
             "gIoU": _mean(ious),
             "mIoU": _mean([intersections[label] / u for label, u in unions.items() if label is not None and u]),
             "count": len(ious),
         }
-        numbers |= {f"Pr@{t}": _mean([iou >= t for iou in ious]) for t in AHD_THRESHOLDS}
         for t in AHD_THRESHOLDS:
-            chosen = [ahd for iou, ahd in distances if iou > t]
-            numbers[f"mAHD@{t}"], numbers[f"count@{t}"] = _mean(chosen), len(chosen)
+            chosen = [ahd for iou, (*_, ahd) in zip(ious, self.rows) if iou > t and not math.isnan(ahd)]
+            numbers |= {f"Pr@{t}": _mean([iou >= t for iou in ious]), f"mAHD@{t}": _mean(chosen)}
+            numbers[f"count@{t}"] = len(chosen)
         return numbers
 
 
@@ -262,8 +241,7 @@ class _Pictures:
         self._add(other.rows)
 
     def _add(self, rows):
-        twice = sorted(self.rows.keys() & rows.keys())
-        if twice:
+        if twice := sorted(self.rows.keys() & rows.keys()):
             raise ValueError(f"pictures counted twice: {len(twice)}, first id {twice[0]!r}")
         self.rows |= rows
 
@@ -360,9 +338,7 @@ class AveragePrecision(_Pictures):
 
     def update(self, pred, gt):
         """Add one picture. pred: list of {"mask" (H, W), "label", "score"}; gt: a data.Panoptic; masks may overlap.
-
-        ValueError for a mask of another size, a score that is not finite, a picture seen before.
-        """
+        ValueError for a mask of another size, a score that is not finite, a picture seen before."""
         masks, scores = _predicted(pred, gt), np.array([segment["score"] for segment in pred], np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(f"picture {gt.id}: the scores must be finite, got {scores.tolist()}")
@@ -556,9 +532,7 @@ def _compare_folders(pred_dir, gt_dir):
 
 def read_records(path):
     """Lines of a .jsonl that sample.py --dataset wrote -> (header, list of records); ValueError names a broken line.
-
-    A last line without its end, as a killed run leaves it, is not counted.
-    """
+    A last line without its end, as a killed run leaves it, is not counted."""
     read = []
     with open(regular(path), "rb") as file:
         for number, line in enumerate(file, 1):
@@ -566,7 +540,7 @@ def read_records(path):
                 break
             try:
                 record = parse_json(line)
-                read.append(record["run"] if number == 1 else _check_record(record))
+                read.append({**record["run"]} if number == 1 else _check_record(record))
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}: line {number} is not what sample.py writes: {error!r:.200}") from None
     if not read:
@@ -576,7 +550,7 @@ def read_records(path):
 
 def _check_record(record):
     """The record; KeyError, TypeError or ValueError unless it is broken or an example can have its numbers."""
-    if not {"broken", "segments"} & record.keys():  # what could not be opened, or is segvar.py's, has no numbers
+    if {"broken", "segments"}.isdisjoint(record):  # what could not be opened, or is segvar.py's, has no numbers
         fits = 0 <= record["intersection"] <= record["union"] < math.inf and 0 <= (record["ahd"] or 0) <= 2 * AHD_SIDE
         texts = isinstance(record["label"], str | None) and all(isinstance(record[key], str) for key in ("id", "task"))
         if not (fits and texts):
@@ -596,7 +570,9 @@ def add_up(records):
 def _add_up_file(path):
     """The numbers of a .jsonl of sample.py; ValueError unless it has all examples of its run."""
     header, records = read_records(path)
-    count = header.get("count") if isinstance(header, dict) else None
+    if any("segments" in record for record in records):
+        raise ValueError(f"{path}: holds all segments of pictures, whose numbers segvar.py writes")
+    count = header.get("count")
     if count is not None and not len(records) == len({record["index"] for record in records}) == count:
         raise ValueError(f"{path}: {len(records)} records of a run over {count} examples: let the run end first")
     numbers = add_up(records)[0].compute()
@@ -611,7 +587,7 @@ def compare(pred, gt, json_file):
     print("metric       value   pairs")
     for key in ("cIoU", "gIoU", "mIoU", *(f"{kind}@{t}" for kind in ("Pr", "mAHD") for t in AHD_THRESHOLDS)):
         value, pairs = numbers[key], numbers[f"count{key[4:]}" if key.startswith("mAHD") else "count"]
-        pairs = 0 if key == "mIoU" and value is None else pairs
+        pairs = 0 if value is None else pairs
         print(f"{key:<8} {'-' if value is None else f'{value:.4f}':>9} {pairs:>7}")
     if json_file:
         write_json(json_file, numbers)

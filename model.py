@@ -6,8 +6,8 @@ the width of a LLaMA, and the LLaMA writes the mask tokens in raster order:
     [text tokens] <BOI> [image tokens] <BOM> [mask tokens]
 
 With config.scales it writes them coarse to fine instead, all tokens of a scale at once (next-scale prediction).
-The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back.
-In the mask tokenizers that this repository trains, code 0 is plain background.
+The mask tokenizer (tokenizer.VQGAN) turns a mask into M mask tokens, numbers of rows of its codebook, and back; code 0
+of those that this repository trains is plain background.
 
 Shapes used below, with their sizes in the preset scenes:
     B batch, b pictures, L text tokens (24), N image tokens (64), M mask tokens (mask_grid squared, 64),
@@ -23,7 +23,8 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field, fields, replace
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from weights import (
-    WEIGHTS, build_from, check_config, check_source, compare_weights, fingerprint, read_config, read_own,
-    read_weights, reading, write_weights,
+    WEIGHTS, build_from, check_config, check_fields, check_source, compare_weights, fingerprint, read_config, read_own,
+    read_weights, reading, without_numbers, write_weights,
 )
 
 # ---- LlamaSeg -------------------------------------------------------------------------------------------------------
@@ -49,19 +50,16 @@ class LlamaSegConfig:
     mask_grid: int = 16  # h = w tokens
     freeze_encoders: bool = True  # no gradient for SigLIP
     hide: bool = False  # train.py sets it: trained with hide_tokens (see forward), so it can guess all tokens at once
-    # train.py sets them for drawn scenes: all words of the training phrases (none: any word may come), and those of
-    # them that a misspelled word is read as
-    words: tuple = ()
-    names: tuple = ()
-    patch_head: bool = False  # image tokens learn, too, whether their patch is in the mask, see LlamaSeg.prefix_loss
+    words: tuple = ()  # train.py sets it for drawn scenes: all words of the training phrases; none: any word may come
+    names: tuple = ()  # those of them that a misspelled word is read as
+    patch_head: bool = False  # see LlamaSeg.prefix_loss
     scales: tuple = ()  # next-scale prediction: sides of the grids of tokens, from 1 to mask_grid; (): next-token
     scale_attention: str = "block"  # a token sees all of its own scale, as in VAR; "causal": those before it
     code_width: int = 8  # C, of the rows of the mask tokenizer's codebook; read with scales alone
 
     def __post_init__(self):
-        self.words, self.names = tuple(self.words), tuple(self.names)
         check_fields(self)
-        self.scales = tuple(self.scales)
+        self.words, self.names, self.scales = tuple(self.words), tuple(self.names), tuple(self.scales)
         if self.patch_head and (self.scales or self.mask_tokens != self.siglip.image_tokens):
             raise ValueError(f"patch_head needs a mask token for each of {self.siglip.image_tokens} image tokens")
         if self.scales and (self.scales[0], self.scales[-1]) != (1, self.mask_grid):
@@ -85,17 +83,14 @@ class MaskWriter(nn.Module):
         prefix(text_ids, pixels) -> embeddings (B,T,D) of all before the first mask token
         mask_embedding(tokens (B,T)) -> (B,T,D), and head(hidden (...,D)) -> logits (...,K): modules or methods
         trained_state() -> the part of its state dict that a checkpoint holds
-        fuse() -> None, lays out the weights for decoding
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.frozen = config, {}
-        self.decoders = {}  # CompiledDecoder by shape
+        self.config, self.frozen, self.decoders = config, {}, {}  # decoders: what compile_decoder made, by shape
 
     def blocks(self, text_ids, length):
-        """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal. JanusSeg has
-        them for padding, and a cache keeps them."""
+        """Block ids (B,length) of a sequence that begins with the prefix, see Llama.forward; None: causal."""
         return None
 
     def mask_inputs(self, tokens):
@@ -107,16 +102,14 @@ class MaskWriter(nn.Module):
         return 0.0
 
     def forward(self, text_ids, pixels, mask_tokens, hide_tokens=None, background_weight=1.0):
-        """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss ().
+        """Teacher forcing: text_ids (B,L), pixels (b,3,S,S), mask_tokens (B,M) -> logits (B,M,K), loss (); ValueError.
 
         logits[:, t] predict mask token t; the loss is their mean cross-entropy, in float32. In training with
         llama.recompute the logits are None: they too are made in parts, and again in the backward pass.
-        pixels may have fewer rows than text_ids, see `prefix`.
         hide_tokens: bool (B,M), mask tokens whose input embedding becomes zero, so that picture and phrase alone must
         tell the tokens after them (word dropout, Bowman et al. 2016). Paper: does not do this; the preset scenes does.
-        background_weight: weight in the loss of targets that are code 0, plain background. One edge has many codes that
-        look alike and background has one, so the likeliest token is background too often. Paper: 1.
-        ValueError for a wrong shape.
+        background_weight: of targets that are code 0, plain background. One edge has many codes that look alike and
+        background has one, so the likeliest token is background too often. Paper: 1.
         """
         B, M = text_ids.shape[0], self.config.mask_tokens
         if mask_tokens.shape != (B, M):
@@ -129,13 +122,13 @@ class MaskWriter(nn.Module):
         hidden = self.llama(sequence, blocks=self.blocks(text_ids, sequence.shape[1]))  # (B,T-1,D)
         more_loss = self.prefix_loss(hidden[:, :prefix.shape[1]], mask_tokens)
         hidden, targets = hidden[:, prefix.shape[1] - 1:].flatten(0, 1), mask_tokens.flatten()  # from <BOM> on
-        if not (self.llama.recompute and torch.is_grad_enabled()):
+        if self.llama.recompute and torch.is_grad_enabled():
+            parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
+            losses = [checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts]
+            logits, losses = None, torch.cat(losses)  # (B*M,)
+        else:
             logits, losses = self.losses(hidden, targets)  # (B*M,K), (B*M,)
             logits = logits.view(B, M, -1)
-        else:
-            parts = zip(hidden.split(HEAD_PART), targets.split(HEAD_PART))
-            losses = torch.cat([checkpoint(self.losses, *part, use_reentrant=False)[1] for part in parts])
-            logits = None
         return logits, (losses * torch.where(targets == 0, background_weight, 1.0)).mean() + more_loss
 
     def losses(self, hidden, targets):
@@ -167,60 +160,53 @@ class MaskWriter(nn.Module):
         whatever else is in its batch; only rounding, which depends on the batch size, can tip a draw.
         draft: how greedy decoding guesses tokens to verify several per pass, see `decode_drafted`: "jacobi", "hidden",
         "none" (or None) for one token per pass, "auto" for the fastest. window: tokens per pass, with a draft.
-        compiled: greedy decoding in compiled passes, see CompiledDecoder, which pays for many masks on a GPU: the first
+        compiled: greedy decoding in compiled passes, see compile_decoder, which pays for many masks on a GPU: the first
         call for a batch size takes about a minute.
         In float32 the mask depends on none of these. In bfloat16, where rounding depends on the shape of a pass, 6 to 8
         of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
-        With scales, a pass writes all tokens of a scale, and beam, drafts and compiled do not apply.
-        ValueError for an argument that is unknown or out of range.
+        With scales, a pass writes all tokens of a scale, and beam, drafts and compiled are refused. ValueError.
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
         seeds = seed if isinstance(seed, list) else [seed] * B
-        check_decoding(self.config.codebook_size, B, decode, beams, top_k, top_p, temperature, seeds, draft, window,
-                       compiled, self.config.scales)
+        check_decoding(self.config, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled)
+        if decode != "greedy" or self.config.scales:
+            draft = "none"
         if draft == "auto":  # hidden makes a longer prefill, which a CPU that is busy with a full batch feels
             draft = "hidden" if self.config.hide and (device.type == "cuda" or B < 8) else "jacobi"
-        window = min(M, window or draft_window(draft, B, device)) if decode == "greedy" else 1  # 1: a token per pass
-        window = 1 if self.config.scales else window
+        window = min(M, window or draft_window(draft, B, device))
         start = clock(device)
         logits, cache, guesses = self.prefill(text_ids, pixels, M - 1 + window, draft == "hidden" and window > 1)
         prefilled = clock(device)
-        mask_passes = [M - 1] * B
         if decode == "beam":
-            tokens = decode_beam(self, logits, cache, beams)
+            tokens, mask_passes = decode_beam(self, logits, cache, beams)
         elif compiled:
             shape = B, window, cache.length
             if shape not in self.decoders:
-                self.decoders[shape] = CompiledDecoder(self, cache, window)
-            tokens, mask_passes = self.decoders[shape].decode(cache, guesses)
+                self.decoders[shape] = compile_decoder(self, cache, window)
+            tokens, mask_passes = self.decoders[shape](cache, guesses)
         elif window > 1:
             tokens, mask_passes = decode_drafted(self, cache, guesses, window)
         else:
-            # drawn on the CPU, so that every device gets the same numbers
-            numbers = [torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            numbers = torch.stack(numbers).to(device)  # (B,M)
+            numbers = torch.stack([torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+            numbers = numbers.to(device)  # (B,M), drawn on the CPU, so that every device gets the same ones
 
-            def pick(logits, start):  # (n,K), the first place of n/B -> (n,)
+            def pick(logits, start):  # (B,n,K), of the mask tokens from `start` on -> (B,n)
                 if decode == "greedy":
                     return logits.argmax(-1)
-                uniform = numbers[:, start:start + len(logits) // B].flatten()
-                return draw(logits, decode, top_k, top_p, temperature, uniform)
+                return draw(logits, decode, top_k, top_p, temperature, numbers[:, start:start + logits.shape[1]])
 
-            if self.config.scales:
-                tokens, mask_passes = decode_scales(self, logits, cache, text_ids, pick)
-            else:
-                tokens = decode_plain(self, logits, cache, pick)
+            tokens, mask_passes = decode_plain(self, logits, cache, text_ids, pick)
         if stats is not None:
             stats |= {"passes": max(mask_passes), "mask_passes": mask_passes,
                       "prefill_ms": 1000 * (prefilled - start), "decode_ms": 1000 * (clock(device) - prefilled)}
         return tokens
 
     def prefill(self, text_ids, pixels, more, guess=False):
-        """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses (B,M).
-        guess: read M - 1 hidden mask tokens in the same pass, which gives guesses of all mask tokens at once. Without
-        it all but the first are -1. The first is the likeliest token."""
+        """Read the prefix -> logits (B,K) of mask token 0, a cache with room for `more` tokens, guesses (B,M), of which
+        the first is the likeliest token. guess: read M - 1 hidden mask tokens in the same pass, which gives guesses of
+        all mask tokens at once; without it the others are -1."""
         sequence = prefix = self.prefix(text_ids, pixels)
         (B, prefix_length, D), M = prefix.shape, self.config.mask_tokens
         cache = self.new_cache(prefix, more)
@@ -241,10 +227,6 @@ class MaskWriter(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config.llama, B, T + more, device, torch.float32 if device.type == "cpu" else dtype)
 
-    def next_logits(self, embeddings, cache):
-        """Feed embeddings (B,T,D) and return the logits (B,K) of the token after them, in float32."""
-        return self.head(self.llama(embeddings, cache)[:, -1]).float()
-
     @torch.no_grad()
     def confidence(self, text_ids, pixels, tokens):
         """The probability that the model gives each of the mask tokens (B,M), given those before it: (B,M) float32."""
@@ -255,9 +237,9 @@ class MaskWriter(nn.Module):
         """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
         (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5."""
         prefix = self.prefix(text_ids, pixels)
-        x, last = torch.cat([prefix, self.mask_inputs(tokens)[:, :tokens.shape[1] - 1]], 1), self.llama.layers[-1]
-        context = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1]))
-        for index, layer in enumerate(self.llama.layers[:-1]):
+        x = torch.cat([prefix, self.mask_inputs(tokens)[:, :tokens.shape[1] - 1]], dim=1)
+        context, (*layers, last) = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1])), self.llama.layers
+        for index, layer in enumerate(layers):
             x = layer(x, index, **context)
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
         values = torch.eye(x.shape[1], device=x.device).expand(*k.shape[:2], -1, -1)  # so that the weights come out
@@ -298,8 +280,7 @@ class LlamaSeg(MaskWriter):
         self.frozen = {"encoder": self.encoder.source} if config.freeze_encoders and self.encoder.source else {}
         self.text_adaptor = nn.Sequential(nn.Linear(siglip.text_width, D), nn.GELU(), nn.Linear(D, D))
         self.image_adaptor = nn.Sequential(nn.Linear(siglip.vision_width, D), nn.GELU(), nn.Linear(D, D))
-        self.boi = nn.Parameter(torch.empty(D))  # <BOI>, begin of image
-        self.bom = nn.Parameter(torch.empty(D))  # <BOM>, begin of mask
+        self.boi, self.bom = (nn.Parameter(torch.empty(D)) for _ in range(2))  # <BOI>, <BOM>: begin of image, of mask
         if config.scales:
             self.quantizer = None  # of the MultiScaleVQ, frozen: sample.Segmenter sets it
             self.scale_adaptor = nn.Linear(config.code_width, D)
@@ -316,10 +297,8 @@ class LlamaSeg(MaskWriter):
         self.encoder.requires_grad_(not config.freeze_encoders)
 
     def prefix(self, text_ids, pixels):
-        """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D).
-
-        Each run of B/b phrases shares a picture, which is encoded once.
-        """
+        """All that stands before the first mask token: text_ids (B,L), pixels (b,3,S,S) -> (B,L+1+N+1,D). Each run of
+        B/b phrases shares a picture, which is encoded once."""
         B, dtype = len(text_ids), self.boi.dtype  # a frozen encoder may be in bfloat16
         text = self.text_adaptor(self.encoder.encode_text(text_ids).to(dtype))  # (B,L,D)
         image = self.image_adaptor(self.encoder.encode_image(pixels).to(dtype))  # (b,N,D)
@@ -333,9 +312,9 @@ class LlamaSeg(MaskWriter):
         if not self.config.scales:
             return self.mask_embedding(tokens)
         maps = self.quantizer.inputs(tokens).to(self.bom.dtype)  # (B,m',C)
-        scale_idx = self.scale_of(tokens.device)[1:1 + maps.shape[1]]
-        places = self.place_embedding.weight[1:1 + maps.shape[1]]
-        return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + places
+        places = slice(1, 1 + maps.shape[1])
+        scale_idx = self.scale_of(tokens.device)[places]
+        return self.scale_adaptor(maps) + self.scale_embedding(scale_idx) + self.place_embedding.weight[places]
 
     def scale_of(self, device):
         """The scale of each mask token: (M,), from 0."""
@@ -346,8 +325,8 @@ class LlamaSeg(MaskWriter):
         prefix_length = self.config.siglip.text_length + self.config.siglip.image_tokens + 2
         if not self.config.scales or self.config.scale_attention == "causal" or length <= prefix_length:
             return None
-        device = text_ids.device
-        ids = torch.cat([torch.arange(prefix_length - 1, device=device), prefix_length - 1 + self.scale_of(device)])
+        ids = self.scale_of(text_ids.device) + prefix_length - 1
+        ids = torch.cat([torch.arange(prefix_length - 1, device=ids.device), ids])
         return ids[:length].expand(len(text_ids), -1)
 
     def prefix_loss(self, hidden, mask_tokens):
@@ -377,9 +356,8 @@ class LlamaSeg(MaskWriter):
 
     @torch.no_grad()
     def init_mask_tokens(self, codebook):
-        """Start mask embedding and head from the mask tokenizer's codebook (K,C): its l2-normalised rows go
-        through one fixed random projection to the model's width, so that codes that look alike start alike.
-        Paper: not stated; this is our choice."""
+        """Start mask embedding and head from the l2-normalised rows of the mask tokenizer's codebook (K,C), through one
+        fixed random projection, so that codes that look alike start alike. Paper: not stated; we use this."""
         generator = torch.Generator().manual_seed(0)  # the same on every rank
         projection = torch.randn(codebook.shape[1], self.config.llama.width, generator=generator)
         rows = F.normalize(codebook.detach().float().cpu(), dim=-1) @ projection  # (K,D) of variance 1
@@ -399,11 +377,9 @@ class LlamaSeg(MaskWriter):
 
     @classmethod
     def from_pretrained(cls, path, encoder=None, dtype=torch.float32, any_weights=False):
-        """Read a file of `save_pretrained`, on the CPU, in `dtype` whatever it was stored in.
-
-        encoder: directory of the frozen SigLIP, if the file names one; default: its name below WEIGHTS.
-        any_weights: take an encoder other than the one of the training. FileNotFoundError, or ValueError in one line.
-        """
+        """Read a file of `save_pretrained`, on the CPU, in `dtype` whatever it was stored in. encoder: directory of the
+        frozen SigLIP, if the file names one; default: its name below WEIGHTS. any_weights: take an encoder other than
+        the one of the training. FileNotFoundError, or ValueError in one line."""
         path, siglip = Path(path), None
         config, frozen, weights = read_own(path, cls.file_format, LlamaSegConfig, dtype)
         if config.freeze_encoders and "encoder" in frozen:
@@ -412,8 +388,7 @@ class LlamaSeg(MaskWriter):
                 check_source(path, "encoder", frozen, siglip.source)
         elif encoder:
             raise ValueError(f"{path}: holds its own encoder, --encoder {encoder} has no use")
-        with torch.device("meta"):  # shapes only: the weights come from the file
-            model = cls(config, siglip)
+        model = without_numbers(lambda: cls(config, siglip))
         model.frozen = frozen
         with reading(path, "a whole LlamaSeg checkpoint"):
             model.load_trained_state(weights, assign=True)
@@ -422,8 +397,7 @@ class LlamaSeg(MaskWriter):
 
 # ---- Llama: the decoder ---------------------------------------------------------------------------------------------
 
-# The block id of padding, see Llama.forward. It is above all others, so only padding sees padding.
-UNSEEN = 2**62
+UNSEEN = 2**62  # block id of padding, see Llama.forward: it is above all others, so only padding sees padding
 
 
 @dataclass
@@ -449,21 +423,15 @@ def attention(q, k, v, causal, mask=None):
     """softmax(q k^T / sqrt(hd)) v: q (B,nh,T,hd), k and v (B,nkv,keys,hd) -> (B,nh,T,hd). A token sees itself and all
     before if `causal`, else the keys where mask (B,1,T,keys) is True, or all of them."""
     if mask is None and written_out_is_faster(q, k):
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B,nh,T,T)
         if causal:
-            later = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
+            scores = scores.masked_fill(q.new_ones(scores.shape[2:], dtype=torch.bool).triu(1), -math.inf)
         return scores.softmax(-1).type_as(v) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Zhang and Sennrich 2019, computed in float32 whatever comes in."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
@@ -487,8 +455,7 @@ class KVCache:
     """Keys and values of the tokens seen so far. The caller makes it, passes it to Llama and owns it.
 
     It is allocated once for `length` tokens and written in place: per layer (B,nkv,length,hd). `position`, the number
-    of tokens seen, is a Python int that the host knows without waiting for the device. To take tokens back, lower it:
-    they are overwritten. Drafted decoding, whose rows are of unequal length, says itself where each token stands.
+    of tokens seen, is a Python int that the host knows without waiting for the device. To take tokens back, lower it.
     """
 
     def __init__(self, config: LlamaConfig, batch, length, device=None, dtype=torch.float32):
@@ -497,8 +464,7 @@ class KVCache:
                                   for _ in range(2))
         self.rope = rope_tables(torch.arange(length, device=device), config.head_dim, config.rope_theta)
         self.blocks = torch.arange(length, device=device).repeat(batch, 1)  # block ids (B,length), see Llama.forward
-        self.causal = True  # they are the positions
-        self.length, self.position = length, 0
+        self.length, self.position, self.causal = length, 0, True  # causal: the block ids are the positions
         self.reach = length  # slots that passes with `slots` look at: the eager ones lower it, to look at fewer
 
     def update(self, layer, k, v, slots=None):
@@ -514,10 +480,6 @@ class KVCache:
         keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
         return keys[:len(slots), :, :self.reach], values[:len(slots), :, :self.reach]
-
-    def tensors(self):
-        """All that a pass changes."""
-        return [*self.keys, *self.values, self.blocks]
 
     def repeat(self, n):
         """From now on every row stands n times in a row (the beams of one example)."""
@@ -565,8 +527,7 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(config.width, config.mlp, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
         self.gate_up_proj = None  # stands for the first two after Llama.fuse
 
@@ -597,8 +558,8 @@ class Llama(nn.Module):
     """The transformer of LLaMA (Touvron et al. 2023) from embeddings to the final norm, with the parameter
     names that Hugging Face has below `model.`. Token embedding and output head belong to the caller.
 
-    recompute: in training keep only the input of each layer and run the layer again in the backward pass
-    (activation checkpointing, Chen et al. 2016): a third more arithmetic, a fraction of the memory.
+    recompute: in training run each layer again in the backward pass instead of keeping what is inside (activation
+    checkpointing, Chen et al. 2016): a third more arithmetic, a fraction of the memory.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -613,13 +574,11 @@ class Llama(nn.Module):
         A token sees all tokens whose block id is not above its own. blocks: int64 (B,T); None stands for the positions,
         which makes attention causal. Ids of scales would make it next-scale prediction. Padding has UNSEEN.
         With a cache the T embeddings continue the `cache.position` tokens that it holds, and join them; ValueError if
-        it is full. slots: int64 (B,T), where in the cache each embedding stands instead, if rows are of unequal length.
-        The slots above a row's own hold what is stale or not written yet, and their block ids hide it. B may be less
-        than the rows of the cache; its first B are used then. The shapes of such a pass do not depend on how many
-        tokens there are, so that it can be compiled. blocks must be None, and `cache.position` stays.
+        it is full. slots: int64 (B,T), where in the first B rows of the cache each embedding stands instead, if rows
+        are of unequal length; blocks must be None then, and `cache.position` stays. The slots above a row's own hold
+        what is stale, and their block ids hide it. So the shapes of a pass do not depend on how many tokens there are.
         """
-        context = self.context(embeddings, cache, blocks, slots)
-        x = embeddings
+        context, x = self.context(embeddings, cache, blocks, slots), embeddings
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, index, use_reentrant=False, **context)
@@ -646,11 +605,11 @@ class Llama(nn.Module):
                 cache.blocks[:, start:end], cache.causal = blocks, False
             rope = [table[start:end] for table in cache.rope]  # (T,hd)
             causal, keys, queries = cache.causal, cache.blocks[:, :end], cache.blocks[:, start:end]
-        shared = {"rope": rope, "cache": cache, "slots": slots}
         if causal and (start == 0 or T == 1):
-            # Causal attention, for which PyTorch has a faster kernel. A single new token sees all.
-            return {**shared, "causal": start == 0, "mask": None}
-        return {**shared, "causal": False, "mask": keys[:, None, None, :] <= queries[:, None, :, None]}  # (B,1,T,keys)
+            causal, mask = start == 0, None  # PyTorch has a faster kernel for it. A single new token sees all.
+        else:
+            causal, mask = False, keys[:, None, None, :] <= queries[:, None, :, None]  # (B,1,T,keys)
+        return {"rope": rope, "cache": cache, "slots": slots, "causal": causal, "mask": mask}
 
     def fuse(self):
         """Swap q, k and v for one linear layer, and gate and up for another, laid out for decoding. There is no way
@@ -680,79 +639,69 @@ class Llama(nn.Module):
         return build_from(lambda: cls(config), weights, directory, dtype)
 
 
-# ---- ways to decode: each starts from the logits (B,K) of mask token 0 and a cache that holds the prefix ------------
+# ---- ways to decode: from what `prefill` returned to the mask tokens (B,M), and the passes that each mask took part in
 
 
-def decode_plain(model, logits, cache, pick=lambda logits, t: logits.argmax(-1)):
-    """One token per pass, greedy or by `pick` (logits (B,K), t) -> (B,): the mask tokens (B,M)."""
-    tokens = pick(logits, 0)[:, None]
-    for t in range(1, model.config.mask_tokens):
-        logits = model.next_logits(model.mask_embedding(tokens[:, -1:]), cache)
-        tokens = torch.cat([tokens, pick(logits, t)[:, None]], dim=1)
-    return tokens
-
-
-def decode_scales(model, logits, cache, text_ids, pick):
-    """All tokens of a scale per pass (Tian et al. 2024), by `pick`: the mask tokens (B,M), passes of each mask."""
-    B, prefix_length, tokens = len(logits), cache.position, pick(logits, 0)[:, None]
+def decode_plain(model, logits, cache, text_ids, pick):
+    """One token per pass, or with scales all tokens of a scale (Tian et al. 2024), as `pick` of `generate` chooses."""
+    tokens, passes = pick(logits[:, None], 0), 0  # (B,1)
     while tokens.shape[1] < model.config.mask_tokens:
         known = tokens.shape[1]
-        inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
-        blocks = model.blocks(text_ids, prefix_length + known - 1 + inputs.shape[1])
+        if model.config.scales:
+            inputs = model.mask_inputs(tokens)[:, known - 1:]  # (B,s*s,D), of the next scale
+        else:
+            inputs = model.mask_embedding(tokens[:, -1:])  # (B,1,D)
+        blocks = model.blocks(text_ids, cache.position + inputs.shape[1])
         hidden = model.llama(inputs, cache, None if blocks is None else blocks[:, cache.position:])
-        logits = model.head(hidden).float().flatten(0, 1)  # (B*s*s,K)
-        tokens = torch.cat([tokens, pick(logits, known).view(B, -1)], dim=1)
-    return tokens, [len(model.config.scales) - 1] * B
+        tokens = torch.cat([tokens, pick(model.head(hidden).float(), known)], dim=1)
+        passes += 1
+    return tokens, [passes] * len(tokens)
 
 
 def draw(logits, decode, top_k, top_p, temperature, uniform):
-    """One token per row from logits (B,K) float32 -> (B,); see MaskWriter.generate for the ways to draw. uniform: (B,)
-    in [0, 1), a row draws the first token at which the summed probabilities exceed its number."""
+    """Tokens (...) from logits (...,K) float32; see MaskWriter.generate for the ways to draw. uniform: (...) in [0, 1),
+    the first token is drawn at which the summed probabilities exceed the number."""
     probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # no infinity
     if decode in ("top-k", "top-p"):
         probs, index = probs.sort(dim=-1, descending=True, stable=True)
         if decode == "top-k":
-            probs[:, top_k:] = 0
+            probs[..., top_k:] = 0
         else:
             before = probs.cumsum(-1) - probs  # what the likelier tokens have together
-            probs[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0)
+            probs[..., 1:].masked_fill_(before[..., 1:] >= top_p, 0)
     sums = probs.cumsum(-1)
-    drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
-    if decode == "random":
-        return drawn[:, 0]
-    drawn = drawn.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1)  # a GPU may round sums of equal value differently
-    return index.gather(1, drawn)[:, 0]
+    drawn = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)  # (...,1)
+    if decode != "random":  # clamped, for a GPU may round sums of equal value differently
+        drawn = index.gather(-1, drawn.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1))
+    return drawn[..., 0]
 
 
 def decode_beam(model, logits, cache, beams):
-    """The best mask tokens (B,M) found by keeping the `beams` sequences of highest summed log-probability."""
-    B, K = logits.shape
-    M, prefix_length = model.config.mask_tokens, cache.position
+    """The best mask tokens found by keeping the `beams` sequences of highest summed log-probability."""
+    (B, K), M, prefix_length = logits.shape, model.config.mask_tokens, cache.position
     scores, token = logits.log_softmax(-1).topk(beams)  # (B,beams) summed log-probabilities, best first
     tokens = token.view(B * beams, 1)
     cache.repeat(beams)
     first_row = torch.arange(0, B * beams, beams, device=logits.device)[:, None]  # (B,1)
     for _ in range(M - 1):
-        logits = model.next_logits(model.mask_embedding(tokens[:, -1:]), cache)  # (B*beams,K)
-        total = scores[:, :, None] + logits.log_softmax(-1).view(B, beams, K)
+        hidden = model.llama(model.mask_embedding(tokens[:, -1:]), cache)  # (B*beams,1,D)
+        total = scores[:, :, None] + model.head(hidden).float().log_softmax(-1).view(B, beams, K)
         scores, index = total.flatten(1).topk(beams)  # (B,beams), index into beams*K
         rows = (first_row + index // K).flatten()  # the row that each new beam continues
         cache.copy_rows(rows, slice(None), start=prefix_length)
         tokens = torch.cat([tokens[rows], (index % K).view(-1, 1)], dim=1)
-    return tokens.view(B, beams, M)[:, 0]
+    return tokens.view(B, beams, M)[:, 0], [M - 1] * B
 
 
 def decode_drafted(model, cache, guesses, window):
-    """Drafted greedy decoding: up to `window` tokens per pass -> mask tokens (B,M), passes of each mask.
+    """Drafted greedy decoding, up to `window` tokens per pass. For one mask, until all M tokens are sure:
 
-    For one mask, until all M tokens are sure:
         1. Guess the tokens after the sure ones.
         2. Read the last sure token and the guesses in one causal pass, and choose the likeliest token after each.
         3. The choices are sure up to the first that differs from its guess, this one included.
         4. The later choices are guesses of the next pass.
-    The masks are those of decode_plain: a pass reads the last sure token and guesses after it. Its own choices are
-    right as long as the guesses before them were, and one more. (Stern et al. 2018, "Blockwise Parallel Decoding";
-    Santilli et al. 2023, Jacobi decoding.)
+    The masks are those of decode_plain, for a choice is right if the guesses before it were. (Stern et al. 2018,
+    "Blockwise Parallel Decoding"; Santilli et al. 2023, Jacobi decoding.)
 
     guesses: (B,M), of which the first is sure. With draft "hidden", what the model chose with all mask tokens hidden;
     with "jacobi", -1: the first guess of a token is the one above it in the mask, for a mask resembles its row above.
@@ -814,44 +763,41 @@ def leave(cache, count, done):
     return rows
 
 
-class CompiledDecoder:
-    """Greedy decoding in passes of one shape, so that a pass is one compiled graph and, on a GPU, one CUDA graph.
+@torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients
+@torch.no_grad()
+def compile_decoder(model, example, window):
+    """A function like decode_drafted, whose passes all have the shapes of the cache `example`: a pass is one compiled
+    graph and, on a GPU, one CUDA graph.
 
-    It gives the masks of decode_drafted (with window 1, of decode_plain). The difference is that each pass reads
-    `window` tokens of every mask: a mask that is done continues past its end, into places that nobody reads. A CUDA
-    graph finds its tensors by their addresses, so this object owns them, and the model's weights must stay in place.
+    The masks are the same; one that is done continues past its end, into places that nobody reads. A CUDA graph finds
+    its tensors by their addresses, so they are kept from call to call, and the model's weights must stay in place.
     """
+    own, (B, M), device = copy.deepcopy(example), (len(example.blocks), model.config.mask_tokens), example.blocks.device
+    tokens, sure, passes = (torch.zeros(B, n, dtype=torch.long, device=device) for n in (M + window, 1, 1))
 
-    @torch.inference_mode(False)  # tensors and passes that fit every mode; it allows gradients
-    @torch.no_grad()
-    def __init__(self, model, cache, window):
-        """cache: after a prefill of the shape to come."""
-        self.model, self.cache, self.window, self.M = model, copy.deepcopy(cache), window, model.config.mask_tokens
-        B, device = len(cache.blocks), cache.blocks.device
-        self.tokens = torch.zeros(B, self.M + window, dtype=torch.long, device=device)
-        self.sure, self.passes = (torch.ones(B, 1, dtype=torch.long, device=device) for _ in range(2))
-        self.step = torch.compile(self.one_pass, fullgraph=True, dynamic=False)
-        if device.type == "cuda":
-            self.step = cuda_graph(self.step, device)
+    def one_pass():
+        passes.add_(sure < M)
+        sure.copy_(drafted_pass(model, own, tokens, sure, window))
 
-    def one_pass(self):
-        self.passes += self.sure < self.M
-        self.sure.copy_(drafted_pass(self.model, self.cache, self.tokens, self.sure, self.window))
+    step = torch.compile(one_pass, fullgraph=True, dynamic=False)
+    if device.type == "cuda":
+        step = cuda_graph(step, device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def decode(self, cache, guesses):
-        """The arguments and results of decode_drafted."""
-        for mine, theirs in zip(self.cache.tensors(), cache.tensors()):
+    def decode(cache, guesses):
+        for mine, theirs in zip([*own.keys, *own.values, own.blocks], [*cache.keys, *cache.values, cache.blocks]):
             mine.copy_(theirs)
-        self.tokens.copy_(F.pad(guesses, (0, self.window), value=-1))
-        self.sure.fill_(1)
-        self.passes.zero_()
-        for _ in range(self.M - 1):
-            self.step()
-            if self.window > 1 and (self.sure >= self.M).all():  # the host waits here, once per pass
+        tokens.copy_(F.pad(guesses, (0, window), value=-1))
+        sure.fill_(1)
+        passes.zero_()
+        for _ in range(M - 1):
+            step()
+            if window > 1 and (sure >= M).all():  # the host waits here, once per pass
                 break
-        return self.tokens[:, :self.M].clone(), self.passes.flatten().tolist()
+        return tokens[:, :M].clone(), passes.flatten().tolist()
+
+    return decode
 
 
 def cuda_graph(step, device):
@@ -869,17 +815,18 @@ def cuda_graph(step, device):
     return graph.replay
 
 
-def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled, scales):
+def check_decoding(config, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled):
     """ValueError unless `generate` can do what its arguments ask for."""
-    drafts = DRAFTS if decode == "greedy" and not scales else ("auto", "none")
+    K, drafted = config.codebook_size, decode == "greedy" and not config.scales
+    decodes = [name for name in DECODES if name != "beam" or not config.scales]
+    drafts = DRAFTS if drafted else ("auto", "none")
     known_seeds = len(seeds) == B and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
     for name, value, fits, expected in (
-        ("decode", decode, decode in DECODES, f"one of {', '.join(DECODES)}"),
+        ("decode", decode, decode in decodes, f"one of {', '.join(decodes)}"),
         ("draft", draft, draft in drafts, f"one of {', '.join(drafts)} where decode is {decode}"),
-        ("window", window, window in (None, 1) or window > 1 and decode == "greedy" and draft != "none",
+        ("window", window, window in (None, 1) or window > 1 and drafted and draft != "none",
          "at least 1, and no more without a draft"),
-        ("compiled", compiled, not compiled or decode == "greedy" and not scales, f"False where decode is {decode}"),
-        ("decode", decode, decode != "beam" or not scales, "another one with scales"),
+        ("compiled", compiled, drafted or not compiled, f"False where decode is {decode}"),
         ("beams", beams, 1 <= beams <= K, f"1 to {K}, the codebook size"),
         ("top_k", top_k, 1 <= top_k <= K, f"1 to {K}, the codebook size"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
@@ -895,7 +842,7 @@ def check_decoding(K, B, decode, beams, top_k, top_p, temperature, seeds, draft,
 
 def written_out_is_faster(q, k):
     """Training in bfloat16 on a CPU, at the lengths of the small presets (153 tokens): the fused kernel's backward pass
-    is slower there than four plain lines. At 577 tokens those lines made the whole step 1.4 times as long."""
+    is slower there. At 577 tokens four plain lines made the whole step 1.4 times as long."""
     training = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
     return training and q.shape[2] <= 384 and k.shape[1] == q.shape[1]
 
@@ -961,32 +908,12 @@ class SigLIPAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x):
-        B, T, D = x.shape
-        split = (B, T, self.heads, D // self.heads)
-        q = self.q_proj(x).view(split).transpose(1, 2)  # (B,nh,T,hd)
-        k = self.k_proj(x).view(split).transpose(1, 2)
-        v = self.v_proj(x).view(split).transpose(1, 2)
-        y = attention(q, k, v, causal=False)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
-
-
-class SigLIPMLP(nn.Module):
-    """Two layers with GELU between them."""
-
-    def __init__(self, width, hidden, gelu):
-        super().__init__()
-        self.gelu = gelu
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+    def forward(self, x):  # (B,T,D)
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B,nh,T,hd)
+        return self.out_proj(attention(q, k, v, causal=False).transpose(1, 2).flatten(2))
 
 
 class SigLIPBlock(nn.Module):
@@ -997,7 +924,7 @@ class SigLIPBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.self_attn = SigLIPAttention(width, heads)
         self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = SigLIPMLP(width, mlp, gelu)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, mlp), gelu=nn.GELU(gelu), fc2=nn.Linear(mlp, width)))
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -1005,11 +932,9 @@ class SigLIPBlock(nn.Module):
 
 
 class SigLIP(nn.Module):
-    """The two encoders of SigLIP (Zhai et al. 2023) and of fixed-resolution SigLIP 2, with the parameter
-    names of Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states.
-
-    text: False leaves out the phrase encoder. `source` tells where the weights are from, see from_pretrained.
-    """
+    """The two encoders of SigLIP (Zhai et al. 2023) and of fixed-resolution SigLIP 2, with the parameter names of
+    Hugging Face. Their pooling heads are absent: LlamaSeg reads the last hidden states. text: False leaves out the
+    phrase encoder. source: {"name", "sha256"} of the official weights that from_pretrained read."""
 
     def __init__(self, config: SigLIPConfig, text=True):
         super().__init__()
@@ -1028,7 +953,7 @@ class SigLIP(nn.Module):
     def tower(self, name, last_norm, embeddings):
         c = self.config
         width, layers, heads, mlp = (getattr(c, f"{name}_{size}") for size in ("width", "layers", "heads", "mlp"))
-        blocks = nn.ModuleList(SigLIPBlock(width, heads, mlp, c.norm_eps, c.gelu) for _ in range(layers))
+        blocks = nn.Sequential(*(SigLIPBlock(width, heads, mlp, c.norm_eps, c.gelu) for _ in range(layers)))
         return nn.ModuleDict({"embeddings": nn.ModuleDict(embeddings), "encoder": nn.ModuleDict({"layers": blocks}),
                               last_norm: nn.LayerNorm(width, eps=c.norm_eps)})
 
@@ -1040,14 +965,9 @@ class SigLIP(nn.Module):
         model = self.vision_model
         patch = model.embeddings.patch_embedding
         # A convolution whose stride is its size is a matrix product over patches, much faster so on a CPU.
-        side = S // P * P
-        x = pixels[:, :, :side, :side].to(patch.weight.dtype).reshape(-1, 3, S // P, P, S // P, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(pixels.shape[0], -1, 3 * P * P)  # (B,N,3*P*P)
-        x = F.linear(x, patch.weight.flatten(1), patch.bias)  # (B,N,D)
-        x = x + model.embeddings.position_embedding.weight
-        for layer in model.encoder.layers:
-            x = layer(x)
-        return model.post_layernorm(x)
+        x = F.unfold(pixels.to(patch.weight.dtype), P, stride=P).mT  # (B,N,3*P*P)
+        x = F.linear(x, patch.weight.flatten(1), patch.bias) + model.embeddings.position_embedding.weight  # (B,N,D)
+        return model.post_layernorm(model.encoder.layers(x))
 
     def encode_text(self, text_ids):
         """text_ids (B,L) in [0, vocab_size), padded to L -> text tokens (B,L,D) after the final norm; ValueError."""
@@ -1055,14 +975,12 @@ class SigLIP(nn.Module):
         if text_ids.dim() != 2 or text_ids.shape[1] != L:
             raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}, want (B, {L})")
         x = model.embeddings.token_embedding(text_ids) + model.embeddings.position_embedding.weight  # (B,L,D)
-        for layer in model.encoder.layers:
-            x = layer(x)
-        return model.final_layer_norm(x)
+        return model.final_layer_norm(model.encoder.layers(x))
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
-        """Load a Hugging Face directory (config.json, model.safetensors, sharded or not), strictly, in eval mode.
-        `source` then holds {"name", "sha256"} of what was read. FileNotFoundError, or ValueError in one line."""
+        """Load a Hugging Face directory (config.json, model.safetensors, sharded or not), strictly, in eval mode;
+        FileNotFoundError, or ValueError in one line."""
         directory = Path(directory)
         config = siglip_config(directory)
 
@@ -1076,7 +994,7 @@ class SigLIP(nn.Module):
         return model
 
 
-# ---- official configs -----------------------------------------------------------------------------------------------
+# ---- configs: official ones and presets -----------------------------------------------------------------------------
 
 
 def siglip_config(directory):
@@ -1105,27 +1023,8 @@ def llama_config(hf, path):
         width=hf.get("hidden_size", 4096), layers=hf.get("num_hidden_layers", 32),
         heads=hf.get("num_attention_heads", 32), kv_heads=hf.get("num_key_value_heads"),
         head_dim=hf.get("head_dim"), mlp=hf.get("intermediate_size", 11008),
-        rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6),
-    )
+        rope_theta=hf.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=hf.get("rms_norm_eps", 1e-6))
 
-
-def check_fields(config):
-    """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
-    Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
-    parts = {"siglip": SigLIPConfig, "llama": LlamaConfig}
-    for f in fields(config):
-        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2**20
-        if f.type in (int, int | None) and (type(value) is not int or not 0 < value <= most):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected an integer from 1 to {most}")
-        if f.type is bool and type(value) is not bool:
-            raise ValueError(f"{f.name} is {value!r:.100}, expected true or false")
-        if f.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise ValueError(f"{f.name} is {value!r:.100}, expected a positive number")
-        if f.name in parts and not isinstance(value, parts[f.name]):
-            setattr(config, f.name, parts[f.name](**value))
-
-
-# ---- presets --------------------------------------------------------------------------------------------------------
 
 # The released fixed-resolution SigLIP 2 models, by the names that `python weights.py download` knows. A shape holds
 # width, layers, heads and mlp of both towers.
@@ -1137,13 +1036,12 @@ SIGLIP2 = {
 
 
 def _paper(layers, width, heads, image_size):
-    """A LlamaSeg of the paper. It gives layers, width, heads and 770M or 1.5B parameters; not stated are the size of
-    SigLIP2, for which we use large, and the MLP, for which we use 8/3 of the width, as LLaMA and LlamaGen do."""
+    """A LlamaSeg of the paper, which gives layers, width, heads and 770M or 1.5B parameters. Paper: the size of SigLIP2
+    and the MLP are not stated; we use large, and 8/3 of the width, as LLaMA and LlamaGen do."""
     return LlamaSegConfig(
         siglip=SIGLIP2[f"siglip2-large-patch16-{image_size}"],
         llama=LlamaConfig(width=width, layers=layers, heads=heads, mlp=width * 8 // 3, norm_eps=1e-5),
-        codebook_size=16384, mask_grid=image_size // 16,
-    )
+        codebook_size=16384, mask_grid=image_size // 16)
 
 
 PRESETS = {  # by name; mllm.py has its own
@@ -1163,8 +1061,6 @@ PRESETS = {  # by name; mllm.py has its own
     "llamaseg-b-384": _paper(layers=16, width=1920, heads=20, image_size=384),
     "llamaseg-l-384": _paper(layers=22, width=2304, heads=32, image_size=384),
 }
-
-
 PRESETS["scenes-next-scale"] = replace(PRESETS["scenes"], patch_head=False, scales=(1, 2, 3, 4, 6, 8))
 
 

@@ -71,9 +71,7 @@ SCORE_BATCH = 32  # examples decoded together: the same ones after a stop or on 
 
 class Segmenter:
     """Model, mask tokenizer and text tokenizer on one device: all inference goes through here, also train.py's.
-
-    tiles, guidance: of ARGenSeg, the most tiles of a picture, and the strength of its classifier-free guidance.
-    """
+    tiles, guidance: of ARGenSeg, the most tiles of a picture, and the strength of its classifier-free guidance."""
 
     def __init__(self, model, mask_tokenizer, text_tokenizer):
         self.model, self.mask_tokenizer, self.text_tokenizer = model, mask_tokenizer, text_tokenizer
@@ -91,12 +89,11 @@ class Segmenter:
     def load(cls, checkpoint=None, device="auto", dtype="float32", encoder=None, mask_tokenizer=None,
              any_weights=False):
         """Open a checkpoint: the embedded one, a folder that train.py wrote, the model.safetensors in it, or an
-        official directory of Janus or ARGenSeg.
+        official directory of Janus or ARGenSeg. FileNotFoundError, or ValueError with one line that names the file.
 
         dtype: of the model's weights, "float32", "bfloat16" or "auto", see compute_dtype; the mask tokenizer stays in
         float32. encoder, mask_tokenizer: where the frozen parts lie that the checkpoint names; default: beside it, else
         where `weights.py download` put them. any_weights: take others than those of the training.
-        Raises FileNotFoundError or ValueError with one line that names the file.
         """
         file, device = checkpoint_file(checkpoint), pick_device(device)
         dtype = compute_dtype(device, dtype)[0]
@@ -125,10 +122,8 @@ class Segmenter:
         return cls(model, mask_tokenizer.to(device), text_tokenizer)
 
     def __call__(self, image, prompts, **decoding):
-        """PIL picture (any mode and size) and a list of n prompts -> n bool arrays (H, W), at its own size.
-
-        decoding: options of LlamaSeg.generate, such as decode="top-p", seed=1. ValueError as `check`.
-        """
+        """PIL picture (any mode and size) and a list of n prompts -> n bool arrays (H, W), at its own size. decoding:
+        options of LlamaSeg.generate, such as decode="top-p", seed=1. ValueError as `check`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.check(prompts)
         return self.many([image], [prompts], **decoding)[0] if prompts else []
@@ -169,19 +164,17 @@ class Segmenter:
         usual = {**USUAL, "decode": "greedy"}
         if given := {name: value for name, value in decoding.items() if value != usual.get(name)}:
             raise BadUsage(f"{given} has no use with an ARGenSeg checkpoint, which decodes greedily")
-        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt, task), 128) for prompt in row]
-                   for image, row, task in zip(images, prompts, tasks)]
+        answers = [[self.chat(image, self.text_tokenizer.instruction(prompt, task), 128) for prompt in asked]
+                   for image, asked, task in zip(images, prompts, tasks)]
         if inside is not None:
             words = [words for row in answers for words, _ in row]
-            inside.update(prompts=[p for row in prompts for p in row], unknown=[[]] * len(words), answers=words)
+            inside.update(prompts=[p for asked in prompts for p in asked], unknown=[[]] * len(words), answers=words)
         return [[masks[0] if masks else np.zeros(image.size[::-1], bool) for _, masks in row]
                 for image, row in zip(images, answers)]
 
     def read(self, prompt):
-        """A prompt -> the prompt as the model reads it, and the words in it that the model does not know.
-
-        A word that differs by one letter from a single one of config.names is read as that: "circel" as "circle".
-        """
+        """A prompt -> the prompt as the model reads it, and the words in it that the model does not know. A word that
+        differs by one letter from a single one of config.names is read as that: "circel" as "circle"."""
         config, unknown = self.model.config, []
         known = set(getattr(config, "words", ()))
         for word in words_of(prompt) if known else ():
@@ -282,9 +275,8 @@ def check_parts(file, model, mask_tokenizer, text_tokenizer, any_weights):
     sources = {"mask_tokenizer": mask_tokenizer.source}
     if not janus:  # its text tokenizer is part of its directory
         sources["text_tokenizer"] = text_tokenizer.source
-    for part, source in sources.items():
-        if not any_weights:
-            check_source(file, part, model.frozen, source)
+    for part, source in sources.items() if not any_weights else ():
+        check_source(file, part, model.frozen, source)
     pieces = text_tokenizer.bpe.vocab_size if janus else text_tokenizer.model.vocab_size()
     most, codes = config.vocab_size if janus else config.siglip.vocab_size, mask_tokenizer.config.codebook_size
     fits = pieces <= most if janus else pieces == most  # Janus' table has rows to spare
@@ -319,13 +311,11 @@ def segment(args):
             there = None if "answers" in inside else segmenter.there(inside)
             for row, (i, image) in enumerate(batch):
                 for k, mask in enumerate(masks[row]):
-                    said = {name: inside[name][row * len(prompts) + k] for name in ("prompts", "unknown")}
-                    described = {"image": str(pictures[i]), "prompt": prompts[k], "read_as": said["prompts"],
-                                 "unknown": said["unknown"]}
-                    described |= ({"there": round(there[row * len(prompts) + k], 4)} if there else
-                                  {"answer": inside["answers"][row * len(prompts) + k]})
-                    stem = stems[i * len(prompts) + k]
-                    title = f"{names[i]}: {prompts[k]}"
+                    at = row * len(prompts) + k
+                    described = {"image": str(pictures[i]), "prompt": prompts[k], "read_as": inside["prompts"][at],
+                                 "unknown": inside["unknown"][at]}
+                    described |= {"there": round(there[at], 4)} if there else {"answer": inside["answers"][at]}
+                    stem, title = stems[i * len(prompts) + k], f"{names[i]}: {prompts[k]}"
                     records.append(described | keep(args, title, stem, image, mask, described, ms))
             explain(args, segmenter, images[0], inside)
             del images, image, masks, mask  # large pictures leave the memory before others are read
@@ -337,9 +327,7 @@ def segment(args):
 
 def batches(pictures, count, broken):
     """Read the pictures, each with `count` prompts; yield those that are segmented together, [(index, image), ...].
-
-    MOST_BYTES bounds their pixels and masks. A picture that cannot be read is told, and its index appended to `broken`.
-    """
+    MOST_BYTES bounds their pixels and masks. Of a picture that cannot be read the index is appended to `broken`."""
     together, waiting = max(1, SCORE_BATCH // count), []
     for i, source in enumerate(tqdm(pictures, desc="pictures", disable=len(pictures) <= together)):
         try:
@@ -357,9 +345,10 @@ def keep(args, title, stem, image, mask, described, ms):
     """Write mask and overlay of a picture's prompt, print a line that begins with `title`; what --json says of it
     besides `described`."""
     mask_file, overlay_file = (args.out / f"{stem}-{kind}.png" for kind in KINDS)
-    write_picture(Image.fromarray(mask.view(np.uint8) * 255), mask_file)
+    mask_picture = Image.fromarray(mask.view(np.uint8) * 255)
+    write_picture(mask_picture, mask_file)
     write_picture(overlay(image, mask), overlay_file)
-    area, corners = int(mask.sum()), Image.fromarray(mask.view(np.uint8)).getbbox()
+    area, corners = int(mask.sum()), mask_picture.getbbox()
     box = corners and (*corners[:2], corners[2] - corners[0], corners[3] - corners[1])
     where = "{} px ({:.1f} %), box {},{} {}x{}".format(area, 100 * area / mask.size, *box) if box else "nothing found"
     if described["unknown"]:
@@ -370,8 +359,7 @@ def keep(args, title, stem, image, mask, described, ms):
         where += f", {100 * described['there']:.0f} % sure that it is there"
     elif MASK not in described["answer"]:
         where += f" (the answer: {described['answer']})"
-    line = f"{title}: {where}, {ms:.0f} ms -> {overlay_file}"
-    tqdm.write(printable(line), file=lines_to(args))
+    tqdm.write(printable(f"{title}: {where}, {ms:.0f} ms -> {overlay_file}"), file=lines_to(args))
     return {"area": area, "box": box, "rle": rle_encode(mask), "ms": round(ms, 1), "mask": str(mask_file),
             "overlay": str(overlay_file)}
 
@@ -469,9 +457,7 @@ def mask_stems(names, prompts):
 
 def check_outputs(args, files, inputs):
     """Raise, before the work, for an output that cannot be written or would overwrite an input or another output.
-
-    files: outputs besides those of --json, --confidence and --attention. An input is known whatever link leads to it.
-    """
+    files: outputs besides those of --json, --confidence and --attention. An input is known by any link."""
     files = [file for file in (args.json, args.confidence, args.attention, *files) if file not in (None, "-")]
     real, read, taken = cache(os.path.realpath), {os.path.realpath(file) for file in inputs}, set()
     for path in files:
@@ -493,11 +479,8 @@ def check_outputs(args, files, inputs):
 
 
 def overlay(image, mask):
-    """The picture with everything but the object faded, and the object outlined in white and black; PIL RGB.
-
-    The object keeps its own colors. Of two colors beside each other at least one stands off from any object, and from
-    any surroundings. The lines lie outside the object and are the thicker the larger the picture.
-    """
+    """The picture with everything but the object faded, and the object outlined in white and black, one of which stands
+    off from any surroundings; PIL RGB. The lines lie outside the object and are the thicker the larger the picture."""
     line, picture = 1 + max(image.size) // 300, image.convert("RGB")
     white = grow(mask, line)
     result = picture.point([round(0.4 * value + 0.6 * 255) for value in range(256)] * 3)
@@ -520,10 +503,8 @@ def grow(mask, steps):
 
 
 def confidence_picture(probabilities, size, box=(0, 0, 1, 1)):
-    """Probabilities (M,) of a mask's tokens -> grey PIL picture of `size` (W, H): white is 1.
-
-    box: where the picture stands in the square that the tokens cover: (left, top, width, height), as shares of it.
-    """
+    """Probabilities (M,) of a mask's tokens -> grey PIL picture of `size` (W, H): white is 1. box: where the picture
+    stands in the square that the tokens cover: (left, top, width, height), as shares of it."""
     grid = math.isqrt(len(probabilities))
     left, top, width, height = (share * grid for share in box)
     x, y = math.floor(left), math.floor(top)  # only the tokens that the picture touches count
@@ -629,9 +610,7 @@ def run_header(args, options, count, lines, segmenter):
 
 def run_name(args, run, size):
     """The name of a run's files: NAME-SPLIT where all is the default, else with what is not: scenes-test-beam-count9.
-
-    size: examples that the split has. A checkpoint other than the embedded one is named by the start of its SHA-256.
-    """
+    size: examples that the split has. A checkpoint other than the embedded one is named by the start of its SHA-256."""
     usual = {**USUAL, **dict.fromkeys(ANSWERS), "split_by": None, "classes": None, "decode": "greedy", "count": size,
              "dtype": "float32", "model": sha256_of(checkpoint_file())}
     more = [value[:8] if isinstance(value, str) else f"{name}{value}"
@@ -658,16 +637,11 @@ def predict_rest(predict, run, path, rank, world_size):
 
 def open_lines(path, run):
     """Write the .jsonl of a run with what an earlier start left in it; returns the indices to predict, in batches.
-
-    ValueError for a file of another run.
-    """
-    done = {}
-    if path.exists():
-        header, records = read_records(path)
-        if header != run:
-            changed = [key for key in run if not isinstance(header, dict) or header.get(key) != run[key]]
-            raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
-        done = {record["index"]: record for record in records if "broken" not in record}  # those are tried again
+    ValueError for a file of another run."""
+    header, records = read_records(path) if path.exists() else (run, [])
+    if changed := [key for key in {**run, **header} if header.get(key) != run.get(key)]:
+        raise ValueError(f"{path}: is of another run (other {', '.join(changed)}): remove it, or --out elsewhere")
+    done = {record["index"]: record for record in records if "broken" not in record}  # those are tried again
     with whole(path) as temporary, open(temporary, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in [{"run": run}, *done.values()])
     rest = [i for i in range(run["count"]) if i not in done]
@@ -774,9 +748,10 @@ def report_bench(args, name, device, dtype, rows):
             "threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in head.items()), file=lines_to(args))
     print_table(rows, lines_to(args), digits=2)
-    print(json.dumps(head | {"rows": rows}), file=lines_to(args))
+    result = head | {"rows": rows}
+    print(json.dumps(result), file=lines_to(args))
     if args.json:
-        write_json(args.json, head | {"rows": rows})
+        write_json(args.json, result)
 
 
 def bench_row(segmenter, text_ids, pixels, batch, draft, rounds=8):
@@ -788,13 +763,12 @@ def bench_row(segmenter, text_ids, pixels, batch, draft, rounds=8):
         begun = clock(tokens.device)
         segmenter.mask_tokenizer.decode(tokens)
         measured.append(stats | {"vqgan_ms": 1000 * (clock(tokens.device) - begun)})
-    middle = {key: float(np.median([np.mean(one[key]) for one in measured[1:]]))  # the first one warms up
-              for key in ("prefill_ms", "decode_ms", "vqgan_ms", "passes", "mask_passes")}
-    ms = middle["prefill_ms"] + middle["decode_ms"] + middle["vqgan_ms"]
-    return {"batch": batch, "draft": draft, "prefill_ms": middle["prefill_ms"],
-            "ms_per_pass": middle["decode_ms"] / middle["passes"], "passes_per_mask": middle["mask_passes"],
-            "decode_ms": middle["decode_ms"], "vqgan_ms": middle["vqgan_ms"], "masks_per_s": 1000 * batch / ms,
-            "peak_gb": peak_memory(segmenter.device) / 1e9}
+    prefill, decode, vqgan, passes, mask_passes = (
+        float(np.median([np.mean(one[key]) for one in measured[1:]]))  # the first one warms up
+        for key in ("prefill_ms", "decode_ms", "vqgan_ms", "passes", "mask_passes"))
+    return {"batch": batch, "draft": draft, "prefill_ms": prefill, "ms_per_pass": decode / passes,
+            "passes_per_mask": mask_passes, "decode_ms": decode, "vqgan_ms": vqgan,
+            "masks_per_s": 1000 * batch / (prefill + decode + vqgan), "peak_gb": peak_memory(segmenter.device) / 1e9}
 
 
 def bench_answers(args, words=128, rounds=3):
@@ -950,11 +924,10 @@ def check_flags(parser, args):
 
 def check_ranges(parser, args, *ranges):
     """A usage error for a device that is not there, or for a value out of its range: (names, least, most)."""
-    for names, least, most in ranges:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not least <= value <= most:
-                parser.error(f"--{name.replace('_', '-')} {value} must be from {least} to {most}")
+    for name, least, most in ((name, *ends) for names, *ends in ranges for name in names.split()):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value} must be from {least} to {most}")
     try:
         pick_device(args.device)
     except ValueError as error:

@@ -49,9 +49,7 @@ def image_to_mask(images):
 @contextmanager
 def full_float32(device_type):
     """Compute in float32 while the block runs: without autocast, and without TF32 in matrix products and convolutions.
-
-    The settings are PyTorch's older ones, as train.py's are: the older and the newer ones must not be mixed.
-    """
+    The settings are PyTorch's older ones, as train.py's are: the older and the newer ones must not be mixed."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("highest")
@@ -207,11 +205,11 @@ class VectorQuantizer(nn.Module):
         """The l2-normalised rows, (K, codebook_dim): on disk they are not normalised."""
         return F.normalize(self.embedding.weight, dim=-1)
 
-    def nearest(self, latents):
-        """Latents (B, C, h, w) -> code indices (B, h*w), raster order."""
+    def nearest(self, latents, unit=True):
+        """Latents (B, C, h, w) -> the nearest rows of the codebook: code indices (B, h*w), raster order."""
         with full_float32(latents.device.type):  # codes that lie close together differ by less than bfloat16 resolves
-            z = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)  # (B, h*w, C)
-            codebook = self.codebook.float()
+            z, codebook = latents.float().flatten(2).transpose(1, 2), self.codebook.float()  # (B, h*w, C), (K, C)
+            z = F.normalize(z, dim=-1) if unit else z
             # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, as the official code writes it; |z| is shared by all e
             return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)
 
@@ -227,10 +225,8 @@ MULTI = ("scales", "unit_latents")  # fields of VQGANConfig that MultiScaleVQ ha
 
 
 class VQGAN(nn.Module):
-    """The mask tokenizer: LlamaGen's VQ-16, every width configurable.
-
-    source: {"name", "sha256"} of the file that from_pretrained read.
-    """
+    """The mask tokenizer: LlamaGen's VQ-16, every width configurable. source: {"name", "sha256"} of the file that
+    from_pretrained read."""
 
     def __init__(self, config):
         super().__init__()
@@ -350,14 +346,13 @@ def vqgan_config(weights, **more):
 # ---- multi-scale VQ, in the layout of VAR (models/vqvae.py, models/quant.py) ----------------------------------------
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(VectorQuantizer):
     """Latents (B, C, h, h) as a sum over scales, coarse to fine. The tokens of a scale describe what the coarser scales
     have left (residual quantization; Tian et al. 2024, "Visual Autoregressive Modeling", algorithms 1 and 2)."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         C, self.scales = config.codebook_dim, config.scales
-        self.embedding = nn.Embedding(config.codebook_size, C)
         self.phi = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(4))  # shared by the scales
         # Scales lie between 0 and 1, and each takes the nearest of four ticks. Between two of ten scales rounding
         # decides, so the ticks must be NumPy's, as in the official code.
@@ -370,14 +365,8 @@ class MultiScaleQuantizer(nn.Module):
         return self.embedding.weight
 
     def nearest(self, latents):
-        """Latents (B, C, s, s) -> the nearest rows of the codebook: code indices (B, s*s), raster order."""
-        with full_float32(latents.device.type):
-            z, codebook = latents.float().flatten(2).transpose(1, 2), self.codebook.float()
-            return (codebook.pow(2).sum(-1) - 2 * z @ codebook.T).argmin(-1)  # |z|^2 is shared by all rows
-
-    def lookup(self, tokens, scale_idx):
-        """Tokens (B, s*s) of a scale -> their rows (B, C, s, s)."""
-        return self.embedding(tokens).transpose(1, 2).unflatten(2, (self.scales[scale_idx],) * 2)
+        """As VectorQuantizer's, but nothing has unit length."""
+        return super().nearest(latents, unit=False)
 
     def contribution(self, z, scale_idx):
         """Rows (B, C, s, s) of a scale -> what they add to the latents, (B, C, h, h)."""
@@ -394,7 +383,7 @@ class MultiScaleQuantizer(nn.Module):
             z = F.interpolate(rest, (s, s), mode="area")  # of the same size: unchanged
             yield z
             if quantized:
-                z = self.lookup(self.nearest(z), scale_idx)
+                z = self.lookup(self.nearest(z), (s, s))
             rest = rest - self.contribution(z, scale_idx)
 
     def encode(self, latents):
@@ -407,7 +396,7 @@ class MultiScaleQuantizer(nn.Module):
         total, start = 0, 0
         for scale_idx, s in enumerate(self.scales):
             if start < tokens.shape[1]:
-                z = self.lookup(tokens[:, start : start + s * s], scale_idx)
+                z = self.lookup(tokens[:, start : start + s * s], (s, s))
                 total, start = total + self.contribution(z, scale_idx), start + s * s
                 yield total
 
@@ -423,10 +412,8 @@ VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of VAR's 256 px models
 
 
 class MultiScaleVQ(VQGAN):
-    """VAR's tokenizer: the encoder and decoder of VQGAN around a MultiScaleQuantizer. Pictures are square.
-
-    M tokens, the sum of the squares of `scales`, coarse to fine, raster order within a scale.
-    """
+    """VAR's tokenizer: the encoder and decoder of VQGAN around a MultiScaleQuantizer. Pictures are square. M tokens,
+    the sum of the squares of `scales`, coarse to fine, raster order within a scale."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -613,10 +600,8 @@ SCENES = VQGANConfig(channels=16, channel_mult=(1, 1, 2, 4, 4), decoder_mult=(1,
 
 
 def mask_batch(dataset, size, start, count, padded=False):
-    """Masks of examples start .. start + count - 1 (the data set repeats): bool (count, size, size).
-
-    padded: with the pictures' aspect ratio, as Janus sees them.
-    """
+    """Masks of examples start .. start + count - 1 (the data set repeats): bool (count, size, size). padded: with the
+    pictures' aspect ratio, as Janus sees them."""
     from data import pad_mask, resize_mask
 
     masks = (dataset[(start + i) % len(dataset)].mask for i in range(count))
@@ -875,10 +860,8 @@ def encode(args):
 
 
 def read_tokens(path, shape, source, **expected):
-    """The memory-mapped array (examples, tokens) of `encode`; ValueError unless it is of what is expected.
-
-    shape: of the array; source: the mask tokenizer's; expected: data, split, files, size and padded of the JSON.
-    """
+    """The memory-mapped array (examples, tokens) of `encode`; ValueError unless it is of what is expected. shape: of
+    the array; source: the mask tokenizer's; expected: data, split, files, size and padded of the JSON."""
     expected |= {"dtype": np.uint16, "shape": shape, "mask tokenizer": source["sha256"]}
     with reading(path, "what python tokenizer.py encode writes"):
         table, found = np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())

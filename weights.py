@@ -11,20 +11,23 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import requests
 import torch
 import urllib3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from metrics import Parser, parse_json, whole
@@ -60,10 +63,8 @@ def reading(path, expected):
 
 @contextmanager
 def only_one(path):
-    """Hold the lock file `path` while the block runs; ValueError if another process holds it.
-
-    The lock ends with the process that holds it. Its children never hold it, so workers that outlive it do not block.
-    """
+    """Hold the lock file `path` while the block runs; ValueError if another process holds it. The lock ends with the
+    process that holds it. Its children never hold it, so workers that outlive it do not block."""
     with open(path, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,12 +143,25 @@ def check_config(path, values, expected):
             raise ValueError(f"{path}: {name} is {values[name]!r}, expected {value!r}")
 
 
+def check_fields(config):
+    """TypeError or ValueError unless the fields of a config hold what their types say; parts from JSON become theirs.
+    Numbers are positive, integers at most 2^20, so that the size of a tensor, a product of three, fits 63 bits."""
+    for name, kind in get_type_hints(type(config)).items():
+        value, most = getattr(config, name), 1000 if name.endswith("layers") else 2**20
+        if kind in (int, int | None) and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{name} is {value!r:.100}, expected an integer from 1 to {most}")
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{name} is {value!r:.100}, expected true or false")
+        if kind is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r:.100}, expected a positive number")
+        if is_dataclass(kind) and not isinstance(value, kind):
+            setattr(config, name, kind(**value))
+
+
 def read_weights(path, wanted=lambda name: True, dtype=None):
     """{name: tensor} of a file or of a folder, as stored; only names for which wanted(name) are read. dtype: copy what
-    is in .safetensors, one tensor at a time, so that no file stays in memory beside them.
-
-    FileNotFoundError, or ValueError with one line for a file that is damaged or of another kind.
-    """
+    is in .safetensors, one tensor at a time, so that no file stays in memory beside them. FileNotFoundError, or
+    ValueError with one line for a file that is damaged or of another kind."""
     weights = {}
     for file in weight_files(path, wanted):
         found = read_file(file, wanted, dtype)[1]
@@ -202,7 +216,10 @@ def read_file(file, wanted=lambda name: True, dtype=None):
             if kind not in FLOATS or w.layout != torch.strided or w.is_meta:
                 raise ValueError(f"{name!s:.99} holds {kind}, expected floating-point numbers of 16 bits or more")
         if dtype and file.suffix == ".safetensors":
-            weights = copies(file, sorted(weights, key=lambda name: -weights[name].numel()), dtype)
+            # The largest first, while there is little beside it; what was read stays in memory until a file is closed.
+            for name in sorted(weights, key=lambda name: -weights[name].numel()):
+                with safe_open(file, framework="pt") as opened:
+                    weights[name] = opened.get_tensor(name).to(dtype, copy=True)
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -212,20 +229,24 @@ def read_file(file, wanted=lambda name: True, dtype=None):
     return header, weights
 
 
-def copies(file, names, dtype):
-    """Tensors of a .safetensors as copies in `dtype`, the largest first, while there is little beside it. What was read
-    stays in memory until the file is closed, so it is opened anew for each."""
-    copied = {}
-    for name in names:
-        with safe_open(file, framework="pt") as opened:
-            copied[name] = opened.get_tensor(name).to(dtype, copy=True)
-    return copied
+class Undrawn(TorchFunctionMode):
+    """Modules made inside draw no weights: on the meta device that would import PyTorch's compiler, which takes a
+    second at the start of every command."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) != "torch.nn.init":
+            return func(*args, **(kwargs or {}))
+
+
+def without_numbers(make):
+    """make(), a model, on the meta device: all shapes, no weights."""
+    with torch.device("meta"), Undrawn():
+        return make()
 
 
 def build_from(make, weights, path, dtype):
-    """make() on the meta device, then filled with `weights` in `dtype`; ValueError in one line if they do not fit."""
-    with torch.device("meta"):
-        model = make()
+    """make(), filled with `weights` in `dtype`, in eval mode; ValueError in one line if they do not fit."""
+    model = without_numbers(make)
     problems = compare_weights(model.state_dict(), weights)
     if problems:
         raise ValueError(f"{path}: {problems}")
@@ -349,11 +370,9 @@ def fetch(url, path, token=None, wait=1.0):
 
 
 def receive(session, url, part, wait):
-    """Bring `part` to its full length; returns [its SHA-256], or [] where the server does not announce it.
-
-    Where the connection breaks it goes on, also in a later run, if the server's file is still the same: `part` has the
-    ETag of its file beside it.
-    """
+    """Bring `part` to its full length; returns [its SHA-256], or [] where the server does not announce it. Where the
+    connection breaks it goes on, also in a later run, if the server's file is still the same: `part` has the ETag of
+    its file beside it."""
     tag = part.with_suffix(".etag")
     with tqdm(desc=part.stem, unit="B", unit_scale=True) as bar:
         for _ in range(100):

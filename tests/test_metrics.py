@@ -603,6 +603,8 @@ def test_records_of_a_run_that_has_not_ended_are_not_added_up(tmp_path, capsys):
     assert "2 records of a run over 2 examples" in capsys.readouterr().err
     assert metrics.main([str(lines(path, run, ROW, {"index": 1, "broken": "none.png"}))]) == 0
     assert "1 of 2 examples are broken and left out" in capsys.readouterr().out
+    assert metrics.main([str(lines(path, run, {"index": 0, "segments": []}))]) == 1  # of segvar.py
+    assert "all segments of pictures" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import model as M
 from model import KVCache, Llama, LlamaConfig, LlamaSeg, LlamaSegConfig, SigLIP, SigLIPConfig
 from tokenizer import MultiScaleQuantizer, VQGANConfig
+from weights import without_numbers
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -358,14 +359,13 @@ def test_a_damaged_or_missing_file_ends_in_one_line(tmp_path):
 
 
 def test_the_papers_models_have_the_papers_sizes():
-    with torch.device("meta"):
-        for preset, count in (("llamaseg-b", 770e6), ("llamaseg-l", 1.5e9), ("llamaseg-b-384", 770e6)):
-            model = LlamaSeg(M.PRESETS[preset])
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            assert abs(trainable / count - 1) < 0.02
-            tokens = (model.config.siglip.image_size // 16) ** 2
-            assert model.config.mask_tokens == tokens == model.config.siglip.image_tokens
-            assert not any(p.requires_grad for p in model.encoder.parameters())
+    for preset, count in (("llamaseg-b", 770e6), ("llamaseg-l", 1.5e9), ("llamaseg-b-384", 770e6)):
+        model = without_numbers(lambda preset=preset: LlamaSeg(M.PRESETS[preset]))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert abs(trainable / count - 1) < 0.02
+        tokens = (model.config.siglip.image_size // 16) ** 2
+        assert model.config.mask_tokens == tokens == model.config.siglip.image_tokens
+        assert not any(p.requires_grad for p in model.encoder.parameters())
 
 
 def frozen_model():
@@ -548,7 +548,7 @@ def test_one_batch_overfits():
     model = tiny_model(spread=False)
     text_ids, pixels, tokens = tiny_batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         _, loss = model(text_ids, pixels, tokens)
         loss.backward()
         optimizer.step()
@@ -624,12 +624,13 @@ def test_codes_that_look_alike_start_alike():
 
 @pytest.mark.parametrize("freeze_encoders, recompute", [(False, False), (False, True), (True, False)])
 def test_a_compiled_training_step_is_one_graph(one_graph, device, freeze_encoders, recompute):
-    models = [tiny_model(replace(TINY, freeze_encoders=freeze_encoders), device=device) for _ in range(2)]
+    config = replace(TINY, siglip=replace(TINY.siglip, vision_layers=1, text_layers=1), freeze_encoders=freeze_encoders)
+    models = [tiny_model(config, device=device) for _ in range(2)]
     models[0].llama.recompute = recompute
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in models]
     with one_graph("eager"):
         called = torch.compile(models[0]), models[1]
-        for seed in range(4):
+        for seed in range(3):
             text_ids, pixels, tokens = tiny_batch(rows=4, pictures=2, seed=seed, device=device)
             hide_tokens, losses = torch.rand(4, 16, device=device) < 0.5, []
             for model, optimizer in zip(called, optimizers):
@@ -651,10 +652,9 @@ def test_cached_logits_equal_the_forward_pass_at_every_mask_token(device):
     want, _ = model(text_ids, pixels, mask_tokens)  # (B,M,K)
     prefix = model.prefix(text_ids, pixels)
     cache = KVCache(model.config.llama, len(prefix), prefix.shape[1] + mask_tokens.shape[1] - 1, device)
-    logits = [model.next_logits(prefix, cache)]
-    for t in range(mask_tokens.shape[1] - 1):
-        logits.append(model.next_logits(model.mask_embedding(mask_tokens[:, t:t + 1]), cache))
-    assert (torch.stack(logits, dim=1) - want).abs().max() < 1e-4  # of 6.5
+    inputs = [prefix, *model.mask_embedding(mask_tokens[:, :-1]).split(1, dim=1)]
+    logits = torch.cat([model.head(model.llama(part, cache)[:, -1:]) for part in inputs], dim=1)
+    assert (logits - want).abs().max() < 1e-4  # of 6.5
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -689,7 +689,7 @@ def test_drafts_change_the_passes_and_not_the_tokens(device, draft, window):
         with torch.no_grad():
             for weight in model.llama.parameters():
                 weight.mul_(scale if weight.dim() > 1 else 1.0)
-        for rows in (1, 3, 8):
+        for rows in (1, 8):
             text_ids, pixels, _ = tiny_batch(rows=rows, pictures=1, seed=rows, device=device)
             stats = {}
             tokens = model.generate(text_ids, pixels, draft=draft, window=window, stats=stats)
@@ -984,7 +984,8 @@ def test_scales_with_a_cache_equal_those_without(attention, device):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"decode": "beam"}, "decode is .beam., expected another one"), ({"compiled": True}, "compiled is True, .* False"),
+    ({"decode": "beam"}, "decode is .beam., expected one of greedy, top-k"),
+    ({"compiled": True}, "compiled is True, .* False"),
     ({"draft": "jacobi"}, "draft is 'jacobi', expected one of auto, none"), ({"window": 4, "draft": "none"}, "window"),
 ], ids=str)
 def test_what_scales_do_not_have_is_refused(options, message):
@@ -996,7 +997,7 @@ def test_one_batch_overfits_with_scales(tmp_path):
     model = scaled_model()
     text_ids, pixels, tokens = tiny_batch(config=SCALED)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         loss = model(text_ids, pixels, tokens)[1]
         loss.backward()
         optimizer.step()
@@ -1012,7 +1013,7 @@ def test_one_batch_overfits_with_scales(tmp_path):
 
 
 def test_a_compiled_training_step_with_scales_is_one_graph(one_graph):
-    model = scaled_model()
+    model = scaled_model(replace(SCALED, siglip=replace(TINY.siglip, vision_layers=1, text_layers=1)))
     with one_graph("eager"):
         compiled = torch.compile(model)
         for seed in range(3):

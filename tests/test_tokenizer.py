@@ -466,16 +466,16 @@ def test_training_lowers_the_loss_and_fills_the_codebook(tmp_path, monkeypatch):
     import data
 
     monkeypatch.setattr(tokenizer, "SCENES", tiny().config)
-    few = {split: [data.Scenes(split)[i] for i in range(n)] for split, n in (("train", 90), ("val", 8))}
+    few = {split: [data.Scenes(split)[i] for i in range(n)] for split, n in (("train", 60), ("val", 8))}
     monkeypatch.setattr(data, "load_dataset", lambda name, split, root: few[split])
     real = tokenizer.evaluate  # 8 validation masks instead of 128
     monkeypatch.setattr(tokenizer, "evaluate", lambda *args: real(*args[:3], 8))
     out = tmp_path / "vq.safetensors"
-    flags = ["train", "--size", "32", "--save-every", "1000", "--device", "cpu", "--fit-masks", "120",
+    flags = ["train", "--size", "32", "--save-every", "1000", "--device", "cpu", "--fit-masks", "60",
              "--out", str(out)]
-    assert tokenizer.main([*flags, "--free-steps", "40", "--steps", "12", "--decoder-steps", "3"]) == 0
+    assert tokenizer.main([*flags, "--free-steps", "20", "--steps", "8", "--decoder-steps", "2"]) == 0
     model = VQGAN.from_pretrained(out)
-    masks = tokenizer.mask_batch(load_dataset("scenes", "val"), 32, 0, 32)
+    masks = tokenizer.mask_batch(few["val"], 32, 0, 8)
     with torch.no_grad():
         before, after = (
             tokenizer.reconstruction_loss(m.decode(m.encode(mask_to_image(masks))), masks) for m in (tiny(), model)
