@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import BoundedSemaphore
 from urllib.parse import parse_qsl, urlsplit
 
+import numpy as np
 from PIL import Image
 
 from data import load_dataset, open_picture, rle_encode
@@ -130,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def png(picture):
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(np.asarray(picture)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
