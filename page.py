@@ -1,10 +1,7 @@
 """Draw a picture or drop one, ask for a mask and watch it being written, token by token: open http://localhost:8000.
+Only this computer is answered, and nothing that a browser sends names a file or is written to one.
 
-    python page.py
-    python page.py --port 9000 --checkpoint out     # with a checkpoint of your own besides the embedded ones
-
-Only this computer is answered. One model call runs at a time and eight wait; others are told to come later. Nothing
-that a browser sends names a file, or is written to one.
+    python page.py --port 8000 --checkpoint out     # --checkpoint: with your own besides the embedded ones
 """
 
 import base64
@@ -19,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import BoundedSemaphore
 from urllib.parse import parse_qsl, urlsplit
 
-import numpy as np
 from PIL import Image
 
 from data import load_dataset, open_picture, rle_encode
@@ -28,14 +24,12 @@ from sample import EXAMPLE_PROMPTS, Segmenter
 from weights import ASSETS
 
 MOST_BYTES, MOST_PIXELS, MOST_WAITING, MOST_KEPT = 20_000_000, 50_000_000, 8, 16
-SCENES = load_dataset("scenes-plain", "test")  # the embedded checkpoint's world
 
 
 class Handler(BaseHTTPRequestHandler):
     """GET /: the page. GET /scene: a drawn picture, phrases and the names of the checkpoints, JSON.
     POST /ask?checkpoint=&prompt=&draft=&force=FIRST,TOKENS, the body is a picture: server-sent events "begin", "tokens"
     (of a pass), "grown" (the mask of the first tokens), "mask" and "end". POST /look?id=&place=: of a token, JSON."""
-
     timeout, begun, log_message = 20, False, lambda *args: None  # seconds of a read or write; has the answer begun?
 
     def handle(self):
@@ -43,56 +37,51 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self):
-        doors = {"GET /": lambda: self.reply((ASSETS / "page.html").read_bytes(), "text/html"),
+        doors = {"GET /": lambda: self.reply((ASSETS / "page.html").read_text("utf-8"), "text/html"),
                  "GET /scene": self.scene, "POST /ask": lambda: self.queued(self.ask),
                  "POST /look": lambda: self.queued(self.look)}
         try:
             url, host = urlsplit(self.path), self.headers.get("Host", "")
             if (urlsplit(f"//{host}").hostname not in ("localhost", "127.0.0.1")  # other names can lead here, too
                     or self.headers.get("Origin", f"http://{host}") != f"http://{host}"):
-                return self.reply(b"only the page of http://localhost is answered", "text/plain", 403)
+                return self.reply("only the page of http://localhost is answered", "text/plain", 403)
             self.query = dict(parse_qsl(url.query, max_num_fields=9))
             doors[f"{self.command} {url.path}"]()
         except (ValueError, LookupError, FileNotFoundError) as error:
-            if not self.begun:
-                line = f"unknown: {error}" if isinstance(error, LookupError) else error
-                self.reply(printable(line).encode(), "text/plain", 400)
-
+            self.reply(printable(error), "text/plain", 400)
     do_POST = do_GET
 
     def reply(self, content, kind="application/json", status=200):
-        self.begun = True
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.end_headers()
-        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+        if not self.begun:
+            self.begun = True
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+        self.wfile.write(content.encode())
 
     def scene(self):
-        example = SCENES[time.time_ns() % len(SCENES)]
-        self.reply({"picture": png(example.image), "phrases": [example.phrase, *EXAMPLE_PROMPTS],
-                    "checkpoints": list(self.server.checkpoints)})
+        example = load_dataset("scenes-plain", "test")[time.time_ns() % 2000]  # the embedded checkpoint's world
+        self.reply(json.dumps({"picture": png(example.image), "phrases": [example.phrase, *EXAMPLE_PROMPTS],
+                               "checkpoints": list(self.server.names)}))
 
     def queued(self, job):
         """Let the worker do the job with the body, unless the queue is full or the client leaves it."""
         length = int(self.headers.get("Content-Length", -1))
         if not 0 <= length <= MOST_BYTES:
-            return self.reply(b"a picture has at most %d bytes" % MOST_BYTES, "text/plain", 413)
+            return self.reply(f"a picture has at most {MOST_BYTES} bytes", "text/plain", 413)
         body = [self.rfile.read(length)]
         if not self.server.places.acquire(blocking=False):
-            return self.reply(b"the model is busy and the queue is full: try again soon", "text/plain", 503)
-        try:
-            future = self.server.worker.submit(job, body)
-            while not wait([future], 0.2).done:
-                if select.select([self.connection], [], [], 0)[0] and future.cancel():  # it said good-bye
-                    return body.clear()  # the worker drops the job only at its turn
-            future.result()
-        finally:
-            self.server.places.release()
+            return self.reply("the model is busy and the queue is full: try again soon", "text/plain", 503)
+        future = self.server.worker.submit(job, body)
+        future.add_done_callback(lambda done: self.server.places.release())
+        while not wait([future], 0.2).done:
+            if select.select([self.connection], [], [], 0)[0] and future.cancel():  # the client said good-bye
+                return body.clear()  # the worker drops the job only at its turn
+        future.result()
 
     def event(self, name, **values):
-        line = f"event: {name}\ndata: {json.dumps(values)}\n\n".encode()
-        self.wfile.write(line) if self.begun else self.reply(line, "text/event-stream")
+        self.reply(f"event: {name}\ndata: {json.dumps(values)}\n\n", "text/event-stream")
 
     def ask(self, body):
         name, prompt, begun = self.query["checkpoint"], self.query.get("prompt", ""), time.perf_counter()
@@ -126,38 +115,35 @@ class Handler(BaseHTTPRequestHandler):
         name, small, inside = self.server.kept[self.query["id"]]
         picture, mask, others = self.server.load(name).look(inside, int(self.query["place"]), small)
         others = [(token, sure, png(changed)) for token, sure, changed in others]
-        self.reply({"picture": picture, "mask": mask, "others": others})
+        self.reply(json.dumps({"picture": picture, "mask": mask, "others": others}))
 
 
 def png(picture):
     file = io.BytesIO()
-    Image.fromarray(np.asarray(picture)).save(file, "PNG")
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def open_server(port, checkpoints):
-    """A server of {name: what Segmenter.load takes}; its one worker does all that needs a model."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.checkpoints, server.kept = checkpoints, {}  # kept: the last masks by id
-    server.load = lru_cache(2)(lambda name: Segmenter.load(checkpoints[name]))
+def open_server(port, paths=()):
+    """A server with the checkpoints at `paths` and the embedded ones. One worker does all that needs a model."""
+    server, found = ThreadingHTTPServer(("127.0.0.1", port), Handler), ASSETS.glob("*/model.safetensors")
+    server.names = {path: path for path in paths} | {"embedded": None} | {f.parent.name: f.parent for f in found}
+    server.load, server.kept = lru_cache(2)(lambda name: Segmenter.load(server.names[name])), {}  # kept: masks by id
     server.worker, server.places = ThreadPoolExecutor(1), BoundedSemaphore(1 + MOST_WAITING)
-    server.worker.submit(server.load, next(iter(checkpoints))).result()
+    server.worker.submit(server.load, next(iter(server.names))).result()
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice as many
-    return server
-
-
-def serve(args):
-    found = {file.parent.name: file.parent for file in ASSETS.glob("*/model.safetensors")}
-    server = open_server(args.port, {path: path for path in args.checkpoint} | {"embedded": None} | found)
     print(f"open http://localhost:{server.server_port} (Ctrl-C ends it)", flush=True)
-    server.serve_forever()
+    return server
 
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--checkpoint", action="append", default=[], metavar="PATH", help="what sample.py takes; repeat")
-    return parser.run(serve, parser.parse_args(argv))
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any free one")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="PATH", help="what sample.py takes")
+    args = parser.parse_args(argv)
+    if not 0 <= args.port < 65536:
+        parser.error(f"--port {args.port} must be from 0 to 65535")
+    return parser.run(lambda: open_server(args.port, args.checkpoint).serve_forever())
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def main():
         sys.exit("error: this needs playwright and a browser: pip install playwright && playwright install chromium")
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "out_page")
     out.mkdir(parents=True, exist_ok=True)
-    server = open_server(0, {"embedded": None})
+    server = open_server(0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
