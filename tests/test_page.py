@@ -187,14 +187,11 @@ def test_an_unknown_word_makes_an_empty_mask(server, segmenter, monkeypatch):
     assert events["end"]["there"] == 0
 
 
-@pytest.mark.parametrize("options", [{"decode": "beam"}, {"compiled": True}])
-def test_watch_is_for_one_greedy_mask(segmenter, options):
-    text, pixels = segmenter.prepare(picture()[0], ["a", "b"])
-    for ids in (text, text[:1])[bool(options):]:
-        with pytest.raises(ValueError, match="watch is for one mask"):
-            segmenter.model.generate(ids, pixels, watch=print, **options)
+@pytest.mark.parametrize("rows,options", [(1, {"decode": "beam"}), (1, {"compiled": True}), (2, {})])
+def test_watch_is_for_one_greedy_mask(segmenter, rows, options):
+    text, pixels = segmenter.prepare(picture()[0], ["a", "b"][:rows])
     with pytest.raises(ValueError, match="watch is for one mask"):
-        segmenter.model.generate(text, pixels, watch=print)
+        segmenter.model.generate(text, pixels, watch=print, **options)
 
 
 # ---- what comes in -----------------------------------------------------------------------------------------
@@ -248,7 +245,7 @@ def test_limits_of_a_request(server):
     assert call(server, "POST", ask_path(server), None, **{"Content-Length": "20000001"})[0] == 413
     assert call(server, "POST", ask_path(server), None, **{"Content-Length": "-1"})[0] == 413
     assert call(server, "POST", "/look?id=1&place=0", b"")[0] == 400
-    for path in ("/assets/model.safetensors", "/../page.py", "/page.html", "//[", "/%2e%2e/page.py", "/?" + "a=b&" * 20):
+    for path in ("/assets/model.safetensors", "/../page.py", "/page.html", "//[", "/%2e%2e/x", "/?a=b" + "&a=b" * 9):
         assert call(server, "GET", path)[0] == 400
     id = dict(ask(server, picture()[1]))["mask"]["id"]
     assert call(server, "POST", f"/look?id={id}&place=16", b"")[0] == 400
@@ -310,7 +307,7 @@ def hostile(rng, paths, bodies):
     if rng.random() < 0.2:
         return rng.randbytes(rng.randrange(400))
     method = rng.choice(["GET", "POST", "POST", "POST", "POST", "POST", "HEAD", "PUT", "ge t", "\x00"])
-    path = rng.choice(paths) + rng.choice(["", "", "", "&force=", "&force=99999999999", "&place=-999", "&prompt=%ff%00%ed",
+    path = rng.choice(paths) + rng.choice(["", "", "", "&force=", "&force=99999999999", "&place=-9", "&prompt=%ff%00%ed",
                                            "&draft=beam", "?" + "a=1;" * 99, "#", "%", "&checkpoint=../../etc", "\xff"])
     body = rng.choice(bodies)
     length = rng.choice([*[len(body)] * 9, "", "x", "1e3", "-5", "9" * 5000, 30_000_000, "²", 0])
