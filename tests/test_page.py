@@ -28,12 +28,14 @@ from tokenizer import MultiScaleVQ, TextTokenizer, VQGANConfig
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint):
+    most = Image.MAX_IMAGE_PIXELS
     server = page.open_server(0, [str(tiny_checkpoint)])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
     server.worker.shutdown()
+    Image.MAX_IMAGE_PIXELS = most  # page.py lowers it
 
 
 @pytest.fixture(autouse=True)
