@@ -150,7 +150,7 @@ class MaskWriter(nn.Module):
 
     @torch.no_grad()
     def generate(self, text_ids, pixels, decode="greedy", beams=3, top_k=3, top_p=0.9, temperature=1.0,
-                 seed=0, draft="auto", window=None, compiled=False, stats=None):
+                 seed=0, draft="auto", window=None, compiled=False, stats=None, watch=None):
         """text_ids (B,L), pixels (b,3,S,S) -> mask tokens (B,M) int64, one after the other with a KV cache.
 
         decode: "greedy"; "beam", the best of `beams` sequences kept by summed log-probability; or a draw at
@@ -166,11 +166,16 @@ class MaskWriter(nn.Module):
         of 200 masks of the default changed.
         stats: a dict to fill: "passes", transformer passes after the prefill; "mask_passes", for each mask the passes
         that it took part in; "prefill_ms", encoders included; "decode_ms".
+        watch: chooses the tokens of a single mask in place of greedy decoding: a function (start, logits (n,K), guesses
+        (n,) or None) -> tokens (n,), called once per pass for the mask tokens from place `start` on. Those after the
+        first that differs from its guess are chosen again in the next pass.
         With scales, a pass writes all tokens of a scale, and beam, drafts and compiled are refused. ValueError.
         """
         B, M, device, draft = len(text_ids), self.config.mask_tokens, text_ids.device, draft or "none"
         seeds = seed if isinstance(seed, list) else [seed] * B
         check_decoding(self.config, B, decode, beams, top_k, top_p, temperature, seeds, draft, window, compiled)
+        if watch and (B > 1 or decode != "greedy" or compiled):
+            raise ValueError("watch is for one mask, decoded greedily and not compiled")
         if decode != "greedy" or self.config.scales:
             draft = "none"
         if draft == "auto":  # hidden makes a longer prefill, which a CPU that is busy with a full batch feels
@@ -187,12 +192,16 @@ class MaskWriter(nn.Module):
                 self.decoders[shape] = compile_decoder(self, cache, window)
             tokens, mask_passes = self.decoders[shape](cache, guesses)
         elif window > 1:
-            tokens, mask_passes = decode_drafted(self, cache, guesses, window)
+            if watch:
+                guesses[:, 0] = watch(0, logits, None)
+            tokens, mask_passes = decode_drafted(self, cache, guesses, window, watch)
         else:
             numbers = torch.stack([torch.rand(M, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
             numbers = numbers.to(device)  # (B,M), drawn on the CPU, so that every device gets the same ones
 
             def pick(logits, start):  # (B,n,K), of the mask tokens from `start` on -> (B,n)
+                if watch:
+                    return watch(start, logits[0], None)[None]
                 if decode == "greedy":
                     return logits.argmax(-1)
                 return draw(logits, decode, top_k, top_p, temperature, numbers[:, start:start + logits.shape[1]])
@@ -233,9 +242,10 @@ class MaskWriter(nn.Module):
         return self(text_ids, pixels, tokens)[0].float().softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
 
     @torch.no_grad()
-    def mask_attention(self, text_ids, pixels, tokens):
+    def mask_attention(self, text_ids, pixels, tokens, whole=False):
         """What each mask token (row) looks at among the mask tokens (columns) in the last layer, mean over heads:
-        (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5."""
+        (B,M-1,M-1), for the last mask token is never read. The rest to 1 went to text and picture. Paper: Figure 5.
+        whole: rows and columns of all tokens, (B,T,T), the mask tokens last."""
         prefix = self.prefix(text_ids, pixels)
         x = torch.cat([prefix, self.mask_inputs(tokens)[:, :tokens.shape[1] - 1]], dim=1)
         context, (*layers, last) = self.llama.context(x, blocks=self.blocks(text_ids, x.shape[1])), self.llama.layers
@@ -244,7 +254,7 @@ class MaskWriter(nn.Module):
         q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), context["rope"])
         values = torch.eye(x.shape[1], device=x.device).expand(*k.shape[:2], -1, -1)  # so that the weights come out
         weights = attention(q.float(), k.float(), values, context["causal"], context["mask"]).mean(1)  # (B,T,T)
-        return weights[:, prefix.shape[1]:, prefix.shape[1]:]
+        return weights if whole else weights[:, prefix.shape[1]:, prefix.shape[1]:]
 
     def save_pretrained(self, path, dtype=None, weights=None):
         """Write `trained_state`, or `weights` that were gathered from several ranks, to one .safetensors whose header
@@ -693,7 +703,7 @@ def decode_beam(model, logits, cache, beams):
     return tokens.view(B, beams, M)[:, 0], [M - 1] * B
 
 
-def decode_drafted(model, cache, guesses, window):
+def decode_drafted(model, cache, guesses, window, watch=None):
     """Drafted greedy decoding, up to `window` tokens per pass. For one mask, until all M tokens are sure:
 
         1. Guess the tokens after the sure ones.
@@ -715,7 +725,7 @@ def decode_drafted(model, cache, guesses, window):
     while masks:
         width = min(width, M - min(counts))
         cache.reach = cache.position + max(counts) + width - 1
-        sure = drafted_pass(model, cache, tokens, sure, width)
+        sure = drafted_pass(model, cache, tokens, sure, width, watch)
         before, counts = sum(counts), sure.flatten().tolist()  # the host waits here, once per pass
         gained = (sum(counts) - before) / len(counts)
         width = min(window, max(window // 2, math.ceil(2 * gained) + 2))  # narrower where few were right; measured
@@ -730,7 +740,7 @@ def decode_drafted(model, cache, guesses, window):
     return result, passes
 
 
-def drafted_pass(model, cache, tokens, sure, width):
+def drafted_pass(model, cache, tokens, sure, width, watch=None):
     """Steps 1 to 3: write `width` choices into each row of tokens (rows,M+window), from its place sure (rows,1) on;
     return how many tokens are sure then, (rows,1). Of a row that is done, the choices are beyond M."""
     M, grid = model.config.mask_tokens, model.config.mask_grid
@@ -745,7 +755,8 @@ def drafted_pass(model, cache, tokens, sure, width):
     # not be read: whether it was right does not matter.
     inputs = torch.cat([tokens.gather(1, places[:, :1] - 1), guesses[:, :-1]], dim=1)
     hidden = model.llama(model.mask_embedding(inputs), cache, slots=cache.position + places - 1)
-    chosen = model.head(hidden).float().argmax(-1)  # (rows,width)
+    logits = model.head(hidden).float()  # (rows,width,K)
+    chosen = watch(sure.item(), logits[0], guesses[0])[None] if watch else logits.argmax(-1)  # (rows,width)
     tokens.scatter_(1, places, chosen)
     right = (guesses == chosen)[:, :-1].cumprod(1).sum(1, keepdim=True)  # before the first wrong one
     return places[:, :1] + right + 1

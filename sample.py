@@ -152,11 +152,54 @@ class Segmenter:
         tokens = self.model.generate(text_ids, pixels, **decoding)  # (b*n,M)
         if inside is not None:
             inside.update(text_ids=text_ids, pixels=pixels, tokens=tokens, prompts=prompts, unknown=unknown)
-        sizes = [image.size for image in images for _ in range(n)]
-        boxes = [padded_box(*size, pixels.shape[-1]) for size in sizes] if self.padded else None
-        masks = decode_masks(self.mask_tokenizer, tokens, [size[::-1] for size in sizes], boxes)
+        masks = self.decode(tokens, [image.size for image in images for _ in range(n)])
         masks = [np.zeros_like(mask) if words else mask for mask, words in zip(masks, unknown)]
         return [masks[i:i + n] for i in range(0, len(masks), n)]
+
+    @torch.inference_mode()
+    def decode(self, tokens, sizes):
+        """Mask tokens (n,m), tensor or lists -> n bool arrays (H,W), for the n sizes (W,H) of pictures. m < M: what is
+        known so far; the tokens that are not are those of an empty mask, and scales that are not add nothing."""
+        tokens = torch.as_tensor(tokens, device=self.device)
+        if tokens.shape[1] < self.model.config.mask_tokens and not self.model.config.scales:
+            tokens = torch.cat([tokens, self.empty[:, tokens.shape[1]:].expand(len(tokens), -1)], dim=1)
+        boxes = [padded_box(*size, self.model.config.siglip.image_size) for size in sizes] if self.padded else None
+        return decode_masks(self.mask_tokenizer, tokens, [size[::-1] for size in sizes], boxes)
+
+    @torch.inference_mode()
+    def stream(self, image, prompt, tell, force=(), inside=None, **decoding):
+        """The mask of one prompt as `many` makes it, greedily and after the first tokens `force`, a list.
+
+        After each pass tell(start, tokens, sure, guesses) gets lists: the tokens that are decided now, from place
+        `start` on, their probabilities, and what was guessed of them and those after them; None without a draft. What
+        tell raises ends the decoding. An ARGenSeg, which answers in words, calls nothing.
+        """
+        def watch(start, logits, guesses):  # see MaskWriter.generate
+            chosen, given = logits.argmax(-1), force[start:start + len(logits)]
+            chosen[:len(given)] = torch.tensor(given)
+            known = len(chosen) if guesses is None else 1 + int((guesses == chosen)[:-1].cumprod(0).sum())
+            sure = logits[:known].softmax(-1).gather(1, chosen[:known, None])[:, 0]
+            tell(start, chosen[:known].tolist(), sure.tolist(), None if guesses is None else guesses.tolist())
+            return chosen
+
+        decoding = {} if self.answers else decoding | {"watch": watch}
+        return self.many([image], [[prompt]], inside, **decoding)[0][0]
+
+    @torch.inference_mode()
+    def look(self, inside, place, size, count=6):
+        """What the token at a place of the mask in `inside`, as `many` fills it, looked at when it was chosen, in the
+        last layer: shares of image tokens (none of Janus) and of mask tokens, those of its own scale included. Then the
+        `count` likeliest tokens there: (token, probability, mask (H,W) with it alone changed, at the size (W,H))."""
+        seen = [inside[part] for part in ("text_ids", "pixels", "tokens")]
+        weights, M = self.model.mask_attention(*seen, whole=True)[0], seen[2].shape[1]  # (T,T)
+        first = len(weights) - M  # <BOM>, which chooses the first mask token
+        looks, N = weights[first + place], 0 if self.padded else self.model.config.siglip.image_tokens
+        sure, tokens = self.model(*seen)[0][0, place].float().softmax(-1).topk(count)
+        others = seen[2].repeat(count, 1)
+        others[:, place] = tokens
+        masks = self.decode(others, [size] * count)
+        return (looks[first - N:first].tolist(), looks[first + (not self.model.config.scales):].tolist(),
+                list(zip(tokens.tolist(), sure.tolist(), masks)))
 
     def many_answers(self, images, prompts, inside, tasks, decoding):
         """`many` of ARGenSeg: the first mask of its answer to the official instruction, an empty one where there is
