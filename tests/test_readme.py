@@ -15,9 +15,17 @@ from PIL import Image
 README = (REPO / "README.md").read_text()
 # What each script does with its flags, by the names of its functions; these would need hours, weights or data.
 JOBS = {"train": ("train", "merge", "print_config"), "weights": ("download",),
-        "tokenizer": ("train", "encode"), "annotate": ("annotate", "export")}
+        "tokenizer": ("train", "encode"), "annotate": ("annotate", "export"), "segvar": ("segment_pictures", "score"),
+        "page": ("open_server",)}
 RUN = ("python sample.py --image", "cat x.png", "python sample.py --checkpoint out --image", "python data.py",
        "python metrics.py")
+
+
+class Nothing(list):
+    """What a job that is not done returns, also in the place of a server."""
+
+    def serve_forever(self):
+        return None
 
 
 def commands():
@@ -33,8 +41,8 @@ def commands():
 
 def test_every_command_of_a_block_is_found():
     assert len(list(commands())) > 25
-    assert {script for _, script, _ in commands()} == {"annotate", "data", "metrics", "sample", "tokenizer", "train",
-                                                       "weights"}
+    assert {script for _, script, _ in commands()} == {"annotate", "data", "metrics", "page", "sample", "segvar",
+                                                       "tokenizer", "train", "weights"}
 
 
 @pytest.fixture
@@ -68,7 +76,7 @@ def test_command(line, script, words, folder, monkeypatch, capsys):
         return
     done = []
     for job in JOBS.get(script, ()):
-        monkeypatch.setattr(module, job, lambda *args, **more: done.append(args) or [])
+        monkeypatch.setattr(module, job, lambda *args, **more: done.append(args) or Nothing())
     if script == "sample":
         for name, (_, flags) in module.JOBS.items():
             monkeypatch.setitem(module.JOBS, name, (lambda args: done.append(args), flags))
