@@ -137,9 +137,9 @@ def test_cityscapes(cityscapes):
             load_dataset("cityscapes", split, cityscapes)
 
 
-def test_scenes_instances_show_the_pictures_of_scenes():
+def test_scenes_instances_show_the_pictures_of_plain_scenes():
     for split in ("train", "val", "test", "novel"):
-        dataset, scenes = load_dataset("scenes-instances", split), Scenes(split)
+        dataset, scenes = load_dataset("scenes-instances", split), Scenes(split, "scenes-plain")
         assert len(dataset) == len(scenes)
         for i in (0, 5, len(dataset) - 1):
             p, (image, owner, objects, _) = dataset[i], scenes.scene(i)
